@@ -1,0 +1,9 @@
+"""The method: gated prompt experts in the middle of a frozen decoder. Importing this room enters it into PEFT."""
+
+from .config import MoPsConfig
+from .model import MoPsLayer, MoPsModel
+from .registry import enter
+
+enter("mops", MoPsConfig, MoPsModel)
+
+__all__ = ["MoPsConfig", "MoPsLayer", "MoPsModel"]

@@ -1,0 +1,146 @@
+"""Gated prefix attention: key, value and a bias per row, put before what an attention module already sees.
+
+Knows transformers' attention registry. Knows no gate, no experts, no tokens. What a forward pass needs travels with it as
+the keyword `mops`, through every layer down to the attention function, so nothing global is ever switched.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "gated_prefix"
+SUPPORTED = ("sdpa", "eager")
+KeyValue = tuple[Float[Tensor, "rows heads prompts head"], Float[Tensor, "rows heads prompts head"]]
+
+
+@dataclass
+class Record:
+    """Carried by the prompts' own pass: every attention module leaves its (rotated) keys and values here."""
+
+    scale: Float[Tensor, "rows prompts 1"] | None = None  # prompt columns are multiplied by this before every layer
+    kv: dict[int, KeyValue] = field(default_factory=dict)  # layer index -> key, value
+
+
+@dataclass
+class Passage:
+    """Carried by a pass of text: what each layer sees in front of it."""
+
+    adapter: str
+    first: int  # injection layer
+    gate_mask: Tensor | None = None  # [rows, seq]: what the gate may read
+    gate_embedding: Tensor | None = None  # [rows, embedding]: read instead of the model's own hidden states
+    gate: Float[Tensor, "rows groups"] | None = None
+    prefix: dict[int, tuple[KeyValue, Float[Tensor, "rows prompts"]]] = field(default_factory=dict)
+
+    def put(self, kv: dict[int, KeyValue], bias: Float[Tensor, "rows prompts"]) -> None:
+        """Add prompt columns to the layers in `kv`."""
+        for layer, (key, value) in kv.items():
+            if layer in self.prefix:
+                (seen_key, seen_value), seen_bias = self.prefix[layer]
+                key, value = _join(seen_key, key), _join(seen_value, value)
+                rows = max(len(seen_bias), len(bias))
+                joined = torch.cat([seen_bias.expand(rows, -1), bias.expand(rows, -1)], 1)
+                self.prefix[layer] = (key, value), joined
+            else:
+                self.prefix[layer] = (key, value), bias
+
+
+def _join(left: Tensor, right: Tensor) -> Tensor:
+    rows = max(len(left), len(right))
+    return torch.cat([left.expand(rows, -1, -1, -1), right.expand(rows, -1, -1, -1)], -2)
+
+
+def _additive(mask: Tensor | None, query: Tensor, keys: int) -> Float[Tensor, "rows heads queries keys"]:
+    """Any mask transformers hands out, as numbers added to logits."""
+    hide, queries = torch.finfo(query.dtype).min, query.shape[-2]
+    if mask is None:  # a plain causal mask, or one decoding step, is left implicit
+        full = query.new_full((queries, keys), hide).triu(1 + keys - queries)
+        return full[None, None]
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, hide)
+    return mask[..., :keys].to(query.dtype)
+
+
+def gated_prefix_attention(
+    module: nn.Module,
+    query: Float[Tensor, "rows heads queries head"],
+    key: Float[Tensor, "rows kv_heads keys head"],
+    value: Float[Tensor, "rows kv_heads keys head"],
+    attention_mask: Tensor | None,
+    mops: Record | Passage | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The module's own attention function over prefix and text: bias + logits on prefix columns, mask on text columns.
+
+    Paper: M' (prompts are never masked for any token) and "scale the network's attention over the experts" by g.
+    """
+    inner: Callable[..., tuple[Tensor, Tensor | None]] = module.__dict__["mops_inner"]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    if isinstance(mops, Record):
+        mops.kv[layer] = (key, value)
+    if not isinstance(mops, Passage) or layer not in mops.prefix:
+        return inner(module, query, key, value, attention_mask, **kwargs)
+    (prefix_key, prefix_value), bias = mops.prefix[layer]
+    rows, queries, prompts = len(query), query.shape[-2], prefix_key.shape[-2]
+    mask = _additive(attention_mask, query, key.shape[-2]).expand(rows, -1, queries, -1)
+    columns = bias.to(mask.dtype)[:, None, None, :].expand(rows, mask.shape[1], queries, prompts)
+    kwargs.pop("is_causal", None)
+    return inner(
+        module,
+        query,
+        torch.cat([prefix_key.to(key.dtype).expand(rows, -1, -1, -1), key], -2),
+        torch.cat([prefix_value.to(value.dtype).expand(rows, -1, -1, -1), value], -2),
+        torch.cat([columns, mask], -1),
+        **kwargs,
+    )
+
+
+AttentionInterface.register(NAME, gated_prefix_attention)
+
+
+def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:
+    """The self-attention modules of a decoder layer that ask the registry."""
+    for module in layer.modules():
+        if hasattr(module, "config") and hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"):
+            yield module
+
+
+def attach(layer: nn.Module) -> None:
+    """Route the layer's attention through `gated_prefix_attention`; without a `mops` keyword nothing changes.
+
+    Raises:
+        ValueError: the layer's attention implementation cannot carry a bias per row.
+    """
+    modules = list(attention_modules(layer))
+    if not modules:
+        raise ValueError(f"{type(layer).__name__} has no attention module that uses transformers' attention registry")
+    for module in modules:
+        if "mops_inner" in module.__dict__:
+            continue
+        used = module.config._attn_implementation  # type: ignore[union-attr]
+        if used not in SUPPORTED:
+            raise ValueError(f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model with "
+                             'attn_implementation="sdpa" or "eager"')  # fmt: skip
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        module.__dict__["mops_inner"] = eager if used == "eager" else ALL_ATTENTION_FUNCTIONS[used]
+        module.__dict__["mops_config"] = module.config
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+
+
+def detach(layer: nn.Module) -> None:
+    """Undo `attach`."""
+    for module in attention_modules(layer):
+        if "mops_inner" in module.__dict__:
+            module.config = module.__dict__.pop("mops_config")
+            del module.__dict__["mops_inner"]

@@ -1,0 +1,111 @@
+"""All options of the method in one PEFT config. Knows names and limits; touches no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+
+CHOICES = {
+    "gate_target": ("attention", "hidden_states"),
+    "gate_input": ("instruction", "sequence"),
+    "gate_granularity": ("expert", "prompt"),
+    "expert_attention": ("isolated", "causal"),
+    "init": ("hidden_states", "random"),
+}
+
+
+@dataclass
+class MoPsConfig(PeftConfig):
+    """Mixture of Prompts: `num_experts` groups of soft prompts enter a frozen decoder at `injection_layer`.
+
+    Symbols of the paper: E = `num_experts`, P = `prompts_per_expert`, K = E * P, L_int = `injection_layer` + 1,
+    d_g = `gate_hidden_size`. One expert (E = 1) is ungated prompt tuning: a softmax over one is 1.
+
+    Raises:
+        ValueError: an option is outside its limits; the message names value, limit and way out.
+    """
+
+    num_experts: int = 7
+    prompts_per_expert: int = 10
+    injection_layer: int | None = None  # first layer (from 0) whose attention sees the experts; None: round(9/32 * layers)
+    gate_hidden_size: int = 64
+    gate_temperature: float = 1.0
+    gate_top_k: int | None = None  # only the k highest gate weights stay, renormalised; None: all
+    gate_target: str = "attention"  # "hidden_states" is Algorithm 1 to the letter
+    gate_input: str = "instruction"  # "sequence" (Algorithm 1) also reads the response: it leaks and cannot be generated
+    gate_granularity: str = "expert"  # "prompt": one gate weight per prompt
+    expert_attention: str = "isolated"  # "causal": prompts attend to all earlier prompts
+    init: str = "hidden_states"  # what `smartmops.training` initialises experts from; a bare adapter starts random
+    num_recovery_prompts: int = 0  # frozen prompts at the input (P^1 of the paper)
+    keep_recovery_prompts: bool = True  # False: seen only below the injection layer, as in Algorithm 1
+    embedding_size: int | None = None  # width of an external instruction embedding; None: the gate reads the model itself
+    embedder: str | None = None  # who computes that embedding: a folder or hub id (paper, footnote 3)
+    expert_names: list[str] | None = None  # what each expert is meant for
+    modules_to_save: list[str] | None = None
+    base_hidden_size: int | None = field(default=None, metadata={"help": "filled in: hidden size of the base model"})
+    base_num_layers: int | None = field(default=None, metadata={"help": "filled in: layers of the base model"})
+    target_modules: Any = field(default=None, repr=False)  # filled in: the injection layer's name
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "MOPS"
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, allowed))}")
+        for name in ("num_experts", "prompts_per_expert", "gate_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        if self.num_recovery_prompts < 0:
+            raise ValueError(f"num_recovery_prompts={self.num_recovery_prompts}: choose 0 or more")
+        if not self.gate_temperature > 0:
+            raise ValueError(f"gate_temperature={self.gate_temperature}: choose a number above 0")
+        if self.gate_top_k is not None and not 1 <= self.gate_top_k <= self.num_groups:
+            raise ValueError(f"gate_top_k={self.gate_top_k}, but there are {self.num_groups} gate weights: choose 1 to "
+                             f"{self.num_groups}, or None for all")  # fmt: skip
+        if self.expert_names is not None and len(self.expert_names) != self.num_experts:
+            raise ValueError(f"{len(self.expert_names)} expert_names for num_experts={self.num_experts}: give one each")
+
+    @property
+    def num_prompts(self) -> int:
+        """K = E * P."""
+        return self.num_experts * self.prompts_per_expert
+
+    @property
+    def num_groups(self) -> int:
+        """How many weights the gate gives out: E, or K under `gate_granularity="prompt"`."""
+        return self.num_experts if self.gate_granularity == "expert" else self.num_prompts
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> MoPsConfig:
+        """The paper's literal reading (Algorithm 1 and Setup): hidden states scaled, sequence pooled, random prompts."""
+        literal: dict[str, Any] = {
+            "gate_target": "hidden_states",
+            "gate_input": "sequence",
+            "expert_attention": "causal",
+            "init": "random",
+            "keep_recovery_prompts": False,
+        }
+        return cls(**(literal | overrides))
+
+    def resolve(self, layers: int, hidden_size: int) -> None:
+        """Fill in what depends on the base model, or check it where an adapter was trained already.
+
+        Raises:
+            ValueError: the injection layer does not exist, or the adapter belongs to a base of another shape.
+        """
+        for name, mine, theirs in (
+            ("hidden size", self.base_hidden_size, hidden_size),
+            ("number of layers", self.base_num_layers, layers),
+        ):
+            if mine is not None and mine != theirs:
+                raise ValueError(f"this adapter was trained on a base model with {name} {mine}, but this model has {theirs}: "
+                                 "load the base model named in adapter_config.json")  # fmt: skip
+        if self.injection_layer is None:
+            self.injection_layer = round(9 / 32 * layers)
+        if not 0 <= self.injection_layer < layers:
+            raise ValueError(f"injection_layer={self.injection_layer}, but this model has {layers} layers: "
+                             f"choose 0 to {layers - 1}")  # fmt: skip
+        self.base_hidden_size, self.base_num_layers = hidden_size, layers

@@ -1,0 +1,44 @@
+"""Pooled hidden state in, expert weights out. No prompts, no attention, no tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def pool(hidden: Float[Tensor, "batch seq hidden"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch hidden"]:
+    """avg_emb of Algorithm 1: the mean of the hidden states the gate may read, in float32."""
+    weight = mask.to(torch.float32).unsqueeze(-1)
+    return (hidden.to(torch.float32) * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def log_gate(
+    pooled: Float[Tensor, "batch inputs"],
+    mean: Float[Tensor, "inputs"],
+    scale: Float[Tensor, "inputs"],
+    w_in: Float[Tensor, "d_g inputs"],
+    w_out: Float[Tensor, "groups d_g"],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Float[Tensor, "batch groups"]:
+    """log g, with g = softmax(W_ff2 relu(W_ff1 a) / T) and a the standardised mean embedding (natural log).
+
+    With `top_k`, all but the k highest weights are zero (log: the lowest float) and the rest sum to one.
+    """
+    scores = ((pooled - mean) / scale) @ w_in.T
+    scores = torch.relu(scores) @ w_out.T / temperature
+    if top_k is not None and top_k < scores.shape[-1]:
+        lowest_kept = scores.topk(top_k, -1).indices
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, lowest_kept, True)
+        scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+    return torch.log_softmax(scores, -1)
+
+
+def bias(log_g: Float[Tensor, "batch groups"], prompts: int) -> Float[Tensor, "batch prompts"]:
+    """log(G * g) on every prompt column: its attention weight times g, renormalised; uniform gates give zero."""
+    groups = log_g.shape[-1]
+    lifted = (log_g + math.log(groups)).clamp(min=torch.finfo(log_g.dtype).min)
+    return lifted.repeat_interleave(prompts // groups, -1)

@@ -1,0 +1,75 @@
+"""Views of the lower and upper half of one backbone, sharing every weight. No prompts, no gate, no adapters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
+
+def layers_name(backbone: nn.Module) -> str:
+    """The attribute that holds the decoder layers.
+
+    Raises:
+        ValueError: there is none, so this is no plain decoder-only backbone.
+    """
+    count = getattr(backbone.config, "num_hidden_layers", None)
+    for name, child in backbone.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return name
+    raise ValueError(
+        f"{type(backbone).__name__} has no list of {count} decoder layers: smartmops needs a decoder-only text model; "
+        "of a multimodal model pass the language model"
+    )
+
+
+class _NoPositions(nn.Module):
+    """Stands in for learned positions in the upper half: the lower half has added them already."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros(*ids.shape, self.width, device=ids.device)
+
+
+def _view(backbone: nn.Module, first: int, last: int, final: bool) -> Any:
+    view = copy.copy(backbone)
+    view._modules = dict(backbone._modules)
+    config = copy.copy(backbone.config)
+    name = layers_name(backbone)
+    view._modules[name] = nn.ModuleList(getattr(backbone, name)[first:last])
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[first:last]
+    config.num_hidden_layers = last - first
+    view.config = config
+    if not final:
+        for norm in FINAL_NORMS:
+            if norm in view._modules:
+                view._modules[norm] = nn.Identity()
+    if first > 0 and "wpe" in view._modules:
+        view._modules["wpe"] = _NoPositions(config.hidden_size)
+    return view
+
+
+def lower(backbone: nn.Module, n: int) -> Any:
+    """Decoder layers 0..n-1 without the final norm: its `last_hidden_state` is what enters layer n."""
+    return _view(backbone, 0, n, final=False)
+
+
+def upper(backbone: nn.Module, n: int) -> Any:
+    """Decoder layers n.. with the final norm: `upper(inputs_embeds=lower(...).last_hidden_state)` is the whole model."""
+    return _view(backbone, n, len(getattr(backbone, layers_name(backbone))), final=True)
+
+
+def prompt_half(backbone: nn.Module, n: int) -> Any:
+    """`upper` for prompt columns: they carry no learned positions of their own, not even at layer 0."""
+    view = upper(backbone, n)
+    if "wpe" in view._modules:
+        view._modules["wpe"] = _NoPositions(view.config.hidden_size)
+    return view
