@@ -39,8 +39,10 @@ HEADERS = ["### Instruction:\n", "\n\n### Context:\n", "\n\n### Response:\n"]
 
 def documents(data: Path, characters: int) -> tuple[str, str]:
     """Training text (three parts encyclopaedia, one part books) and a held-out slice of the encyclopaedia."""
-    wiki = lzma.open(data / "text/wiki_en.txt.xz", "rt", encoding="utf-8").read(characters)
-    books = lzma.open(data / "text/shard_00.txt.xz", "rt", encoding="utf-8").read(characters // 3)
+    with lzma.open(data / "text/wiki_en.txt.xz", "rt", encoding="utf-8") as file:
+        wiki = file.read(characters)
+    with lzma.open(data / "text/shard_00.txt.xz", "rt", encoding="utf-8") as file:
+        books = file.read(characters // 3)
     return wiki[300_000:] + books, wiki[:300_000]
 
 
@@ -200,7 +202,9 @@ def main() -> None:
     text, held = documents(arguments.data, 16_000_000)
     tasks = superni(arguments.data)
     folder = arguments.work / "tokenizer"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if folder.exists() else train_tokenizer(folder, text, tasks)
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(folder) if folder.exists() else train_tokenizer(folder, text, tasks)
+    )
     rows = Rows(tokenizer, text, tasks, arguments.seed)
     held_out = torch.tensor(tokenizer(held, add_special_tokens=False)["input_ids"][: 8 * 512]).view(8, 512)
     config = LlamaConfig(
@@ -212,7 +216,9 @@ def main() -> None:
     opts = optimisers(model)
     first = restore(arguments.work, model, opts)
     peaks = [[g["lr"] for g in o.param_groups] for o in opts]
-    print(f"{model.num_parameters():,} parameters, {len(rows.text):,} text tokens, {len(tasks)} tasks, from step {first}")
+    print(
+        f"{model.num_parameters():,} parameters, {len(rows.text):,} text tokens, {len(tasks)} tasks, from step {first}"
+    )
 
     def loss_of(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -235,7 +241,11 @@ def main() -> None:
             opt.step()
             opt.zero_grad()
         if (step + 1) % 20 == 0:
-            row: dict[str, object] = {"step": step + 1, "office": round(office.item(), 4), "natural": round(natural.item(), 4)}
+            row: dict[str, object] = {
+                "step": step + 1,
+                "office": round(office.item(), 4),
+                "natural": round(natural.item(), 4),
+            }
             row["tokens_per_second"] = round((step + 1 - first) * tokens / (time.time() - started))
             if (step + 1) % 100 == 0 or step + 1 == arguments.steps:
                 row |= in_context(model, rows, held_out)

@@ -54,7 +54,7 @@ def leaving(model: PreTrainedModel, start: int, columns: Tensor, scale: Tensor |
 
     def hook(_, args, index):
         hidden = columns if index == start else args[0]
-        return (hidden if scale is None else hidden * scale, *args[1:])
+        return (hidden if scale is None else hidden * scale.to(hidden.dtype), *args[1:])
 
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):
@@ -75,7 +75,9 @@ def gate_weights(config, prompts: Prompts, pooled: Tensor) -> Tensor:
     return weights * kept / (weights * kept).sum(-1, keepdim=True)
 
 
-def by_hand(model: PreTrainedModel, config, prompts: Prompts, input_ids, attention_mask, gate_mask, gate=None) -> Outcome:
+def by_hand(
+    model: PreTrainedModel, config, prompts: Prompts, input_ids, attention_mask, gate_mask, gate=None
+) -> Outcome:
     """The whole method on a frozen `model`; `config` needs the fields of MoPsConfig only. `gate` overrides the gate."""
     rows, start = len(input_ids), config.injection_layer
     recovery, experts = (p.expand(rows, -1, -1) for p in (prompts.recovery, prompts.experts))
@@ -93,7 +95,8 @@ def by_hand(model: PreTrainedModel, config, prompts: Prompts, input_ids, attenti
     gate = gate_weights(config, prompts, pooled) if gate is None else gate
     # from the injection layer up: recovery prompts, experts, text
     weight = gate.repeat_interleave(experts.shape[1] // gate.shape[1], 1)  # one for each prompt
-    bias, scale = (weight * gate.shape[1]).log().clamp(min=HIDE), None
+    closed = weight == 0  # the gradient of log(0) is not a number
+    bias, scale = (weight.masked_fill(closed, 1) * gate.shape[1]).log().masked_fill(closed, HIDE), None
     if config.gate_target == "hidden_states":
         ones = torch.ones(rows, 1)
         scale = torch.cat([ones.expand(-1, len(block)), weight, ones.expand(-1, text.shape[1])], 1)[..., None]

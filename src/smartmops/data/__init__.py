@@ -1,0 +1,1 @@
+"""Text in, tokens out. Knows examples, files, templates and labels; knows no models."""

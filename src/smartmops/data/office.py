@@ -1,8 +1,8 @@
 """Seven office tasks, generated from a seed: questions, notes and orders of an invented firm, in English.
 
-Knows wording, facts and house styles. Knows no tokens and no models. A task makes a *content* (what is asked and the bare
-answer); a *style* decides how the answer is dressed. Content never depends on style, so one can be held out from the
-other: `part` splits all contents in two by a hash of what is asked, and `HOUSE_STYLES` are excluded from `random_style`.
+Knows wording, facts and house styles. Knows no tokens and no models. A task makes a *content* (what is asked and the
+bare answer); a *style* decides how the answer is dressed. Content never depends on style, so one can be held out from
+the other: `part` splits all contents in two by a hash of what is asked, and `random_style` leaves `HOUSE_STYLES` out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from .example import Example
 
@@ -99,8 +100,8 @@ def random_style(rng: random.Random) -> Style:
 
 # -------------------------------------------------------------------------------------------------------- contents
 PEOPLE = words(
-    "Ana Omar Lucy Peter Maria Hugo Nina Carl Emma Ivan Rosa Tom Vera Leo Clara Sam Ruth Max Ella Paul Dora Felix Grace "
-    "Henry Iris Jack Karen Liam Mona Noah Olga Pablo Rita Simon Tara Victor Wendy Adam Bella Oscar"
+    "Ana Omar Lucy Peter Maria Hugo Nina Carl Emma Ivan Rosa Tom Vera Leo Clara Sam Ruth Max Ella Paul Dora Felix "
+    "Grace Henry Iris Jack Karen Liam Mona Noah Olga Pablo Rita Simon Tara Victor Wendy Adam Bella Oscar"
 )
 CITIES = words(
     "Leeds York Paris Rome Oslo Cairo Lima Boston Dublin Delhi Tokyo Berlin Vienna Madrid Lisbon Athens Geneva Milan "
@@ -131,10 +132,11 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 FACTS: dict[str, list[tuple[str, str]]] = {
     "the capital of": _pairs(
-        "France=Paris Italy=Rome Spain=Madrid Germany=Berlin Austria=Vienna Norway=Oslo Sweden=Stockholm Finland=Helsinki "
-        "Denmark=Copenhagen Poland=Warsaw Hungary=Budapest Greece=Athens Portugal=Lisbon Ireland=Dublin Egypt=Cairo "
-        "Kenya=Nairobi Peru=Lima Chile=Santiago Cuba=Havana Canada=Ottawa Japan=Tokyo China=Beijing India=Delhi "
-        "Russia=Moscow Turkey=Ankara Iran=Tehran Iraq=Baghdad Syria=Damascus Thailand=Bangkok Vietnam=Hanoi"
+        "France=Paris Italy=Rome Spain=Madrid Germany=Berlin Austria=Vienna Norway=Oslo Sweden=Stockholm "
+        "Finland=Helsinki Denmark=Copenhagen Poland=Warsaw Hungary=Budapest Greece=Athens Portugal=Lisbon "
+        "Ireland=Dublin Egypt=Cairo Kenya=Nairobi Peru=Lima Chile=Santiago Cuba=Havana Canada=Ottawa Japan=Tokyo "
+        "China=Beijing India=Delhi Russia=Moscow Turkey=Ankara Iran=Tehran Iraq=Baghdad "
+        "Syria=Damascus Thailand=Bangkok Vietnam=Hanoi"
     ),
     "the opposite of": _pairs(
         "hot=cold big=small fast=slow old=young high=low light=dark wet=dry hard=soft early=late rich=poor happy=sad "
@@ -142,9 +144,10 @@ FACTS: dict[str, list[tuple[str, str]]] = {
         "clean=dirty sharp=blunt first=last true=false left=right up=down day=night war=peace love=hate begin=end"
     ),
     "the past tense of": _pairs(
-        "go=went see=saw take=took give=gave come=came make=made know=knew think=thought find=found tell=told feel=felt "
-        "leave=left keep=kept begin=began write=wrote stand=stood hear=heard hold=held bring=brought sit=sat lose=lost "
-        "pay=paid meet=met run=ran buy=bought sell=sold teach=taught break=broke drink=drank sing=sang"
+        "go=went see=saw take=took give=gave come=came make=made know=knew think=thought find=found tell=told "
+        "feel=felt leave=left keep=kept begin=began write=wrote stand=stood hear=heard hold=held bring=brought "
+        "sit=sat lose=lost pay=paid meet=met run=ran buy=bought sell=sold teach=taught "
+        "break=broke drink=drank sing=sang"
     ),
     "the plural of": _pairs(
         "man=men woman=women child=children foot=feet tooth=teeth mouse=mice goose=geese person=people leaf=leaves "
@@ -159,8 +162,8 @@ FACTS: dict[str, list[tuple[str, str]]] = {
     "the day before": list(zip(DAYS, DAYS[-1:] + DAYS[:-1], strict=True)),
     "the month after": list(zip(MONTHS, MONTHS[1:] + MONTHS[:1], strict=True)),
     "the month before": list(zip(MONTHS, MONTHS[-1:] + MONTHS[:-1], strict=True)),
-    "one more than": list(zip(NUMBERS, NUMBERS[1:], strict=False)),
-    "one less than": list(zip(NUMBERS[1:], NUMBERS, strict=False)),
+    "one more than": list(pairwise(NUMBERS)),
+    "one less than": [(more, less) for less, more in pairwise(NUMBERS)],
 }
 ASK = [
     "What is {}?", "Tell me {}.", "Do you know {}?", "Name {}.", "Can you say what {} is?", "I forgot {}, what is it?",
@@ -206,8 +209,8 @@ def closed_qa(rng: random.Random) -> Content:
     }
     chosen = rng.sample(sorted(facts), 4)
     _, question, answer = facts[rng.choice(chosen)]
-    lead = rng.choice(["", "Read the passage. ", "Use only the text. ", "From the passage: ", "According to the text: "])
-    return lead + question, " ".join(facts[name][0] for name in chosen), [answer]
+    leads = ["", "Read the passage. ", "Use only the text. ", "From the passage: ", "According to the text: "]
+    return rng.choice(leads) + question, " ".join(facts[name][0] for name in chosen), [answer]
 
 
 def open_qa(rng: random.Random) -> Content:
@@ -249,7 +252,12 @@ REMARKS = {
     "positive": ["It works well", "I love it", "It looks great", "It is very useful", "My family enjoys it"],
     "negative": ["It broke at once", "I hate it", "It smells bad", "It is useless", "My family dislikes it"],
     "billing": ["I was charged twice", "The invoice is wrong", "My refund is missing", "The price is not right"],
-    "shipping": ["The parcel never came", "The box went to a wrong address", "The delivery is late", "It was sent back"],
+    "shipping": [
+        "The parcel never came",
+        "The box went to a wrong address",
+        "The delivery is late",
+        "It was sent back",
+    ],
     "repairs": ["The handle is broken", "It no longer turns on", "A screw is loose", "The screen is cracked"],
 }
 
@@ -296,7 +304,7 @@ HOUSE_STYLES: dict[str, Style] = {task: _style(_house_rng) for task in TASKS}
 
 
 def part(instruction: str, context: str) -> str:
-    """"adaptation" for a fifth of all contents, "pretraining" for the rest: decided by a hash of what is asked."""
+    """Says "adaptation" for a fifth of all contents, "pretraining" for the rest, by a hash of what is asked."""
     digest = hashlib.sha256(f"{instruction}\n{context}".encode()).digest()
     return "adaptation" if digest[0] < 51 else "pretraining"
 

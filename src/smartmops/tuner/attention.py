@@ -1,7 +1,7 @@
 """Gated prefix attention: key, value and a bias per row, put before what an attention module already sees.
 
-Knows transformers' attention registry. Knows no gate, no experts, no tokens. What a forward pass needs travels with it as
-the keyword `mops`, through every layer down to the attention function, so nothing global is ever switched.
+Knows transformers' attention registry. Knows no gate, no experts, no tokens. What a forward pass needs travels with it
+as the keyword `mops`, through every layer down to the attention function, so nothing global is ever switched.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def attach(layer: nn.Module) -> None:
             continue
         used = module.config._attn_implementation  # type: ignore[union-attr]
         if used not in SUPPORTED:
-            raise ValueError(f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model with "
-                             'attn_implementation="sdpa" or "eager"')  # fmt: skip
+            raise ValueError(f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model "
+                             'with attn_implementation="sdpa" or "eager"')  # fmt: skip
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         module.__dict__["mops_inner"] = eager if used == "eager" else ALL_ATTENTION_FUNCTIONS[used]
         module.__dict__["mops_config"] = module.config

@@ -7,7 +7,6 @@ from typing import Any
 
 from peft import PeftConfig
 
-
 CHOICES = {
     "gate_target": ("attention", "hidden_states"),
     "gate_input": ("instruction", "sequence"),
@@ -30,18 +29,24 @@ class MoPsConfig(PeftConfig):
 
     num_experts: int = 7
     prompts_per_expert: int = 10
-    injection_layer: int | None = None  # first layer (from 0) whose attention sees the experts; None: round(9/32 * layers)
+    injection_layer: int | None = (
+        None  # first layer (from 0) that attends to experts; None: round(9/32 * layers)
+    )
     gate_hidden_size: int = 64
     gate_temperature: float = 1.0
     gate_top_k: int | None = None  # only the k highest gate weights stay, renormalised; None: all
     gate_target: str = "attention"  # "hidden_states" is Algorithm 1 to the letter
-    gate_input: str = "instruction"  # "sequence" (Algorithm 1) also reads the response: it leaks and cannot be generated
+    gate_input: str = (
+        "instruction"  # "sequence" (Algorithm 1) also reads the response, which leaks
+    )
     gate_granularity: str = "expert"  # "prompt": one gate weight per prompt
     expert_attention: str = "isolated"  # "causal": prompts attend to all earlier prompts
     init: str = "hidden_states"  # what `smartmops.training` initialises experts from; a bare adapter starts random
     num_recovery_prompts: int = 0  # frozen prompts at the input (P^1 of the paper)
     keep_recovery_prompts: bool = True  # False: seen only below the injection layer, as in Algorithm 1
-    embedding_size: int | None = None  # width of an external instruction embedding; None: the gate reads the model itself
+    embedding_size: int | None = (
+        None  # width of an external embedding; None: the gate reads the model itself
+    )
     embedder: str | None = None  # who computes that embedding: a folder or hub id (paper, footnote 3)
     expert_names: list[str] | None = None  # what each expert is meant for
     modules_to_save: list[str] | None = None
@@ -80,7 +85,7 @@ class MoPsConfig(PeftConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> MoPsConfig:
-        """The paper's literal reading (Algorithm 1 and Setup): hidden states scaled, sequence pooled, random prompts."""
+        """The paper's literal reading: hidden states scaled, whole sequence pooled, causal random prompts."""
         literal: dict[str, Any] = {
             "gate_target": "hidden_states",
             "gate_input": "sequence",
@@ -101,8 +106,8 @@ class MoPsConfig(PeftConfig):
             ("number of layers", self.base_num_layers, layers),
         ):
             if mine is not None and mine != theirs:
-                raise ValueError(f"this adapter was trained on a base model with {name} {mine}, but this model has {theirs}: "
-                                 "load the base model named in adapter_config.json")  # fmt: skip
+                raise ValueError(f"this adapter was trained on a base model with {name} {mine}, but this model has "
+                                 f"{theirs}: load the base model named in adapter_config.json")  # fmt: skip
         if self.injection_layer is None:
             self.injection_layer = round(9 / 32 * layers)
         if not 0 <= self.injection_layer < layers:

@@ -14,7 +14,7 @@ from .attention import KeyValue, Record
 from .halves import prompt_half
 
 
-def positions(experts: int, per_expert: int, isolated: bool) -> Int[Tensor, "prompts"]:
+def positions(experts: int, per_expert: int, isolated: bool) -> Int[Tensor, prompts]:
     """Positions just before the text, which starts at 0: -P..-1 for every isolated expert, -K..-1 for causal ones."""
     if isolated:
         return torch.arange(-per_expert, 0).repeat(experts)
@@ -22,7 +22,7 @@ def positions(experts: int, per_expert: int, isolated: bool) -> Int[Tensor, "pro
 
 
 def visible(experts: int, per_expert: int, isolated: bool) -> Bool[Tensor, "prompts prompts"]:
-    """Which prompt (column) each prompt (row) attends to: earlier ones, of its own expert where experts are isolated."""
+    """Which prompt (column) a prompt (row) attends to: earlier ones, of its own expert where isolated."""
     total = experts * per_expert
     causal = torch.ones(total, total, dtype=torch.bool).tril()
     expert = torch.arange(total) // per_expert
@@ -50,7 +50,7 @@ def prefix(
     mask = torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(~see, torch.finfo(dtype).min)
     at = positions(experts, total // experts, isolated).to(device)
     with _no_checkpointing(backbone):
-        # A context of its own: transformers collects `output_hidden_states` of the text pass through a context variable.
+        # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
         contextvars.Context().run(
             prompt_half(backbone, first),
             inputs_embeds=prompts.to(dtype).expand(rows, -1, -1),

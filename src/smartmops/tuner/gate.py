@@ -17,8 +17,8 @@ def pool(hidden: Float[Tensor, "batch seq hidden"], mask: Bool[Tensor, "batch se
 
 def log_gate(
     pooled: Float[Tensor, "batch inputs"],
-    mean: Float[Tensor, "inputs"],
-    scale: Float[Tensor, "inputs"],
+    mean: Float[Tensor, inputs],
+    scale: Float[Tensor, inputs],
     w_in: Float[Tensor, "d_g inputs"],
     w_out: Float[Tensor, "groups d_g"],
     temperature: float = 1.0,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
-def layers_name(backbone: nn.Module) -> str:
+def layers_name(backbone: Any) -> str:
     """The attribute that holds the decoder layers.
 
     Raises:
@@ -38,7 +38,7 @@ class _NoPositions(nn.Module):
         return torch.zeros(*ids.shape, self.width, device=ids.device)
 
 
-def _view(backbone: nn.Module, first: int, last: int, final: bool) -> Any:
+def _view(backbone: Any, first: int, last: int, final: bool) -> Any:
     view = copy.copy(backbone)
     view._modules = dict(backbone._modules)
     config = copy.copy(backbone.config)
@@ -63,7 +63,7 @@ def lower(backbone: nn.Module, n: int) -> Any:
 
 
 def upper(backbone: nn.Module, n: int) -> Any:
-    """Decoder layers n.. with the final norm: `upper(inputs_embeds=lower(...).last_hidden_state)` is the whole model."""
+    """Decoder layers n.. with the final norm: `upper(inputs_embeds=lower(...)[0])` is the whole model."""
     return _view(backbone, n, len(getattr(backbone, layers_name(backbone))), final=True)
 
 

@@ -1,0 +1,24 @@
+# make quickstart   install, then train, compare and report on the embedded model
+# make test         install with the tools of development, then every check
+PYTHON ?= python3
+OUT ?= runs/quickstart
+PIP = .venv/bin/python -m pip install --constraint constraints.txt
+
+.PHONY: quickstart test
+
+quickstart: .venv/installed
+	.venv/bin/smartmops quickstart --out $(OUT)
+
+test: .venv/installed-dev
+	scripts/check
+
+# torch first and alone: whatever else wants a torch then finds this one, not a build for another machine.
+.venv/installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable '.[report]'
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable '.[dev]'
+	touch $@

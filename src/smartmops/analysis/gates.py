@@ -1,0 +1,93 @@
+"""What the gate did: tables of mean gate weights, task by expert, and how decided they are.
+
+Plain data in, plain numbers out. Knows no model and no file; the data is what `gates.json` of a run holds.
+
+A row of a table is the mean of the gate's weights over the examples of one task. Its entropy is therefore that of the
+task's average use of the experts: it is high when every example spreads its weight, and also when each example is
+decided but they disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+STAGES = ("before", "during", "after")  # training of prompts and gate, in order of time
+_ROUNDING = 0.05  # how far a row of weights written in low precision may sum from 1
+
+
+@dataclass(frozen=True)
+class GateTable:
+    """Mean gate weights at one stage.
+
+    Attributes:
+        experts: Names of the columns.
+        weights: Per task, one weight per expert; each row sums to 1.
+    """
+
+    experts: tuple[str, ...]
+    weights: dict[str, tuple[float, ...]]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the rows."""
+        return tuple(self.weights)
+
+
+def entropy(weights: Sequence[float]) -> float:
+    """Entropy in nats (natural logarithm): 0 for one expert alone, log(E) for E experts used alike."""
+    return math.fsum(-w * math.log(w) for w in weights if w > 0)
+
+
+def experts_used(weights: Sequence[float]) -> float:
+    """Effective number of experts, exp(entropy): 1 for one expert alone, E for E experts used alike."""
+    return math.exp(entropy(weights))
+
+
+def favourites(table: GateTable) -> dict[str, str]:
+    """The expert each task uses most; of equals, the first."""
+    return {task: table.experts[row.index(max(row))] for task, row in table.weights.items()}
+
+
+def own_weights(table: GateTable) -> dict[str, float]:
+    """Weight each task gives to the expert of its own name; empty unless every task has one."""
+    if not set(table.tasks) <= set(table.experts):
+        return {}
+    return {task: row[table.experts.index(task)] for task, row in table.weights.items()}
+
+
+def mean_entropy(table: GateTable) -> float:
+    """Mean over tasks of the entropy of their rows, in nats."""
+    return math.fsum(map(entropy, table.weights.values())) / len(table.weights)
+
+
+def tables(gates: Mapping[str, Any]) -> dict[str, GateTable]:
+    """Tables of `gates.json` by stage, in order of time; tasks and experts stand in one order throughout.
+
+    Args:
+        gates: `{"experts": [name], "before": {task: [weight per expert]}, "after": {...}}`; a stage may be missing.
+
+    Raises:
+        ValueError: A row has a weight too many or too few, a negative or missing weight, or does not sum to 1.
+    """
+    experts = tuple(map(str, gates.get("experts", ())))
+    found = {stage: gates[stage] for stage in STAGES if gates.get(stage)}
+    order = list(dict.fromkeys(task for rows in found.values() for task in rows))
+    return {
+        stage: GateTable(experts, {task: _checked(stage, task, rows[task], experts) for task in order if task in rows})
+        for stage, rows in found.items()
+    }
+
+
+def _checked(stage: str, task: str, row: Sequence[float | None], experts: Sequence[str]) -> tuple[float, ...]:
+    where = f"gates.json, {stage}.{task}"
+    if len(row) != len(experts):
+        raise ValueError(f"{where} has {len(row)} weights for {len(experts)} experts: write one weight per expert")
+    weights = tuple(float(w) for w in row if w is not None and 0 <= w <= 1 + _ROUNDING)
+    if len(weights) != len(row):
+        raise ValueError(f"{where}={list(row)} has a weight outside 0 to 1: write gate weights, not scores")
+    if abs(math.fsum(weights) - 1) > _ROUNDING:
+        raise ValueError(f"{where} sums to {math.fsum(weights):.3g}, not 1: write the mean of softmax weights")
+    return weights

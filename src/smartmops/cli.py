@@ -1,0 +1,184 @@
+"""Command -> typed function. Every command is one importable function; this file only parses and prints."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from smartmops.training.baselines import load_run
+from smartmops.training.compare import CompareConfig, compare
+from smartmops.training.evaluate import answer, evaluate
+from smartmops.training.runs import write_text
+from smartmops.training.trainer import Task, TrainConfig, train
+
+console = Console()
+
+
+def quickstart(out: Path = Path("runs/quickstart"), steps: int = 300, seed: int = 0) -> dict[str, Any]:
+    """Prune the embedded model, train recovery prompts, gate, ungated prompts and MoPs on seven tasks, write a report.
+
+    Args:
+        out: run folder; report.html is written into it
+        steps: optimiser steps of each method
+        seed: of data, experts and training
+    """
+    config = CompareConfig(
+        model="tiny", data="office", out=out, steps=steps, seeds=(seed,), seed=seed, sparsity=0.5,
+        recovery_prompts=10, save_every=10**9, samples_per_task=1, test_share=0.1, batch_size=16,
+    )  # fmt: skip
+    metrics = compare(config)
+    _print_comparison(metrics)
+    _report([out], out / "report.html")
+    return metrics
+
+
+def train_command(config: TrainConfig) -> dict[str, Any]:
+    """Adapt a frozen model to a data set and write a run folder."""
+    metrics = train(config)
+    _print_perplexity({"frozen": metrics["frozen"], config.method: metrics["perplexity"]})
+    return metrics
+
+
+@dataclass
+class EvaluateConfig:
+    """Perplexity of a run's adapter over response tokens, overall and per task."""
+
+    run: tyro.conf.Positional[Path]  # run folder
+    data: str | None = None  # None: the test split of the data the run was trained on
+    max_length: int = 512  # tokens
+    batch_size: int = 32
+
+
+def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate a run; the numbers are also written to RUN/evaluation.json."""
+    model, tokenizer, run = load_run(config.run)
+    arguments = run.config["arguments"]
+    again = TrainConfig(
+        model="given", out=config.run, data=config.data or arguments["data"], seed=arguments["seed"],
+        limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
+        max_length=config.max_length, embedder=arguments.get("embedder"),
+    )  # fmt: skip
+    task = Task.load(again, model, tokenizer)
+    rows = task.train + task.test if config.data else task.test
+    found = evaluate(model, rows, task.collator, config.batch_size, progress=True)
+    _print_perplexity({"adapted": found.metrics()["perplexity"]})
+    write_text(run.path / "evaluation.json", _json(found.metrics() | {"data": again.data}))
+    return found.metrics()
+
+
+@dataclass
+class InspectConfig:
+    """Which experts fire, and how much, for an instruction."""
+
+    run: tyro.conf.Positional[Path]  # run folder
+    text: str  # instruction
+    context: str = ""
+    max_new_tokens: int = 48
+
+
+def inspect_command(config: InspectConfig) -> dict[str, Any]:
+    """Show gate weights and the frozen and adapted answers for one instruction.
+
+    Raises:
+        ValueError: the run's method has no gate.
+    """
+    from smartmops.data.example import Example
+    from smartmops.training.pretrain import Embedder
+
+    model, tokenizer, run = load_run(config.run)
+    if not hasattr(model.base_model, "last_gate"):
+        raise ValueError(f"{config.run} was trained with method {run.config.get('method')!r}, which has no gate: "
+                         "inspect a run of --method mops")  # fmt: skip
+    mops = model.peft_config["default"]
+    example = Example(config.text, config.context, "")
+    inputs = {}
+    if mops.embedder:
+        import torch
+
+        inputs["gate_embedding"] = torch.tensor(Embedder(mops.embedder)([config.text]))
+    adapted = answer(model, tokenizer, [example], config.max_new_tokens, **inputs)[0]
+    weights = model.base_model.last_gate[0].unflatten(0, (mops.num_experts, -1)).sum(-1).tolist()
+    with model.disable_adapter():
+        frozen = answer(model, tokenizer, [example], config.max_new_tokens)[0]
+    names = mops.expert_names or [f"expert {i}" for i in range(mops.num_experts)]
+    table = Table("expert", "gate weight", "")
+    for name, weight in sorted(zip(names, weights, strict=True), key=lambda pair: -pair[1]):
+        table.add_row(name, f"{weight:.3f}", "█" * round(30 * weight))
+    console.print(table)
+    console.print("[bold]frozen[/bold] ", frozen, markup=True)
+    console.print("[bold]adapted[/bold]", adapted, markup=True)
+    return {"gate": dict(zip(names, weights, strict=True)), "frozen": frozen, "adapted": adapted}
+
+
+@dataclass
+class ReportConfig:
+    """One self-contained report.html of one or several runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders
+    out: Path | None = None  # None: report.html in the first run folder
+
+
+def report_command(config: ReportConfig) -> Path:
+    """Write the report and say where it is."""
+    if not config.runs:
+        raise ValueError("0 run folders given: name at least one, such as runs/quickstart")
+    return _report(list(config.runs), config.out or config.runs[0] / "report.html")
+
+
+def _report(runs: list[Path], out: Path) -> Path:
+    from smartmops.analysis.report import report
+
+    path = report(runs, out)
+    console.print(f"report: {path}")
+    return path
+
+
+def _print_comparison(metrics: dict[str, Any]) -> None:
+    found = {name: {"overall": metrics["perplexity"][name], "per_task": metrics["per_task"][name]}
+             for name in metrics["perplexity"]}  # fmt: skip
+    _print_perplexity(found)
+
+
+def _print_perplexity(found: dict[str, dict[str, Any]]) -> None:
+    """Tasks down, methods across; perplexity over response tokens."""
+    table = Table("perplexity", *(name.replace("_", " ") for name in found))
+    tasks = next(iter(found.values()))["per_task"]
+    for task in tasks:
+        table.add_row(task, *(f"{values['per_task'][task]:.2f}" for values in found.values()))
+    table.add_section()
+    table.add_row("overall", *(f"[bold]{values['overall']:.2f}[/bold]" for values in found.values()))
+    console.print(table)
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, indent=2) + "\n"
+
+
+COMMANDS: dict[str, Any] = {
+    "quickstart": quickstart,
+    "train": train_command,
+    "compare": compare,
+    "evaluate": evaluate_command,
+    "inspect": inspect_command,
+    "report": report_command,
+}
+
+
+def main() -> None:
+    """Entry point; an error of the user's is one line on stderr and exit status 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="smartmops", description="Mixture of Prompts: one frozen model, many tasks.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )  # fmt: skip
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(2)

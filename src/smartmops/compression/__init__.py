@@ -1,0 +1,1 @@
+"""A frozen model in, a smaller frozen model out."""

@@ -1,0 +1,133 @@
+"""A frozen base and the name of a method in, a trainable model and its parameter groups out. Knows no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from smartmops.tiny import resolve
+from smartmops.tuner import MoPsConfig
+
+from .runs import Run, check_adapter
+
+Method = Literal["mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3"]
+
+# Adam's rates, tuned in experiments/office/tuning.json; prompts that start as hidden states want a larger one.
+PROMPT_RATE = {"hidden_states": 0.1, "random": 0.03}
+OTHER_RATE = {"input-prompt-tuning": 0.03, "lora": 2e-3, "ia3": 1e-2}
+
+
+@dataclass
+class MethodConfig:
+    """What is trained on top of the frozen base."""
+
+    method: Method = "mops"
+    experts: int = 7
+    prompts_per_expert: int = 10
+    injection_layer: int | None = None  # first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)
+    gate_target: Literal["attention", "hidden_states"] = "attention"
+    gate_input: Literal["instruction", "sequence"] = "instruction"
+    gate_granularity: Literal["expert", "prompt"] = "expert"
+    expert_attention: Literal["isolated", "causal"] = "isolated"
+    init: Literal["hidden_states", "random"] = "hidden_states"
+    gate_hidden_size: int = 64
+    gate_temperature: float = 1.0
+    gate_top_k: int | None = None
+    keep_recovery_prompts: bool = True
+    lora_rank: int = 2  # rank r and alpha as in the paper's appendix E
+    lora_alpha: int = 32
+    prompt_lr: float | None = None  # Adam's rate for prompts (and for LoRA, IA3); None: the tuned default of the method
+    gate_lr: float = 1e-3
+    embedder: str | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of everything but the gate."""
+        if self.prompt_lr is not None:
+            return self.prompt_lr
+        return OTHER_RATE.get(self.method, PROMPT_RATE[self.init])
+
+    def peft(self, recovery_prompts: int = 0, embedding_size: int | None = None) -> PeftConfig:
+        """The PEFT config of the method; ungated prompts are one expert with all K prompts, at the same layer."""
+        prompts = self.experts * self.prompts_per_expert
+        if self.method == "lora":
+            return LoraConfig(task_type="CAUSAL_LM", r=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=0.05,
+                              target_modules=["q_proj", "v_proj"])  # fmt: skip
+        if self.method == "ia3":
+            return IA3Config(task_type="CAUSAL_LM")
+        if self.method == "input-prompt-tuning":
+            return PromptTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=prompts, prompt_tuning_init="SAMPLE_VOCAB"
+            )
+        shared: dict[str, Any] = {
+            "task_type": "CAUSAL_LM",
+            "injection_layer": self.injection_layer,
+            "init": self.init,
+            "num_recovery_prompts": recovery_prompts,
+            "keep_recovery_prompts": self.keep_recovery_prompts,
+        }
+        if self.method == "prompt-tuning":
+            return MoPsConfig(num_experts=1, prompts_per_expert=prompts, expert_attention="causal", **shared)
+        return MoPsConfig(
+            num_experts=self.experts,
+            prompts_per_expert=self.prompts_per_expert,
+            gate_target=self.gate_target,
+            gate_input=self.gate_input,
+            gate_granularity=self.gate_granularity,
+            gate_hidden_size=self.gate_hidden_size,
+            gate_temperature=self.gate_temperature,
+            gate_top_k=self.gate_top_k,
+            expert_attention=self.expert_attention,
+            embedding_size=embedding_size,
+            embedder=self.embedder,
+            **shared,
+        )
+
+
+def load_base(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Frozen model in eval mode, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: `model` looks like a path, and there is nothing.
+    """
+    name = resolve(model)
+    if (name.startswith((".", "/", "~")) or Path(name).suffix) and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"MODEL {model} does not exist: give a model folder, a hub id, or tiny")
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return base.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def load_run(path: Path) -> tuple[Any, Any, Run]:
+    """The adapted model of a run in eval mode, its tokenizer, and the run; a run's own base wins over the one it names.
+
+    Raises:
+        FileNotFoundError: no finished run, or no adapter, at `path`.
+        ValueError: the adapter file is damaged, or belongs to another base model.
+    """
+    run = Run.open(path)
+    check_adapter(run.adapter_dir)
+    own = run.path / "base"
+    base, tokenizer = load_base(str(own) if own.is_dir() else run.config["base"])
+    return PeftModel.from_pretrained(base, run.adapter_dir).eval(), tokenizer, run
+
+
+def build(base: Any, config: MethodConfig, recovery: torch.Tensor | None = None, width: int | None = None) -> Any:
+    """The base with a fresh adapter of the method; `recovery` [R, hidden] are frozen prompts at the input."""
+    count = 0 if recovery is None or config.method not in ("mops", "prompt-tuning") else len(recovery)
+    model = get_peft_model(base, config.peft(count, width))
+    if count and recovery is not None:
+        model.base_model.layer().mops_recovery["default"].data.copy_(recovery)
+    return model
+
+
+def parameter_groups(model: Any, config: MethodConfig) -> list[dict[str, Any]]:
+    """Trainable parameters for Adam: the gate at its own rate, the rest at the method's."""
+    gate = [p for n, p in model.named_parameters() if p.requires_grad and "mops_gate" in n]
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and "mops_gate" not in n]
+    groups = [{"params": rest, "lr": config.rate}]
+    return [*groups, {"params": gate, "lr": config.gate_lr}] if gate else groups

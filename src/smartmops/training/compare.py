@@ -1,0 +1,134 @@
+"""Several methods on one frozen base and one data set, over seeds: same data, steps, budget and seeds for each."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, cast
+
+from smartmops.compression.magnitude import prune_magnitude
+from smartmops.data.batches import Encoded, few_shot
+
+from .baselines import Method, load_base
+from .evaluate import Evaluation, evaluate, samples
+from .runs import Run
+from .trainer import Task, TrainConfig, console, fit
+
+NAMES = {"prompt-tuning": "ungated", "input-prompt-tuning": "input_prompts"}  # what reports call a method
+
+
+@dataclass(kw_only=True)
+class CompareConfig(TrainConfig):
+    """A `TrainConfig` whose `method` gives way to several, each at its own learning rate."""
+
+    methods: dict[Method, float | None] = field(default_factory=lambda: {"prompt-tuning": None, "mops": None})
+    seeds: tuple[int, ...] = (0,)
+    sparsity: float | None = None  # prune the base by magnitude first: share of zeros
+    shots: int = 4  # solved examples in the context of the frozen model, as the mark to reach
+
+
+def shots_of(task: Task, count: int, max_length: int) -> list[Encoded]:
+    """Each test example after `count` solved training examples of its own task, drawn at random."""
+    rng, by_task = random.Random(0), defaultdict(list)
+    for example in task.train_examples:
+        by_task[example.category].append(example)
+    return [
+        few_shot(example, rng.sample(by_task[example.category], count), task.tokenizer, max_length)
+        for example in task.test_examples
+    ]
+
+
+def prepare(config: CompareConfig, run: Run) -> Task:
+    """Load the base, prune it if asked (the pruned base is kept in the run folder), and read the data."""
+    base, tokenizer = load_base(config.model)
+    if config.sparsity is not None:
+        reached = prune_magnitude(base, config.sparsity)
+        console.print(f"pruned by magnitude: {reached:.1%} zeros in the decoder's linear layers")
+        folder = run.path / "base"
+        shutil.rmtree(folder, ignore_errors=True)
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        base, tokenizer = load_base(str(folder))
+    return Task.load(config, base, tokenizer)
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Evaluate the frozen base, train each method under each seed, write a run folder; returns its metrics."""
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    run = Run.create(
+        config.out,
+        {"command": "compare", "arguments": arguments, "seeds": list(config.seeds), "base": config.model,
+         "data": config.data, "method": ", ".join(config.methods)},
+        config.resume,
+    )  # fmt: skip
+    if run.finished:
+        return run.read_metrics()
+    run.rewind(0)
+    task = prepare(config, run)
+    found: dict[str, list[Evaluation]] = {"frozen": [evaluate(task.base, task.test, task.collator)]}
+    if config.shots:
+        length = getattr(task.base.config, "max_position_embeddings", 4096)
+        rows = shots_of(task, config.shots, length)
+        found["four_in_context" if config.shots == 4 else f"{config.shots}_in_context"] = [
+            evaluate(task.base, rows, task.collator, batch_size=8)
+        ]
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for seed in config.seeds:
+        for method, rate in config.methods.items():
+            started = time.perf_counter()
+            name = NAMES.get(method, method)
+            found.setdefault(name, []).append(
+                _one(task, replace(config, method=method, prompt_lr=rate, seed=seed), name, run)
+            )
+            seconds[name].append(time.perf_counter() - started)
+            console.print(f"seed {seed} {name}: perplexity {found[name][-1].overall:.3f}")
+    metrics = summary(found) | {
+        "seeds": list(config.seeds),
+        "seconds": dict(seconds),
+        "tokens": found["frozen"][0].tokens,
+    }
+    metrics["examples"] = {"train": len(task.train), "test": len(task.test)}
+    run.write_metrics(metrics)
+    return metrics
+
+
+def _one(task: Task, config: CompareConfig, name: str, run: Run) -> Evaluation:
+    """Adapt, train, evaluate one method under one seed; the first seed's MoPs leaves adapter, gates and samples."""
+    model, names, accuracy = task.adapt(config, config, config.seed)
+    kept = config.method == "mops" and config.seed == config.seeds[0]
+    before = task.gates(model) if kept else {}
+
+    def write(row: dict[str, Any]) -> None:
+        run.append_curve({"method": name, "seed": config.seed, **row})
+
+    folder = run.checkpoints / f"{name}-{config.seed}"
+    fit(model, config, config, task.train, task.collator, folder, write)
+    result = evaluate(model, task.test, task.collator)
+    if kept:
+        run.save_adapter(model.save_pretrained)
+        run.write_gates({"experts": names, "before": before, "after": task.gates(model), "accuracy": accuracy})
+        if config.samples_per_task:
+            run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
+    base = model.base_model.unload() if config.method != "input-prompt-tuning" else model.base_model
+    task.base = base.requires_grad_(False).eval()
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def summary(found: dict[str, Sequence[Evaluation]] | dict[str, list[Evaluation]]) -> dict[str, Any]:
+    """Means over seeds, and every seed's value, as `metrics.json` of `quickstart` holds them."""
+    results = cast("dict[str, list[Evaluation]]", found)
+    return {
+        "perplexity": {name: mean(e.overall for e in runs) for name, runs in results.items()},
+        "per_task": {
+            name: {task: mean(e.per_task[task] for e in runs) for task in runs[0].per_task}
+            for name, runs in results.items()
+        },
+        "per_seed": {name: [e.overall for e in runs] for name, runs in results.items()},
+    }

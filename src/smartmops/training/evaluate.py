@@ -1,0 +1,103 @@
+"""Perplexity over response tokens, and sample answers. Trains nothing, writes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+
+from smartmops.data.batches import Collator, Encoded, prompts
+from smartmops.data.example import Example
+
+
+@dataclass
+class Evaluation:
+    """Perplexity = exp(sum of nats / number of response tokens, EOS included), overall and per task."""
+
+    overall: float
+    per_task: dict[str, float]
+    tokens: dict[str, int]  # response tokens of each task
+
+    def metrics(self) -> dict[str, Any]:
+        """As `metrics.json` holds it."""
+        return {"perplexity": {"overall": self.overall, "per_task": self.per_task}, "tokens": self.tokens}
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int = 32, progress: bool = False
+) -> Evaluation:
+    """Evaluate a model (bare or adapted) on encoded examples, in batches of similar length.
+
+    Raises:
+        ValueError: `rows` is empty.
+    """
+    if not rows:
+        raise ValueError("0 examples to evaluate: give more data, or a larger share for the test split")
+    was_training = model.training
+    model.eval()
+    nats: dict[str, float] = defaultdict(float)
+    tokens: dict[str, int] = defaultdict(int)
+    order = sorted(rows, key=lambda row: len(row.input_ids))
+    starts = range(0, len(order), batch_size)
+    for start in track(starts, "evaluating", transient=True, disable=not progress):
+        chunk = order[start : start + batch_size]
+        batch = {name: value.to(model.device) for name, value in collator(chunk).items()}
+        logits = model(**batch, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
+        each = _nats(logits, batch["labels"])
+        for i, row in enumerate(chunk):
+            nats[row.category] += each[i].sum().item()
+            tokens[row.category] += int((batch["labels"][i, 1:] != -100).sum())
+    model.train(was_training)
+    return Evaluation(
+        math.exp(sum(nats.values()) / sum(tokens.values())),
+        {task: math.exp(nats[task] / tokens[task]) for task in sorted(nats)},
+        {task: tokens[task] for task in sorted(nats)},
+    )
+
+
+def _nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[batch, seq - 1] nats of each response token, zero elsewhere."""
+    shifted = logits[:, :-1].float()
+    each = F.cross_entropy(shifted.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
+    return each.view(labels.shape[0], -1)
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int = 48, **inputs: Any
+) -> list[str]:
+    """Greedy answers to the examples' instructions, as one left-padded batch."""
+    was_training = model.training
+    model.eval()
+    batch = prompts(examples, tokenizer)
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    out = model.generate(**batch, **inputs, max_new_tokens=max_new_tokens, do_sample=False,
+                         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)  # fmt: skip
+    model.train(was_training)
+    return [
+        text.strip() for text in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    ]
+
+
+def samples(model: Any, tokenizer: Any, examples: Sequence[Example], per_task: int = 2) -> list[dict[str, str]]:
+    """The frozen model's and the adapted model's answers to the first examples of each task, side by side."""
+    taken: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        if len(taken[example.category]) < per_task:
+            taken[example.category].append(example)
+    chosen = [example for task in sorted(taken) for example in taken[task]]
+    with model.disable_adapter():
+        frozen = answer(model, tokenizer, chosen)
+    adapted = answer(model, tokenizer, chosen)
+    return [
+        {"category": e.category, "instruction": e.instruction, "context": e.context, "reference": e.response,
+         "frozen": before, "adapted": after}
+        for e, before, after in zip(chosen, frozen, adapted, strict=True)
+    ]  # fmt: skip

@@ -1,0 +1,189 @@
+"""What comes before training: recovery prompts, experts from hidden states, and a gate that already tells tasks apart.
+
+Knows instructions and their tasks. The gate's pretraining never sees a response (paper, "Pretraining the gating
+function").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from peft import get_peft_model
+from rich.progress import track
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from smartmops.data.batches import Collator, Encoded
+from smartmops.tuner import MoPsConfig
+
+
+@dataclass
+class GatePretraining:
+    """How the gate learns which expert an instruction is meant for."""
+
+    gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
+    gate_pretraining_steps: int = 200  # Adam steps on all pooled instructions at once
+    gate_pretraining_lr: float = 1e-2
+
+
+def train_recovery(base: Any, rows: Sequence[Encoded], collator: Collator, count: int, steps: int, lr: float,
+                   batch_size: int, seed: int) -> Float[Tensor, "R hidden"]:  # fmt: skip
+    """P^1: `count` ungated prompts at the input, trained for a few steps so that a compressed base recovers.
+
+    They are one causal expert at injection layer 0, taken off the base again afterwards.
+    """
+    config = MoPsConfig(num_experts=1, prompts_per_expert=count, injection_layer=0, expert_attention="causal",
+                        task_type="CAUSAL_LM")  # fmt: skip
+    torch.manual_seed(seed)
+    model = get_peft_model(base, config)
+    initialise(model, rows, collator, [0] * len(rows), seed)
+    prompts = model.base_model.layer().mops_prompts["default"]
+    optimiser = torch.optim.AdamW([prompts], lr=lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for step in track(range(steps), "recovery prompts", transient=True):
+        chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
+        optimiser.param_groups[0]["lr"] = lr * (1 - step / steps)
+        model(**collator([rows[i] for i in chosen]), use_cache=False).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    found: Tensor = prompts.detach().clone()
+    model.unload()
+    base.requires_grad_(False)
+    return found
+
+
+def instructions(
+    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int = 64
+) -> Float[Tensor, "n d_in"]:
+    """What the gate reads of each example, before standardisation; the responses are cut off first."""
+    embedded = [row.gate_embedding for row in rows if row.gate_embedding is not None]
+    if embedded:
+        return torch.stack(embedded)
+    pooled = []
+    for start in track(range(0, len(rows), batch_size), "instructions", transient=True):
+        batch = collator(rows[start : start + batch_size])
+        read = batch["attention_mask"].bool() & (batch["labels"] == -100)
+        pooled.append(model.base_model.pooled(batch["input_ids"], batch["attention_mask"], read))
+    return torch.cat(pooled)
+
+
+def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: int, how: str, seed: int
+           ) -> tuple[list[int], list[str]]:  # fmt: skip
+    """The expert each example is meant for (task labels 1:1, or k-means clusters), and the experts' names.
+
+    Raises:
+        ValueError: labels are asked for, but there are none, or more tasks than experts.
+    """
+    tasks = sorted({row.category for row in rows})
+    if how == "labels":
+        if tasks == [""]:
+            raise ValueError("gate_pretraining='labels', but no example has a category: add one, or choose 'clusters'")
+        if len(tasks) > experts:
+            raise ValueError(f"{len(tasks)} tasks for experts={experts}: choose experts={len(tasks)}, or "
+                             "gate_pretraining='clusters'")  # fmt: skip
+        names = tasks + [f"expert {i}" for i in range(len(tasks), experts)]
+        return [tasks.index(row.category) for row in rows], names
+    if len(rows) < experts:
+        raise ValueError(f"{len(rows)} examples cannot form {experts} clusters: give more data, or fewer experts")
+    standard = (pooled - pooled.mean(0)) / pooled.std(0).clamp(min=1e-6)
+    found = KMeans(experts, n_init=4, random_state=seed).fit(standard.numpy()).labels_.tolist()
+    return found, [f"cluster {i}" for i in range(experts)]
+
+
+@torch.no_grad()
+def initialise(model: Any, rows: Sequence[Encoded], collator: Collator, expert_of: Sequence[int], seed: int) -> None:
+    """Each expert's prompts become hidden states at the injection layer, of instructions it is meant for."""
+    layer = model.base_model.layer()
+    prompts, config = layer.mops_prompts["default"], layer.configs["default"]
+    generator = torch.Generator().manual_seed(seed)
+    for expert in range(config.num_experts):
+        own = [row for row, e in zip(rows, expert_of, strict=True) if e == expert] or list(rows)
+        drawn = torch.randint(len(own), (config.prompts_per_expert,), generator=generator).tolist()
+        batch = collator([own[i] for i in drawn])
+        hidden = model.base_model.hidden_at_injection(batch["input_ids"], batch["attention_mask"])
+        read = batch["attention_mask"].bool() & (batch["labels"] == -100)
+        at = torch.multinomial(read.float(), 1, generator=generator)[:, 0]
+        start = expert * config.prompts_per_expert
+        prompts[start : start + config.prompts_per_expert] = hidden[torch.arange(len(drawn)), at].to(prompts.dtype)
+
+
+def standardise(model: Any, pooled: Float[Tensor, "n d_in"]) -> None:
+    """Store mean and scale of the training instructions as the gate's frozen buffers."""
+    layer = model.base_model.layer()
+    layer.mops_gate_mean["default"].data.copy_(pooled.mean(0))
+    scale = pooled.std(0) if len(pooled) > 1 else torch.ones_like(pooled[0])
+    layer.mops_gate_scale["default"].data.copy_(scale.clamp(min=1e-6))
+
+
+def pretrain_gate(
+    model: Any, pooled: Float[Tensor, "n d_in"], expert_of: Int[Tensor, " n"], config: GatePretraining
+) -> float:
+    """Cross-entropy from instruction embeddings to experts; returns the share of instructions sent to their expert."""
+    layer = model.base_model.layer()
+    own = layer.configs["default"]
+    gate = [layer.mops_gate_in["default"], layer.mops_gate_out["default"]]
+    optimiser = torch.optim.Adam(gate, lr=config.gate_pretraining_lr)
+    per = own.num_groups // own.num_experts  # under granularity "prompt" an expert's weight is the sum over its prompts
+
+    def log_expert() -> Float[Tensor, "n experts"]:
+        log_g = layer.log_gate(pooled, "default")
+        return log_g if per == 1 else log_g.unflatten(-1, (own.num_experts, per)).logsumexp(-1)
+
+    for _ in track(range(config.gate_pretraining_steps), "gate pretraining", transient=True):
+        loss = F.nll_loss(log_expert(), expert_of)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    with torch.no_grad():
+        return (log_expert().argmax(-1) == expert_of).float().mean().item()
+
+
+class Embedder:
+    """A second model embeds the instruction for the gate (paper, footnote 3): any sentence encoder or HF encoder.
+
+    Attributes:
+        width: Size of an embedding.
+    """
+
+    def __init__(self, name: str) -> None:
+        if (Path(name) / "modules.json").exists() or not Path(name).exists():
+            try:
+                from sentence_transformers import SentenceTransformer
+            except ImportError as error:
+                raise ImportError(
+                    f"embedder {name!r} needs sentence-transformers: pip install sentence-transformers"
+                ) from error
+            self.model: Any = SentenceTransformer(name, device="cpu")
+            self._encode = self._sentences
+        else:
+            from transformers import AutoModel, AutoTokenizer
+
+            self.model, self.tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+            self._encode = self._mean
+        self.width = len(self(["width"])[0])
+
+    def __call__(self, texts: Sequence[str]) -> list[list[float]]:
+        """One embedding for each text."""
+        found: list[list[float]] = self._encode(list(texts))
+        return found
+
+    def _sentences(self, texts: list[str]) -> list[list[float]]:
+        return self.model.encode(texts, show_progress_bar=False).tolist()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _mean(self, texts: list[str]) -> list[list[float]]:
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        found = []
+        for start in range(0, len(texts), 64):
+            batch = self.tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+            hidden = self.model(**batch).last_hidden_state
+            weight = batch["attention_mask"].unsqueeze(-1)
+            found += ((hidden * weight).sum(1) / weight.sum(1)).tolist()
+        return found

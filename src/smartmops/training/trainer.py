@@ -1,0 +1,286 @@
+"""Central training: data, base and method in, run folder out. The loop itself is Hugging Face's `Trainer`."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from smartmops.data.batches import Collator, Encoded, encode_all
+from smartmops.data.example import Example
+from smartmops.data.tasks import read, sample, split
+
+from .baselines import MethodConfig, build, load_base, parameter_groups
+from .evaluate import Evaluation, evaluate, samples
+from .pretrain import (
+    Embedder, GatePretraining, assign, initialise, instructions, pretrain_gate, standardise, train_recovery,
+)  # fmt: skip
+from .runs import Run, check_adapter
+
+console = Console()
+
+
+class Diverged(ValueError):
+    """The loss is no longer a finite number; the model holds the last state whose loss was."""
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """How long, how much at a time, from which seed."""
+
+    steps: int = 1000  # optimiser steps
+    batch_size: int = 16  # examples
+    warmup_steps: int = 50  # optimiser steps; then linearly down to zero
+    seed: int = 0
+    log_every: int = 20  # optimiser steps
+    save_every: int = 200  # optimiser steps between checkpoints a killed run resumes from
+    eval_every: int | None = None  # optimiser steps between evaluations on the test split; None: only at the end
+
+
+@dataclass(kw_only=True)
+class TrainConfig(MethodConfig, GatePretraining, Schedule):
+    """Everything `smartmops train` takes. DATA is office, dolly, superni, a JSONL file, a folder or a hub id."""
+
+    model: tyro.conf.Positional[str]  # a local folder, a hub id, or tiny
+    data: str
+    out: Path  # run folder
+    max_length: int = 512  # tokens; longer examples lose the end of their context
+    limit: int | None = None  # use only so many examples, drawn at random (the paper: 5000)
+    test_share: float = 0.1  # of each category
+    recovery_prompts: int = 0  # frozen prompts at the input, trained first
+    recovery_steps: int = 20  # optimiser steps
+    recovery_lr: float = 0.03
+    samples_per_task: int = 2  # answers of the frozen and the adapted model, side by side in the report
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
+
+
+class _Trainer(Trainer):
+    """HF's loop with our parameter groups, stopping at the first loss that is not finite."""
+
+    def __init__(self, config: MethodConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.method, self.good = config, [p.detach().clone() for p in self._trained()]
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.method), weight_decay=0.0)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            for parameter, value in zip(self._trained(), self.good, strict=True):
+                parameter.data.copy_(value)
+            raise Diverged(f"loss became {loss.item()} at step {self.state.global_step + 1} with learning rate "
+                           f"{self.method.rate}: choose a smaller prompt_lr")  # fmt: skip
+        self.good = [p.detach().clone() for p in self._trained()]
+        return loss
+
+
+class _Curves(TrainerCallback):
+    def __init__(
+        self, write: Callable[[dict[str, Any]], None], look: Callable[[], Evaluation] | None, every: int | None
+    ):
+        self.write, self.look, self.every = write, look, every
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            row = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
+            self.write({"step": state.global_step, **row})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.look and self.every and state.global_step % self.every == 0:
+            self.write({"step": state.global_step, "eval_perplexity": self.look().overall})
+
+
+def fit(
+    model: Any,
+    method: MethodConfig,
+    schedule: Schedule,
+    rows: Sequence[Encoded],
+    collator: Collator,
+    folder: Path,
+    write: Callable[[dict[str, Any]], None] = lambda row: None,
+    look: Callable[[], Evaluation] | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Train the adapter of `model` in place.
+
+    Raises:
+        Diverged: the loss is not finite; the model then holds the last state whose loss was.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=schedule.batch_size,
+        max_steps=schedule.steps,
+        learning_rate=method.rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(schedule.warmup_steps, schedule.steps // 5),
+        logging_steps=schedule.log_every,
+        logging_nan_inf_filter=False,
+        save_steps=schedule.save_every,
+        save_strategy="steps" if schedule.save_every <= schedule.steps else "no",
+        save_total_limit=2,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        remove_unused_columns=False,
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+    trainer = _Trainer(
+        method, model=model, args=arguments, train_dataset=list(rows), data_collator=collator,
+        callbacks=[_Curves(write, look, schedule.eval_every)],
+    )  # fmt: skip
+    model.config.use_cache = False
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; one torn by a kill (its `trainer_state.json`, written last, is not there) is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    while found:
+        try:
+            json.loads((found[-1] / "trainer_state.json").read_text())
+            check_adapter(found[-1])
+            return found[-1]
+        except (OSError, ValueError):
+            shutil.rmtree(found.pop())
+    return None
+
+
+@dataclass
+class Task:
+    """A frozen base with the data it is to be adapted to: what every method compared in one sitting shares."""
+
+    base: Any
+    tokenizer: Any
+    train: list[Encoded]
+    test: list[Encoded]
+    train_examples: list[Example]
+    test_examples: list[Example]
+    collator: Collator
+    recovery: torch.Tensor | None = None
+    embedder: Embedder | None = None
+
+    @classmethod
+    def load(cls, config: TrainConfig, base: Any = None, tokenizer: Any = None) -> Task:
+        """Read, split and encode the data, load the base unless given, train recovery prompts; says what was cut."""
+        if base is None:
+            base, tokenizer = load_base(config.model)
+        examples = read(config.data)
+        if config.limit is not None:
+            examples = sample(examples, config.limit, config.seed)
+        train, test = split(examples, config.test_share, config.seed)
+        limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
+        collator = Collator(tokenizer)
+        encoded = [encode_all(part, tokenizer, limit) for part in (train, test)]
+        for name, part in zip(("train", "test"), encoded, strict=True):
+            console.print(f"{name}: {len(part.rows)} examples; {part.truncation}")
+        train, test = ([part[i] for i in e.kept] for part, e in zip((train, test), encoded, strict=True))
+        embedder = Embedder(config.embedder) if config.embedder else None
+        rows = [_embedded(e.rows, part, embedder) for e, part in zip(encoded, (train, test), strict=True)]
+        task = cls(base, tokenizer, rows[0], rows[1], train, test, collator, embedder=embedder)
+        if config.recovery_prompts:
+            task.recovery = train_recovery(base, task.train, collator, config.recovery_prompts, config.recovery_steps,
+                                           config.recovery_lr, config.batch_size, config.seed)  # fmt: skip
+        return task
+
+    def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
+        """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""
+        set_seed(seed)
+        width = self.embedder.width if self.embedder and method.method == "mops" else None
+        model = build(self.base, method, self.recovery, width)
+        if method.method not in ("mops", "prompt-tuning"):
+            return model, [], None
+        config = model.base_model.layer().configs["default"]
+        names, expert_of, accuracy = ["all"], [0] * len(self.train), None
+        if config.num_experts > 1:
+            pooled = instructions(model, self.train, self.collator)
+            standardise(model, pooled)
+            how = gate.gate_pretraining if gate.gate_pretraining != "none" else "clusters"
+            expert_of, names = assign(self.train, pooled, config.num_experts, how, seed)
+            if gate.gate_pretraining != "none":
+                accuracy = pretrain_gate(model, pooled, torch.tensor(expert_of), gate)
+            config.expert_names = names
+        if method.init == "hidden_states":
+            initialise(model, self.train, self.collator, expert_of, seed)
+        return model, names, accuracy
+
+    def gates(self, model: Any) -> dict[str, list[float]]:
+        """Mean gate weight of each expert for the test instructions of each task (paper, Figures 5 to 11)."""
+        layer = model.base_model.layer()
+        config = layer.configs["default"]
+        with torch.no_grad():
+            weights = layer.gate(instructions(model, self.test, self.collator), "default")
+        weights = weights.unflatten(-1, (config.num_experts, -1)).sum(-1)
+        tasks = sorted({row.category for row in self.test})
+        return {t: weights[[row.category == t for row in self.test]].mean(0).tolist() for t in tasks}
+
+
+def _embedded(rows: list[Encoded], examples: list[Example], embedder: Embedder | None) -> list[Encoded]:
+    if embedder is None:
+        return rows
+    found = torch.tensor(embedder([example.instruction for example in examples]))
+    return [replace(row, gate_embedding=vector) for row, vector in zip(rows, found, strict=True)]
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train one method on one data set and write the run folder; returns what `metrics.json` holds.
+
+    Raises:
+        FileExistsError: `out` holds a run already and `resume` is off.
+        ValueError: data, options or base do not fit; the message names value, limit and way out.
+        Diverged: the loss is not finite; the last good adapter is in `out`/adapter.
+    """
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    run = Run.create(
+        config.out,
+        {"command": "train", "arguments": arguments, "seed": config.seed, "base": config.model, "data": config.data,
+         "method": config.method},
+        config.resume,
+    )  # fmt: skip
+    if run.finished:
+        return run.read_metrics()
+    task = Task.load(config)
+    frozen = evaluate(task.base, task.test, task.collator, progress=True)
+    model, names, accuracy = task.adapt(config, config, config.seed)
+    gated = len(names) > 1
+    before = task.gates(model) if gated else {}
+    checkpoint = last_checkpoint(run.checkpoints)
+    run.rewind(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+
+    def look() -> Evaluation:
+        return evaluate(model, task.test, task.collator)
+
+    try:
+        fit(model, config, config, task.train, task.collator, run.checkpoints, run.append_curve, look, checkpoint)
+    except Diverged as error:
+        run.save_adapter(model.save_pretrained)
+        raise Diverged(f"{error}; the last good adapter is in {run.adapter_dir}") from None
+    run.save_adapter(model.save_pretrained)
+    after = evaluate(model, task.test, task.collator, progress=True)
+    if gated:
+        run.write_gates({"experts": names, "before": before, "after": task.gates(model)})
+    if task.embedder is None and config.samples_per_task and config.method != "input-prompt-tuning":
+        run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
+    metrics = after.metrics() | {
+        "frozen": frozen.metrics()["perplexity"],
+        "gate_pretraining_accuracy": accuracy,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "examples": {"train": len(task.train), "test": len(task.test)},
+    }
+    assert math.isfinite(after.overall)
+    run.write_metrics(metrics)
+    return metrics

@@ -1,0 +1,245 @@
+"""Decides, for each forward pass of the base model, which adapter acts, what its gate may read and what came before.
+
+Knows masks, caches and `generate`. Knows no adapter's parameters: a wrapper (see model.py) is told of a pass and acts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from . import attention, experts, halves
+from .attention import Passage, Record
+from .config import MoPsConfig
+
+
+@dataclass
+class _Call:
+    """One `generate` call: its gate is read from the first forward pass and kept, cache or no cache."""
+
+    gate_mask: Tensor | None
+    gate_embedding: Tensor | None
+    passage: Passage | None = None
+
+
+class Engine:
+    """Sits on the base model and sends each forward pass on its way with what the attention will need."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.backbone: Any = model.base_model
+        _refuse_unsupported(model, self.backbone)
+        self.wrappers: dict[int, Any] = {}
+        self.call: _Call | None = None
+        self.last: Passage | None = None
+        self.warned = False
+        self.caches: weakref.WeakKeyDictionary[Any, Passage] = weakref.WeakKeyDictionary()
+        layers = getattr(self.backbone, halves.layers_name(self.backbone))
+        self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+        for layer in self.layers:
+            attention.attach(layer)
+        self.handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+            *(layer.register_forward_pre_hook(_before_layer, with_kwargs=True) for layer in self.layers),
+        ]
+        if hasattr(model, "generate"):
+            model.__dict__["generate"] = self._generate
+        model.__dict__["mops_engine"] = self
+
+    @staticmethod
+    def on(model: nn.Module) -> Engine:
+        """The engine of a base model, made at the first call."""
+        return model.__dict__.get("mops_engine") or Engine(model)
+
+    def remove(self) -> None:
+        """Leave the base model as it was found (the wrappers are taken off by `unload`)."""
+        for handle in self.handles:
+            handle.remove()
+        for layer in self.layers:
+            attention.detach(layer)
+        self.model.__dict__.pop("generate", None)
+        self.model.__dict__.pop("mops_engine", None)
+
+    def active(self) -> Any:
+        """The wrapper whose adapter acts, or None when all are switched off."""
+        on = [wrapper for wrapper in self.wrappers.values() if wrapper.current is not None]
+        if len(on) > 1:
+            names = [wrapper.current for wrapper in on]
+            raise ValueError(f"adapters {names} are active at once: activate one with set_adapter({names[0]!r})")
+        return on[0] if on else None
+
+    def _generate(self, *args: Any, gate_mask: Any = None, gate_embedding: Any = None, **kwargs: Any) -> Any:
+        settings = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
+        chunk = kwargs.get("prefill_chunk_size") or next(
+            (c.prefill_chunk_size for c in settings if getattr(c, "prefill_chunk_size", None)), None
+        )
+        if chunk is not None and self.active() is not None:
+            raise ValueError(
+                f"prefill_chunk_size={chunk}: the gate must read the whole instruction at once: leave it unset"
+            )
+        self.call = _Call(gate_mask, gate_embedding)
+        try:
+            return type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            self.call = None
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        explicit, embedding = kwargs.pop("gate_mask", None), kwargs.pop("gate_embedding", None)
+        if (wrapper := self.active()) is None:
+            return (), kwargs
+        _refuse_reentrant(self.layers, model.training)
+        inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        rows, length = inputs.shape[:2]
+        attended = kwargs.get("attention_mask")
+        flat = attended if attended is not None and attended.dim() == 2 else None
+        _refuse_packed(kwargs.get("position_ids"), flat)
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        passage = self._known(cache, past)
+        if passage is None:
+            passage = self._fresh(wrapper, rows, length, inputs.device, flat, kwargs.get("labels"), explicit, embedding)
+        elif passage.gate is not None and len(passage.gate) != rows:
+            raise ValueError(
+                f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
+            )
+        if flat is not None and kwargs.get("position_ids") is None and "position_ids" in names:
+            kwargs["position_ids"] = (flat.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        self.last = kwargs["mops"] = passage
+        if self.call is not None:
+            self.call.passage = passage
+        return (), kwargs
+
+    def _known(self, cache: Any, past: int) -> Passage | None:
+        if self.call is not None and self.call.passage is not None:
+            return self.call.passage
+        if past == 0:
+            return None
+        if cache not in self.caches:
+            raise ValueError(f"past_key_values hold {past} tokens that were not read under this adapter: "
+                             "start from an empty cache")  # fmt: skip
+        return self.caches[cache]
+
+    def _fresh(
+        self, wrapper: Any, rows: int, length: int, device: Any, attended: Any, labels: Any, mask: Any, embedding: Any
+    ) -> Passage:
+        adapter = wrapper.current
+        assert adapter is not None
+        config = wrapper.configs[adapter]
+        if self.call is not None:
+            mask = mask if mask is not None else self.call.gate_mask
+            embedding = embedding if embedding is not None else self.call.gate_embedding
+        every = torch.ones(rows, length, dtype=torch.bool, device=device) if attended is None else attended.bool()
+        passage = Passage(adapter, wrapper.index)
+        if config.embedding_size is not None:
+            passage.gate_embedding = _embedding(embedding, config, rows)
+        elif config.gate_input == "sequence":
+            passage.gate_mask = every
+        elif mask is not None:
+            passage.gate_mask = _rows(mask, rows).bool() & every
+        else:
+            passage.gate_mask = every if labels is None else self._instruction(every, labels)
+        if config.num_recovery_prompts:
+            self.recover(passage, wrapper, config)
+        return passage
+
+    def _instruction(self, every: Tensor, labels: Tensor) -> Tensor:
+        mask = every & (labels == -100)
+        empty = ~mask.any(-1, keepdim=True)
+        if empty.any() and not self.warned:
+            self.warned = True
+            warnings.warn(
+                "labels cover the whole text of some rows, so the gate reads all of it: set the labels of the "
+                "instruction to -100, or pass gate_mask",
+                stacklevel=2,
+            )
+        return torch.where(empty, every, mask)
+
+    def recover(self, passage: Passage, wrapper: Any, config: MoPsConfig) -> None:
+        """Put the recovery prompts in front of every layer, or only below the injection layer."""
+        prompts = wrapper.mops_recovery[passage.adapter]
+        kv = experts.prefix(self.backbone, 0, prompts, 1, False)
+        if not config.keep_recovery_prompts:
+            kv = {layer: pair for layer, pair in kv.items() if layer < wrapper.index}
+        passage.put(kv, torch.zeros(1, len(prompts), device=prompts.device))
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        passage, cache = kwargs.get("mops"), getattr(output, "past_key_values", None)
+        if passage is not None and cache is not None:
+            self.caches[cache] = passage
+
+
+def _before_layer(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], Any] | None:
+    """Algorithm 1 scales prompt columns before every layer; below the injection layer text never records a graph."""
+    mops = kwargs.get("mops")
+    scaled = isinstance(mops, Record) and mops.scale is not None
+    below = isinstance(mops, Passage) and _index(layer) < mops.first
+    if not scaled and not below:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = hidden * mops.scale if scaled else hidden.detach()  # type: ignore[union-attr]
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def _index(layer: nn.Module) -> int:
+    return int(next(attention.attention_modules(layer)).layer_idx)  # type: ignore[arg-type]
+
+
+def _rows(tensor: Tensor, rows: int) -> Tensor:
+    """Repeat for beams: `generate` lays the copies of one row side by side."""
+    if rows % len(tensor):
+        raise ValueError(f"gate_mask or gate_embedding has {len(tensor)} rows for a batch of {rows}: give one per row")
+    return tensor.repeat_interleave(rows // len(tensor), 0)
+
+
+def _embedding(embedding: Tensor | None, config: MoPsConfig, rows: int) -> Tensor:
+    if embedding is None:
+        raise ValueError(f"this adapter's gate reads an instruction embedding of width {config.embedding_size} made by "
+                         f"{config.embedder!r}: pass gate_embedding=[rows, {config.embedding_size}]")  # fmt: skip
+    if embedding.shape[-1] != config.embedding_size:
+        raise ValueError(f"gate_embedding has width {embedding.shape[-1]}, but embedding_size={config.embedding_size}")
+    return _rows(embedding, rows)
+
+
+def _refuse_unsupported(model: nn.Module, backbone: nn.Module) -> None:
+    config = model.config
+    kind = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder-decoder: smartmops adapts decoder-only models")
+    if not getattr(model, "_supports_attention_backend", False) or getattr(config, "alibi", False):
+        raise ValueError(f"{kind} does not use transformers' attention registry with rotary or learned positions "
+                         "(nor do Falcon, Bloom and MPT): choose another architecture, such as Llama")  # fmt: skip
+    halves.layers_name(backbone)
+
+
+def _refuse_reentrant(layers: list[nn.Module], training: bool) -> None:
+    for layer in layers:
+        if training and getattr(layer, "gradient_checkpointing", False):
+            options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+            if options.get("use_reentrant", False):
+                raise ValueError("use_reentrant=True loses the gradients of prompts: enable gradient checkpointing with "
+                                 'gradient_checkpointing_kwargs={"use_reentrant": False}')  # fmt: skip
+        return
+
+
+def _refuse_packed(position_ids: Tensor | None, attended: Tensor | None) -> None:
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] < 2:
+        return
+    falls = position_ids[:, 1:] < position_ids[:, :-1]
+    if attended is not None:
+        real = attended[:, -position_ids.shape[-1] :].bool()
+        falls = falls & real[:, 1:] & real[:, :-1]
+    if falls.any():
+        raise ValueError("position_ids restart inside a row, so several examples are packed into it and one gate "
+                         "cannot serve them: turn packing (padding_free) off")  # fmt: skip

@@ -1,0 +1,80 @@
+"""What every test starts from: no network, a cache of its own, two threads, a seed, and shapes checked at run time."""
+
+# ruff: noqa: E402 (the environment and the import hook must be ready before the libraries are imported)
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+_cache = tempfile.mkdtemp(prefix="smartmops-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ |= {"HF_HOME": _cache, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+from jaxtyping import install_import_hook
+
+# From here on every signature of the package is a check.
+install_import_hook("smartmops", "beartype.beartype")
+
+import numpy
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+torch.set_num_threads(2)
+settings.register_profile("smartmops", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("smartmops")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data; tests that need it are skipped where it is missing."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real data: no folder {SHARED_DATA}")
+    return SHARED_DATA
+
+
+def _tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    text = ["### Instruction:\nName it.\n\n### Context:\nA text.\n\n### Response:\nThe answer of the question is this."]
+    core.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<pad>", "<bos>", "<eos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=core, **{k: v for k, v in named.items() if v})
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """Makes a byte-level BPE of 300 entries that starts a text with <bos>. `pad_token=None` takes its padding away."""
+    return _tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Shared by all tests, so never changed by one: `make_tokenizer` gives a fresh one."""
+    return _tokenizer()

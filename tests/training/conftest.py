@@ -1,0 +1,53 @@
+"""A base of 4 layers saved as a model folder, two tasks as JSONL, and a short training config over both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smartmops.training.trainer import TrainConfig
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 examples: answers of task "a" are all A, those of task "b" all B."""
+    file = tmp_path_factory.mktemp("data") / "two.jsonl"
+    rows = [
+        {"instruction": f"{word} number {i}.", "response": word[0].upper() * 4, "category": word[0]}
+        for i in range(20)
+        for word in ("apple", "banana")
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def config(base_folder: Path, two_tasks: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def make(**changes: Any) -> TrainConfig:
+        settings: dict[str, Any] = {
+            "model": str(base_folder), "data": str(two_tasks), "out": tmp_path / "run", "experts": 2,
+            "prompts_per_expert": 3, "steps": 8, "batch_size": 4, "max_length": 96, "log_every": 1, "save_every": 4,
+            "gate_pretraining_steps": 20, "samples_per_task": 1,
+        }  # fmt: skip
+        return TrainConfig(**(settings | changes))
+
+    return make
