@@ -1,7 +1,11 @@
 # make quickstart   install, then train, compare and report on the embedded model
 # make test         install with the tools of development, then every check
 PYTHON ?= python3
-OUT ?= runs/quickstart
+OUT ?= $(shell d=runs/quickstart; n=2; while [ -e $$d ]; do d=runs/quickstart-$$n; n=$$((n + 1)); done; echo $$d)
+
+# glibc hands large blocks back to the kernel after every step; where page faults are dear, keeping them halves step time.
+export MALLOC_MMAP_THRESHOLD_ = 8589934592
+export MALLOC_TRIM_THRESHOLD_ = 17179869184
 PIP = .venv/bin/python -m pip install --constraint constraints.txt
 
 .PHONY: quickstart test

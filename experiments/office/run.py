@@ -1,12 +1,13 @@
 """The seven office tasks on the embedded base, dense and pruned: frozen, four in context, ungated prompts, MoPs.
 
-    python experiments/office/run.py tune       learning rates, on a tenth of the training split   -> tuning.json
-    python experiments/office/run.py compare    three seeds, each method at its own tuned rate     -> results.json
-    python experiments/office/run.py table      the numbers as Markdown                            -> README.md
+python experiments/office/run.py tune       learning rates, on a tenth of the training split   -> tuning.json
+python experiments/office/run.py compare    three seeds, each method at its own tuned rate     -> results.json
+python experiments/office/run.py table      the numbers as Markdown                            -> README.md
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -15,60 +16,60 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from smartmops.compression.magnitude import prune_magnitude
 from smartmops.data.tasks import split
-from smartmops.training.baselines import Method
+from smartmops.training.baselines import Method, load_base
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import evaluate
 from smartmops.training.trainer import Task, TrainConfig, fit
 
 HERE = Path(__file__).parent
-RATES = (0.03, 0.1, 0.3)  # Adam, prompts from hidden states
+RATES = (0.3, 1.0, 3.0)  # Adam, prompts from hidden states
 SEEDS = (0, 1, 2)
-BASES = {"dense": None, "magnitude 50 %": 0.5}
-SETTING = {"model": "tiny", "data": "office", "steps": 300, "batch_size": 16, "recovery_prompts": 10, "save_every": 10**9}
+BUDGETS = (40, 160)  # optimiser steps of 16 examples
+BASES = {"magnitude 50 %": 0.5, "dense": None}
+SETTING = {"model": "tiny", "data": "office", "batch_size": 16, "recovery_prompts": 10, "save_every": 10**9}
 
 
 def tune() -> None:
-    """Each method at each rate, seed 0, judged on a tenth of the training split that it does not train on."""
-    found: dict[str, dict[str, float]] = {}
+    """Each method at each rate and budget, seed 0, judged on a tenth of the training split that it does not train on."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(out=Path(folder) / "run", **SETTING)
-        task = Task.load(config)
+        base, tokenizer = load_base("tiny")
+        prune_magnitude(base, 0.5)
+        task = Task.load(config, base, tokenizer)
         kept, held = split(task.train_examples, 0.1, seed=1)
         rows = dict(zip(task.train_examples, task.train, strict=True))
         task.train, task.test = [rows[e] for e in kept], [rows[e] for e in held]
         task.train_examples, task.test_examples = kept, held
         methods: tuple[Method, ...] = ("prompt-tuning", "mops")
-        for method in methods:
-            for rate in RATES:
-                chosen = replace(config, method=method, prompt_lr=rate)
-                model, _, _ = task.adapt(chosen, chosen, 0)
-                fit(model, chosen, chosen, task.train, task.collator, Path(folder) / "checkpoints")
-                perplexity = evaluate(model, task.test, task.collator).overall
-                found.setdefault(method, {})[str(rate)] = perplexity
-                print(method, rate, perplexity, flush=True)
-                task.base = model.base_model.unload().requires_grad_(False).eval()
-    best = {method: min(values, key=lambda rate: values[rate]) for method, values in found.items()}
-    (HERE / "tuning.json").write_text(json.dumps({"validation_perplexity": found, "best": best}, indent=2) + "\n")
+        for budget, method, rate in itertools.product(BUDGETS, methods, RATES):
+            chosen = replace(config, method=method, prompt_lr=rate, steps=budget)
+            model, _, _ = task.adapt(chosen, chosen, 0)
+            fit(model, chosen, chosen, task.train, task.collator, Path(folder) / "checkpoints")
+            perplexity = evaluate(model, task.test, task.collator).overall
+            found.setdefault(str(budget), {}).setdefault(method, {})[str(rate)] = perplexity
+            print("tuned", budget, method, rate, perplexity, flush=True)
+            task.base = model.base_model.unload().requires_grad_(False).eval()
+            (HERE / "tuning.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def run() -> None:
-    """Every base, every seed, every method."""
-    best = json.loads((HERE / "tuning.json").read_text())["best"]
-    results = {}
-    for name, sparsity in BASES.items():
+    """Every budget, base, seed and method, each method at the rate that was best at that budget."""
+    tuning = json.loads((HERE / "tuning.json").read_text())
+    file = HERE / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for budget, (name, sparsity) in itertools.product(BUDGETS, BASES.items()):
+        key = f"{name}, {budget} steps"
+        if key in results:
+            continue
+        best = {method: float(min(values, key=values.get)) for method, values in tuning[str(budget)].items()}
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = compare(
-                CompareConfig(
-                    out=Path(folder) / "run",
-                    seeds=SEEDS,
-                    sparsity=sparsity,
-                    methods={method: float(rate) for method, rate in best.items()},
-                    samples_per_task=0,
-                    **SETTING,
-                )
-            )
-        (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            config = CompareConfig(out=Path(folder) / "run", seeds=SEEDS, sparsity=sparsity, methods=best, steps=budget,
+                                   samples_per_task=0, **SETTING)  # fmt: skip
+            results[key] = compare(config) | {"rates": best}
+        file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def lines() -> Iterator[str]:
@@ -80,12 +81,12 @@ def lines() -> Iterator[str]:
     yield "# Seven office tasks, one frozen model\n"
     yield "Written by `python experiments/office/run.py table` from `results.json` and `tuning.json`.\n"
     yield (
-        f"Perplexity over response tokens of {some['examples']['test']} test examples; mean and sample standard deviation "
-        f"over seeds {some['seeds']} of experts and training. The data split is the same throughout. "
-        f"{SETTING['steps']} steps of {SETTING['batch_size']} examples, 70 prompts, injection layer 2 of 8, "
-        f"{SETTING['recovery_prompts']} recovery prompts under both methods, each method at its own tuned rate.\n"
+        f"Perplexity over response tokens of {some['examples']['test']} test examples; mean and sample standard "
+        f"deviation over seeds {some['seeds']} of experts and training, one data split. Steps of "
+        f"{SETTING['batch_size']} examples, 70 prompts, injection layer 2 of 8, {SETTING['recovery_prompts']} recovery "
+        "prompts, the same for both methods, each at the rate that was best for it at that budget.\n"
     )
-    yield "| base | " + " | ".join(m.replace("_", " ") for m in methods) + " | MoPs against frozen | against ungated |"
+    yield "| base, budget | " + " | ".join(m.replace("_", " ") for m in methods) + " | MoPs - frozen | MoPs - ungated |"
     yield "|---" * (len(methods) + 3) + "|"
     for base, found in results.items():
         cells = [
@@ -102,12 +103,12 @@ def lines() -> Iterator[str]:
         for task in some["tokens"]:
             yield f"| {task} | " + " | ".join(f"{found['per_task'][m][task]:.2f}" for m in methods) + " |"
         yield ""
-    yield "Tuning (dense base, seed 0, a tenth of the training split held out):\n"
-    rates = list(next(iter(tuning["validation_perplexity"].values())))
-    yield "| method | " + " | ".join(f"rate {r}" for r in rates) + " |"
-    yield "|---" * (len(rates) + 1) + "|"
-    for method, values in tuning["validation_perplexity"].items():
-        yield f"| {method} | " + " | ".join(f"{values[r]:.3f}" for r in rates) + " |"
+    yield "Tuning (pruned base, seed 0, perplexity on a tenth of the training split held out):\n"
+    yield "| steps, method | " + " | ".join(f"rate {r}" for r in RATES) + " |"
+    yield "|---" * (len(RATES) + 1) + "|"
+    for budget, found in tuning.items():
+        for method, values in found.items():
+            yield f"| {budget}, {method} | " + " | ".join(f"{values[str(r)]:.3f}" for r in RATES) + " |"
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ library_name: transformers
 # The embedded base of smartmops
 
 A Llama-architecture causal language model of {parameters:,} parameters ({layers} layers, hidden size {hidden},
-{vocabulary:,} byte-level BPE tokens), pretrained on {tokens:,} tokens by `experiments/tiny_base/pretrain.py`. It exists so that
-adaptation by prompts can be shown, tested and measured in minutes on two CPU cores. It is no general assistant.
+{vocabulary:,} byte-level BPE tokens), pretrained on {tokens:,} tokens by `experiments/tiny_base/pretrain.py`. It exists
+so that adaptation by prompts can be shown, tested and measured in minutes on two CPU cores. It is no general assistant.
 
 **Trained on** (share of the loss): 65 % episodes of seven generated office tasks, one task and one random house style
 per row; 17.5 % few-shot rows of {tasks} Natural Instructions tasks (none of the paper's seven, nor tasks built from

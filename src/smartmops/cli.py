@@ -41,7 +41,7 @@ def quickstart(out: Path = Path("runs/quickstart"), steps: int = 300, seed: int 
 def train_command(config: TrainConfig) -> dict[str, Any]:
     """Adapt a frozen model to a data set and write a run folder."""
     metrics = train(config)
-    _print_perplexity({"frozen": metrics["frozen"], config.method: metrics["perplexity"]})
+    _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     return metrics
 
 

@@ -51,9 +51,8 @@ def test_jsonl_rows_become_examples(tmp_path: Path) -> None:
         Example("Name it.", "A cat.", "Cat", "closed_qa", "team a"),
         Example("Wie heißt es?", "", "Käse\u2028", "", "0"),
     ]  # fmt: skip
-    bare = write(
-        tmp_path / "b.jsonl", "\ufeff" + json.dumps({"instruction": "i", "response": "r"})
-    )  # a byte order mark
+    byte_order_mark = "\ufeff"
+    bare = write(tmp_path / "b.jsonl", byte_order_mark + json.dumps({"instruction": "i", "response": "r"}))
     assert read(str(bare)) == [Example("i", "", "r")]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from smartmops.training.baselines import build
+from smartmops.training.baselines import MethodConfig, build
 from smartmops.training.evaluate import answer, evaluate
 from smartmops.training.pretrain import assign, initialise, instructions, train_recovery
 from smartmops.training.trainer import Task, TrainConfig
@@ -29,7 +29,7 @@ def test_recovery_prompts_lower_the_loss_and_leave_the_base_untouched(task: Task
     after = task.base.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert evaluate(task.base, task.test, task.collator).overall == frozen
-    ungated = dataclasses.replace(TrainConfig(model="", data="", out=None, method="prompt-tuning"), experts=1)  # type: ignore[arg-type]
+    ungated = MethodConfig(method="prompt-tuning", experts=1)
     model = build(task.base, ungated, recovery=found)
     model.base_model.layer().mops_prompts["default"].data.zero_()
     assert evaluate(model, task.test, task.collator).overall < frozen

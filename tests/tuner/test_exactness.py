@@ -250,7 +250,9 @@ def test_bf16_is_as_close_to_float32_as_the_computation_by_hand_in_bf16(kernel, 
         exact = by_hand(plain, config, prompts, **inputs)
         plain.bfloat16()
         low = prompts._replace(experts=prompts.experts.bfloat16(), recovery=prompts.recovery.bfloat16())
-        rough = relative(by_hand(plain, config, low, **inputs, gate=exact.gate).logits, exact.logits, inputs["attention_mask"])
+        rough = relative(
+            by_hand(plain, config, low, **inputs, gate=exact.gate).logits, exact.logits, inputs["attention_mask"]
+        )
         for parameter in model.parameters():
             if not any(parameter is p for p in prompts):
                 parameter.data = parameter.data.bfloat16()
@@ -315,7 +317,10 @@ def test_no_attention_mask_means_all_tokens_and_embeddings_may_come_instead_of_t
     with torch.no_grad():
         assert relative(model(input_ids=ids).logits, want) < TOLERANCE
         assert relative(model(ids, ones).logits, want) < TOLERANCE
-        assert relative(model(inputs_embeds=plain.get_input_embeddings()(ids), attention_mask=ones).logits, want) < TOLERANCE
+        assert (
+            relative(model(inputs_embeds=plain.get_input_embeddings()(ids), attention_mask=ones).logits, want)
+            < TOLERANCE
+        )
 
 
 def saved_bytes(injection_layer: int, **options) -> int:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, WIDTH, batch, relative
 from torch.testing import assert_close
 
+from smartmops import MoPsConfig
+
 SEEDS = st.integers(0, 2**31 - 1)
 few = settings(max_examples=25, deadline=None)
 
@@ -148,19 +150,17 @@ def test_rows_of_a_batch_are_the_rows_alone(name, target):
 
 
 def test_an_expert_with_a_closed_gate_is_gone():
-    plain, model = adapt(num_experts=3, gate_top_k=1)
+    _, model = adapt(num_experts=5, gate_top_k=1)
     rows, prompts = batch(), prompts_of(model)
     with torch.no_grad():
         want, gate = model(**rows).logits, model.base_model.last_gate
         closed = gate.sum(0) == 0
         assert closed.any() and ((gate == 0) | (gate == 1)).all()
-        prompts.experts.view(3, 4, WIDTH)[closed] = 100.0
+        prompts.experts.view(5, 4, WIDTH)[closed] = 100.0
         assert relative(model(**rows).logits, want, rows["attention_mask"]) < 1e-5
 
 
 def test_the_sequence_gate_reads_the_response_too_and_warns():
-    from smartmops import MoPsConfig
-
     with pytest.warns(UserWarning, match="sequence"):
         MoPsConfig(gate_input="sequence")
     _, model = adapt(gate_input="sequence")

@@ -43,5 +43,6 @@ def test_the_halves_hold_no_weights_of_their_own(name):
 def test_gradients_reach_the_hidden_states_between_the_halves():
     backbone, rows = build().base_model, text()
     hidden = torch.randn(3, 11, WIDTH, requires_grad=True)
-    upper(backbone, 3)(inputs_embeds=hidden, attention_mask=rows["attention_mask"]).last_hidden_state.sum().backward()
+    inputs = {"inputs_embeds": hidden, "attention_mask": rows["attention_mask"], "use_cache": False}
+    upper(backbone, 3)(**inputs).last_hidden_state.sum().backward()
     assert hidden.grad.abs().max() > 0

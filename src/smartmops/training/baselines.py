@@ -18,7 +18,7 @@ from .runs import Run, check_adapter
 Method = Literal["mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3"]
 
 # Adam's rates, tuned in experiments/office/tuning.json; prompts that start as hidden states want a larger one.
-PROMPT_RATE = {"hidden_states": 0.1, "random": 0.03}
+PROMPT_RATE = {"hidden_states": 0.3, "random": 0.03}
 OTHER_RATE = {"input-prompt-tuning": 0.03, "lora": 2e-3, "ia3": 1e-2}
 
 

@@ -65,12 +65,13 @@ def instructions(
     embedded = [row.gate_embedding for row in rows if row.gate_embedding is not None]
     if embedded:
         return torch.stack(embedded)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     pooled = []
     for start in track(range(0, len(rows), batch_size), "instructions", transient=True):
-        batch = collator(rows[start : start + batch_size])
+        batch = collator([rows[i] for i in order[start : start + batch_size]])
         read = batch["attention_mask"].bool() & (batch["labels"] == -100)
         pooled.append(model.base_model.pooled(batch["input_ids"], batch["attention_mask"], read))
-    return torch.cat(pooled)
+    return torch.cat(pooled)[torch.tensor(order).argsort()]
 
 
 def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: int, how: str, seed: int
@@ -132,12 +133,12 @@ def pretrain_gate(
     per = own.num_groups // own.num_experts  # under granularity "prompt" an expert's weight is the sum over its prompts
 
     def log_expert() -> Float[Tensor, "n experts"]:
-        log_g = layer.log_gate(pooled, "default")
-        return log_g if per == 1 else log_g.unflatten(-1, (own.num_experts, per)).logsumexp(-1)
+        log_g: Float[Tensor, "n groups"] = layer.log_gate(pooled, "default")
+        return log_g if per == 1 else log_g.view(-1, own.num_experts, per).logsumexp(-1)
 
     for _ in track(range(config.gate_pretraining_steps), "gate pretraining", transient=True):
         loss = F.nll_loss(log_expert(), expert_of)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         optimiser.zero_grad()
     with torch.no_grad():

@@ -22,7 +22,14 @@ from smartmops.data.tasks import read, sample, split
 from .baselines import MethodConfig, build, load_base, parameter_groups
 from .evaluate import Evaluation, evaluate, samples
 from .pretrain import (
-    Embedder, GatePretraining, assign, initialise, instructions, pretrain_gate, standardise, train_recovery,
+    Embedder,
+    GatePretraining,
+    assign,
+    initialise,
+    instructions,
+    pretrain_gate,
+    standardise,
+    train_recovery,
 )  # fmt: skip
 from .runs import Run, check_adapter
 
@@ -74,8 +81,8 @@ class _Trainer(Trainer):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def create_optimizer(self, model: Any = None) -> Any:
-        if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.method), weight_decay=0.0)
+        if getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = torch.optim.AdamW(parameter_groups(self.model, self.method), weight_decay=0.0)
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,8 +104,8 @@ class _Curves(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            row = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
-            self.write({"step": state.global_step, **row})
+            row: dict[str, Any] = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
+            self.write({"step": state.global_step} | row)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.look and self.every and state.global_step % self.every == 0:
@@ -148,7 +155,7 @@ def fit(
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; one torn by a kill (its `trainer_state.json`, written last, is not there) is removed."""
+    """The newest whole checkpoint; one torn by a kill (no `trainer_state.json`, which comes last) is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     while found:
         try:
@@ -276,7 +283,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if task.embedder is None and config.samples_per_task and config.method != "input-prompt-tuning":
         run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
     metrics = after.metrics() | {
-        "frozen": frozen.metrics()["perplexity"],
+        "perplexity_frozen": frozen.metrics()["perplexity"],
         "gate_pretraining_accuracy": accuracy,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "examples": {"train": len(task.train), "test": len(task.test)},

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "gated_prefix"
 SUPPORTED = ("sdpa", "eager")
-KeyValue = tuple[Float[Tensor, "rows heads prompts head"], Float[Tensor, "rows heads prompts head"]]
+KeyValue = tuple[Float[Tensor, "#rows heads prompts head"], Float[Tensor, "#rows heads prompts head"]]  # one row serves all
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Passage:
     gate: Float[Tensor, "rows groups"] | None = None
     prefix: dict[int, tuple[KeyValue, Float[Tensor, "rows prompts"]]] = field(default_factory=dict)
 
-    def put(self, kv: dict[int, KeyValue], bias: Float[Tensor, "rows prompts"]) -> None:
+    def put(self, kv: dict[int, KeyValue], bias: Float[Tensor, "#rows prompts"]) -> None:
         """Add prompt columns to the layers in `kv`."""
         for layer, (key, value) in kv.items():
             if layer in self.prefix:

@@ -29,24 +29,18 @@ class MoPsConfig(PeftConfig):
 
     num_experts: int = 7
     prompts_per_expert: int = 10
-    injection_layer: int | None = (
-        None  # first layer (from 0) that attends to experts; None: round(9/32 * layers)
-    )
+    injection_layer: int | None = None  # first layer (from 0) that attends to experts; None: round(9/32 * layers)
     gate_hidden_size: int = 64
     gate_temperature: float = 1.0
     gate_top_k: int | None = None  # only the k highest gate weights stay, renormalised; None: all
     gate_target: str = "attention"  # "hidden_states" is Algorithm 1 to the letter
-    gate_input: str = (
-        "instruction"  # "sequence" (Algorithm 1) also reads the response, which leaks
-    )
+    gate_input: str = "instruction"  # "sequence" (Algorithm 1) also reads the response, which leaks
     gate_granularity: str = "expert"  # "prompt": one gate weight per prompt
     expert_attention: str = "isolated"  # "causal": prompts attend to all earlier prompts
     init: str = "hidden_states"  # what `smartmops.training` initialises experts from; a bare adapter starts random
     num_recovery_prompts: int = 0  # frozen prompts at the input (P^1 of the paper)
     keep_recovery_prompts: bool = True  # False: seen only below the injection layer, as in Algorithm 1
-    embedding_size: int | None = (
-        None  # width of an external embedding; None: the gate reads the model itself
-    )
+    embedding_size: int | None = None  # width of an external embedding; None: the gate reads the model itself
     embedder: str | None = None  # who computes that embedding: a folder or hub id (paper, footnote 3)
     expert_names: list[str] | None = None  # what each expert is meant for
     modules_to_save: list[str] | None = None

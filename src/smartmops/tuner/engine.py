@@ -78,9 +78,8 @@ class Engine:
 
     def _generate(self, *args: Any, gate_mask: Any = None, gate_embedding: Any = None, **kwargs: Any) -> Any:
         settings = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
-        chunk = kwargs.get("prefill_chunk_size") or next(
-            (c.prefill_chunk_size for c in settings if getattr(c, "prefill_chunk_size", None)), None
-        )
+        chunks = [kwargs.get("prefill_chunk_size"), *(getattr(each, "prefill_chunk_size", None) for each in settings)]
+        chunk = next((size for size in chunks if size is not None), None)
         if chunk is not None and self.active() is not None:
             raise ValueError(
                 f"prefill_chunk_size={chunk}: the gate must read the whole instruction at once: leave it unset"
@@ -212,7 +211,7 @@ def _embedding(embedding: Tensor | None, config: MoPsConfig, rows: int) -> Tenso
     return _rows(embedding, rows)
 
 
-def _refuse_unsupported(model: nn.Module, backbone: nn.Module) -> None:
+def _refuse_unsupported(model: Any, backbone: Any) -> None:
     config = model.config
     kind = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
@@ -228,7 +227,7 @@ def _refuse_reentrant(layers: list[nn.Module], training: bool) -> None:
         if training and getattr(layer, "gradient_checkpointing", False):
             options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
             if options.get("use_reentrant", False):
-                raise ValueError("use_reentrant=True loses the gradients of prompts: enable gradient checkpointing with "
+                raise ValueError("use_reentrant=True loses the gradients of prompts: enable checkpointing with "
                                  'gradient_checkpointing_kwargs={"use_reentrant": False}')  # fmt: skip
         return
 

@@ -20,7 +20,7 @@ def layers_name(backbone: Any) -> str:
     count = getattr(backbone.config, "num_hidden_layers", None)
     for name, child in backbone.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
-            return name
+            return str(name)
     raise ValueError(
         f"{type(backbone).__name__} has no list of {count} decoder layers: smartmops needs a decoder-only text model; "
         "of a multimodal model pass the language model"

@@ -24,7 +24,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     """The injection layer, and the parameters of every adapter that enters there.
 
     Shapes, per adapter: `mops_prompts` [K, hidden]; `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
-    frozen: `mops_recovery` [R, hidden]; `mops_gate_mean`, `mops_gate_scale` [inputs], which standardise the gate's input.
+    frozen: `mops_recovery` [R, hidden]; `mops_gate_mean`, `mops_gate_scale` [inputs], which standardise its input.
     """
 
     adapter_layer_names = ("mops_prompts", "mops_gate_in", "mops_gate_out")
@@ -197,7 +197,8 @@ class MoPsModel(BaseTuner):
             ValueError: there is no such adapter.
         """
         name = adapter or self.active_adapters[0]
-        for wrapper in Engine.on(self.model).wrappers.values():
+        wrappers: list[MoPsLayer] = list(Engine.on(self.model).wrappers.values())
+        for wrapper in wrappers:
             if name in wrapper.mops_prompts:
                 return wrapper
         raise ValueError(f"no adapter {name!r}: there are {sorted(self.peft_config)}")
