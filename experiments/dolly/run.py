@@ -3,9 +3,8 @@
     python experiments/dolly/run.py train METHOD [--data FILE]   2,000 steps; resumes where it was killed -> work/METHOD
     python experiments/dolly/run.py table                        results.json, curves.png and README.md from work/
 
-The same as `smartmops train tiny --data FILE --steps 2000 --limit 5000 --batch-size 1 --method METHOD ...`: 5,000 examples
-90 % to train and
-10 % to test, one example a step, as in the paper (Experiments, "Datasets").
+The same as `smartmops train tiny --data FILE --steps 2000 --limit 5000 --batch-size 1 --method METHOD ...`: 5,000 examples,
+90 % to train and 10 % to test, one example a step, as in the paper (Experiments, "Datasets").
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from smartmops.training.evaluate import evaluate
 from smartmops.training.trainer import Task, TrainConfig, fit
 
 HERE = Path(__file__).parent
-RATES = (0.3, 1.0, 3.0)  # Adam, prompts from hidden states
+RATES = (0.3, 1.0, 3.0, 10.0)  # Adam, prompts from hidden states
 SEEDS = (0, 1, 2)
 BUDGETS = (40, 160)  # optimiser steps of 16 examples
 BASES = {"magnitude 50 %": 0.5, "dense": None}
@@ -33,7 +33,8 @@ SETTING = {"model": "tiny", "data": "office", "batch_size": 16, "recovery_prompt
 
 def tune() -> None:
     """Each method at each rate and budget, seed 0, judged on a tenth of the training split that it does not train on."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    file = HERE / "tuning.json"
+    found: dict[str, dict[str, dict[str, float]]] = json.loads(file.read_text()) if file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(out=Path(folder) / "run", **SETTING)
         base, tokenizer = load_base("tiny")
@@ -45,6 +46,8 @@ def tune() -> None:
         task.train_examples, task.test_examples = kept, held
         methods: tuple[Method, ...] = ("prompt-tuning", "mops")
         for budget, method, rate in itertools.product(BUDGETS, methods, RATES):
+            if str(rate) in found.get(str(budget), {}).get(method, {}):
+                continue
             chosen = replace(config, method=method, prompt_lr=rate, steps=budget)
             model, _, _ = task.adapt(chosen, chosen, 0)
             fit(model, chosen, chosen, task.train, task.collator, Path(folder) / "checkpoints")
@@ -52,7 +55,7 @@ def tune() -> None:
             found.setdefault(str(budget), {}).setdefault(method, {})[str(rate)] = perplexity
             print("tuned", budget, method, rate, perplexity, flush=True)
             task.base = model.base_model.unload().requires_grad_(False).eval()
-            (HERE / "tuning.json").write_text(json.dumps(found, indent=2) + "\n")
+            file.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def run() -> None:

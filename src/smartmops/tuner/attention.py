@@ -1,7 +1,9 @@
 """Gated prefix attention: key, value and a bias per row, put before what an attention module already sees.
 
 Knows transformers' attention registry. Knows no gate, no experts, no tokens. What a forward pass needs travels with it
-as the keyword `mops`, through every layer down to the attention function, so nothing global is ever switched.
+as the keyword `mops` of every decoder layer, so nothing global is ever switched and a checkpointed layer, run again
+during backward, finds what it was first run with. Some architectures do not pass keywords on to their attention: there
+the layer leaves it with its attention modules, each time it is called (`hand_over`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "gated_prefix"
 SUPPORTED = ("sdpa", "eager")
-KeyValue = tuple[Float[Tensor, "#rows heads prompts head"], Float[Tensor, "#rows heads prompts head"]]  # one row serves all
+KeyValue = tuple[
+    Float[Tensor, "#rows heads prompts head"], Float[Tensor, "#rows heads prompts head"]
+]  # one row serves all
 
 
 @dataclass
@@ -77,7 +81,6 @@ def gated_prefix_attention(
     key: Float[Tensor, "rows kv_heads keys head"],
     value: Float[Tensor, "rows kv_heads keys head"],
     attention_mask: Tensor | None,
-    mops: Record | Passage | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The module's own attention function over prefix and text: bias + logits on prefix columns, mask on text columns.
@@ -85,6 +88,8 @@ def gated_prefix_attention(
     Paper: M' (prompts are never masked for any token) and "scale the network's attention over the experts" by g.
     """
     inner: Callable[..., tuple[Tensor, Tensor | None]] = module.__dict__["mops_inner"]
+    mops: Record | Passage | None = module.__dict__.get("mops_now")
+    kwargs.pop("mops", None)
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(mops, Record):
         mops.kv[layer] = (key, value)
@@ -111,31 +116,48 @@ AttentionInterface.register(NAME, gated_prefix_attention)
 def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:
     """The self-attention modules of a decoder layer that ask the registry."""
     for module in layer.modules():
-        if hasattr(module, "config") and hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"):
+        named = (
+            type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "layer_idx")
+        )
+        if named and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
             yield module
 
 
-def attach(layer: nn.Module) -> None:
-    """Route the layer's attention through `gated_prefix_attention`; without a `mops` keyword nothing changes.
+def check(layer: nn.Module) -> None:
+    """Whether `attach` can serve the layer.
 
     Raises:
-        ValueError: the layer's attention implementation cannot carry a bias per row.
+        ValueError: its attention does not ask the registry, or its implementation cannot carry a bias per row.
     """
     modules = list(attention_modules(layer))
     if not modules:
-        raise ValueError(f"{type(layer).__name__} has no attention module that uses transformers' attention registry")
+        raise ValueError(f"{type(layer).__name__} does not use transformers' attention registry (nor do Falcon, Bloom "
+                         "and MPT): choose another architecture, such as Llama")  # fmt: skip
     for module in modules:
-        if "mops_inner" in module.__dict__:
-            continue
         used = module.config._attn_implementation  # type: ignore[union-attr]
         if used not in SUPPORTED:
             raise ValueError(f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model "
                              'with attn_implementation="sdpa" or "eager"')  # fmt: skip
+
+
+def attach(layer: nn.Module) -> None:
+    """Route the layer's attention through `gated_prefix_attention`; without a `mops` keyword nothing changes."""
+    layer.__dict__["mops_attention"] = list(attention_modules(layer))
+    for module in attention_modules(layer):
+        if "mops_inner" in module.__dict__:
+            continue
+        used = module.config._attn_implementation  # type: ignore[union-attr]
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         module.__dict__["mops_inner"] = eager if used == "eager" else ALL_ATTENTION_FUNCTIONS[used]
         module.__dict__["mops_config"] = module.config
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+
+
+def hand_over(layer: nn.Module, mops: Record | Passage | None) -> None:
+    """Leave with the layer's attention modules what this call of the layer carries, also when that is nothing."""
+    for module in layer.__dict__["mops_attention"]:
+        module.__dict__["mops_now"] = mops
 
 
 def detach(layer: nn.Module) -> None:
@@ -144,3 +166,5 @@ def detach(layer: nn.Module) -> None:
         if "mops_inner" in module.__dict__:
             module.config = module.__dict__.pop("mops_config")
             del module.__dict__["mops_inner"]
+            module.__dict__.pop("mops_now", None)
+    layer.__dict__.pop("mops_attention", None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+
+from .registry import member
 
 CHOICES = {
     "gate_target": ("attention", "hidden_states"),
@@ -50,13 +53,16 @@ class MoPsConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "MOPS"
+        self.peft_type = member("MOPS")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, allowed))}")
         for name in ("num_experts", "prompts_per_expert", "gate_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        if self.gate_input == "sequence":
+            warnings.warn("gate_input='sequence': in training the gate also reads the response, which does not exist "
+                          "when generating, so perplexities are not comparable", stacklevel=3)  # fmt: skip
         if self.num_recovery_prompts < 0:
             raise ValueError(f"num_recovery_prompts={self.num_recovery_prompts}: choose 0 or more")
         if not self.gate_temperature > 0:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -26,13 +27,14 @@ class _Call:
 
     gate_mask: Tensor | None
     gate_embedding: Tensor | None
+    attended: Tensor | None  # as the caller gave it: `generate` may turn it into a 4-D mask before we see it
     passage: Passage | None = None
 
 
 class Engine:
     """Sits on the base model and sends each forward pass on its way with what the attention will need."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model: Any = model
         self.backbone: Any = model.base_model
         _refuse_unsupported(model, self.backbone)
@@ -43,6 +45,9 @@ class Engine:
         self.caches: weakref.WeakKeyDictionary[Any, Passage] = weakref.WeakKeyDictionary()
         layers = getattr(self.backbone, halves.layers_name(self.backbone))
         self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+        for layer in self.layers:
+            attention.check(layer)
+        _refuse_scaled_embeddings(model, self.backbone, self.layers[0])
         for layer in self.layers:
             attention.attach(layer)
         self.handles = [
@@ -56,8 +61,9 @@ class Engine:
 
     @staticmethod
     def on(model: nn.Module) -> Engine:
-        """The engine of a base model, made at the first call."""
-        return model.__dict__.get("mops_engine") or Engine(model)
+        """The engine of a base model, made at the first call; under another adapter (LoRA) it sits on the model."""
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        return inner.__dict__.get("mops_engine") or Engine(inner)
 
     def remove(self) -> None:
         """Leave the base model as it was found (the wrappers are taken off by `unload`)."""
@@ -84,7 +90,7 @@ class Engine:
             raise ValueError(
                 f"prefill_chunk_size={chunk}: the gate must read the whole instruction at once: leave it unset"
             )
-        self.call = _Call(gate_mask, gate_embedding)
+        self.call = _Call(gate_mask, gate_embedding, kwargs.get("attention_mask"))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
@@ -99,8 +105,7 @@ class Engine:
         _refuse_reentrant(self.layers, model.training)
         inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         rows, length = inputs.shape[:2]
-        attended = kwargs.get("attention_mask")
-        flat = attended if attended is not None and attended.dim() == 2 else None
+        flat = self._flat(kwargs.get("attention_mask"), rows, length)
         _refuse_packed(kwargs.get("position_ids"), flat)
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -117,6 +122,18 @@ class Engine:
         if self.call is not None:
             self.call.passage = passage
         return (), kwargs
+
+    def _flat(self, mask: Any, rows: int, length: int) -> Tensor | None:
+        """[rows, seq]: which tokens are real, from a 2-D, 4-D or per-layer-type mask."""
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        if mask is None or mask.dim() == 2:
+            return mask
+        given = None if self.call is None else self.call.attended
+        if given is not None and given.dim() == 2 and given.shape[1] == length:
+            return _rows(given, rows)
+        last = mask[:, 0, -1, :length]  # what the last token sees is what is real
+        return (last if last.dtype == torch.bool else last > -1).expand(rows, -1)
 
     def _known(self, cache: Any, past: int) -> Passage | None:
         if self.call is not None and self.call.passage is not None:
@@ -144,7 +161,7 @@ class Engine:
         elif config.gate_input == "sequence":
             passage.gate_mask = every
         elif mask is not None:
-            passage.gate_mask = _rows(mask, rows).bool() & every
+            passage.gate_mask = _readable(_rows(mask, rows), every)
         else:
             passage.gate_mask = every if labels is None else self._instruction(every, labels)
         if config.num_recovery_prompts:
@@ -182,6 +199,7 @@ def _before_layer(
 ) -> tuple[tuple[Any, ...], Any] | None:
     """Algorithm 1 scales prompt columns before every layer; below the injection layer text never records a graph."""
     mops = kwargs.get("mops")
+    attention.hand_over(layer, mops)
     scaled = isinstance(mops, Record) and mops.scale is not None
     below = isinstance(mops, Passage) and _index(layer) < mops.first
     if not scaled and not below:
@@ -192,7 +210,7 @@ def _before_layer(
 
 
 def _index(layer: nn.Module) -> int:
-    return int(next(attention.attention_modules(layer)).layer_idx)  # type: ignore[arg-type]
+    return int(layer.__dict__["mops_attention"][0].layer_idx)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
@@ -200,6 +218,17 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
     if rows % len(tensor):
         raise ValueError(f"gate_mask or gate_embedding has {len(tensor)} rows for a batch of {rows}: give one per row")
     return tensor.repeat_interleave(rows // len(tensor), 0)
+
+
+def _readable(mask: Tensor, every: Tensor) -> Tensor:
+    if mask.shape != every.shape:
+        raise ValueError(f"gate_mask is of shape {list(mask.shape)} for tokens of shape {list(every.shape)}: give one "
+                         "entry per token")  # fmt: skip
+    readable = mask.bool() & every
+    if not readable.any(-1).all():
+        row = int((~readable.any(-1)).nonzero()[0])
+        raise ValueError(f"gate_mask lets the gate read no token of row {row}: set 1 on the tokens of its instruction")
+    return readable
 
 
 def _embedding(embedding: Tensor | None, config: MoPsConfig, rows: int) -> Tensor:
@@ -216,10 +245,35 @@ def _refuse_unsupported(model: Any, backbone: Any) -> None:
     kind = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder: smartmops adapts decoder-only models")
-    if not getattr(model, "_supports_attention_backend", False) or getattr(config, "alibi", False):
-        raise ValueError(f"{kind} does not use transformers' attention registry with rotary or learned positions "
-                         "(nor do Falcon, Bloom and MPT): choose another architecture, such as Llama")  # fmt: skip
+    if getattr(config, "alibi", False):
+        raise ValueError(f"{kind} uses ALiBi positions, which prompts have none of: choose another architecture")
     halves.layers_name(backbone)
+
+
+class _Seen(Exception):
+    """Carries what enters the first layer out of a forward pass that ends there."""
+
+
+@torch.no_grad()
+def _refuse_scaled_embeddings(model: Any, backbone: Any, first: nn.Module) -> None:
+    """Prompts are handed over as `inputs_embeds`: a backbone that changes those on the way in would change prompts."""
+    weight = next((p for p in first.parameters() if p.is_floating_point()), None)
+    if weight is None or weight.is_meta:
+        return
+
+    def stop(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Seen(args[0] if args else kwargs["hidden_states"])
+
+    given = torch.linspace(-1, 1, halves.hidden_size(backbone), device=weight.device, dtype=weight.dtype)[None, None]
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        halves.upper(backbone, 0)(inputs_embeds=given, use_cache=False)
+    except _Seen as seen:
+        if not torch.equal(seen.args[0], given):
+            raise ValueError(f"{type(model).__name__} changes inputs_embeds before its first layer (it scales or "
+                             "normalises them): choose another architecture, such as Llama") from None  # fmt: skip
+    finally:
+        handle.remove()
 
 
 def _refuse_reentrant(layers: list[nn.Module], training: bool) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .attention import KeyValue, Record
-from .halves import prompt_half
+from .halves import upper
 
 
 def positions(experts: int, per_expert: int, isolated: bool) -> Int[Tensor, prompts]:
@@ -52,7 +52,7 @@ def prefix(
     with _no_checkpointing(backbone):
         # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
         contextvars.Context().run(
-            prompt_half(backbone, first),
+            upper(backbone, first),
             inputs_embeds=prompts.to(dtype).expand(rows, -1, -1),
             attention_mask=mask[None, None].expand(rows, 1, -1, -1),
             position_ids=at[None].expand(rows, -1),

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
+def hidden_size(backbone: Any) -> int:
+    """Width of the hidden states."""
+    return int(backbone.config.get_text_config().hidden_size)
+
+
 def layers_name(backbone: Any) -> str:
     """The attribute that holds the decoder layers.
 
@@ -52,7 +57,7 @@ def _view(backbone: Any, first: int, last: int, final: bool) -> Any:
         for norm in FINAL_NORMS:
             if norm in view._modules:
                 view._modules[norm] = nn.Identity()
-    if first > 0 and "wpe" in view._modules:
+    if final and "wpe" in view._modules:
         view._modules["wpe"] = _NoPositions(config.hidden_size)
     return view
 
@@ -65,11 +70,3 @@ def lower(backbone: nn.Module, n: int) -> Any:
 def upper(backbone: nn.Module, n: int) -> Any:
     """Decoder layers n.. with the final norm: `upper(inputs_embeds=lower(...)[0])` is the whole model."""
     return _view(backbone, n, len(getattr(backbone, layers_name(backbone))), final=True)
-
-
-def prompt_half(backbone: nn.Module, n: int) -> Any:
-    """`upper` for prompt columns: they carry no learned positions of their own, not even at layer 0."""
-    view = upper(backbone, n)
-    if "wpe" in view._modules:
-        view._modules["wpe"] = _NoPositions(view.config.hidden_size)
-    return view

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import experts, gate, halves
@@ -143,8 +144,7 @@ class MoPsModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MoPsConfig, model_config: dict[str, Any]) -> MoPsConfig:
         engine = Engine.on(self.model)
-        text = engine.backbone.config.get_text_config()
-        peft_config.resolve(len(engine.layers), text.hidden_size)
+        peft_config.resolve(len(engine.layers), halves.hidden_size(engine.backbone))
         wrapped = {id(layer.get_base_layer()) for layer in engine.wrappers.values()}
         layer = engine.layers[peft_config.injection_layer]  # type: ignore[index]
         if id(layer) in wrapped:
@@ -184,11 +184,34 @@ class MoPsModel(BaseTuner):
         """
         raise ValueError(NO_MERGE)
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, MoPsLayer):
+                module.requires_grad_(False)  # another method's adapter underneath is part of the frozen base
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {name: value for name, value in found.items() if f".{cls.prefix}" in name}
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in self.model.modules():
+            if isinstance(module, MoPsLayer | AuxiliaryTrainingWrapper):
+                module.enable_adapters(enabled)
+
     def unload(self) -> nn.Module:
-        """Take every adapter off and return the base model as it was."""
-        model: nn.Module = super().unload()
-        Engine.on(model).remove()
-        return model
+        """Take every adapter of ours off and return the base model as it was."""
+        for name, module in list(self.model.named_modules()):
+            if not isinstance(module, MoPsLayer | AuxiliaryTrainingWrapper):
+                continue
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            own = module.base_layer if isinstance(module, MoPsLayer) else module.original_module
+            parent._modules[name.rpartition(".")[2]] = own
+        Engine.on(self.model).remove()
+        if self.model.__dict__.get("peft_config") is self.peft_config:
+            del self.model.peft_config
+        return self.model
 
     def layer(self, adapter: str | None = None) -> MoPsLayer:
         """The wrapper that holds an adapter's parameters (default: the active adapter).
@@ -217,8 +240,6 @@ class MoPsModel(BaseTuner):
         passage = Passage(self.active_adapters[0], wrapper.index)
         if config.num_recovery_prompts:
             engine.recover(passage, wrapper, config)
-        if wrapper.index == 0:
-            return engine.backbone.get_input_embeddings()(input_ids)  # type: ignore[no-any-return]
         out = halves.lower(engine.backbone, wrapper.index)(
             input_ids=input_ids,
             attention_mask=attention_mask,

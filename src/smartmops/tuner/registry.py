@@ -11,18 +11,17 @@ from peft.utils import PeftType, register_peft_method
 
 def enter(name: str, config: type[PeftConfig], model: type[Any]) -> None:
     """Make `get_peft_model`, `PeftModel.from_pretrained` and transformers' own adapter loading know the method."""
-    member = _member(name.upper())
-    if member not in PEFT_TYPE_TO_TUNER_MAPPING:
+    if member(name.upper()) not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix)
 
 
-def _member(name: str) -> PeftType:
-    """`PeftType.<name>`, made as `class PeftType(str, Enum)` would have made it."""
+def member(name: str) -> PeftType:
+    """`PeftType.<name>`; where PEFT does not have it, made as `class PeftType(str, Enum)` would have made it."""
     if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_, member._value_ = name, name
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
+        new = str.__new__(PeftType, name)
+        new._name_, new._value_ = name, name
+        PeftType._member_map_[name] = new
+        PeftType._value2member_map_[name] = new
         PeftType._member_names_.append(name)
-        type.__setattr__(PeftType, name, member)
+        type.__setattr__(PeftType, name, new)
     return PeftType[name]
