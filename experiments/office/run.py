@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -114,6 +115,50 @@ def lines() -> Iterator[str]:
             yield f"| {budget}, {method} | " + " | ".join(f"{values[str(r)]:.3f}" for r in RATES) + " |"
 
 
+def picture() -> None:
+    """docs/office.png: perplexity of each method, by base and budget (left) and by task (right)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = json.loads((HERE / "results.json").read_text())
+    shown = {"frozen": "#9aa3ad", "four_in_context": "#d9a441", "ungated": "#5b8cc0", "mops": "#2f9e77"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=[1, 1.7], constrained_layout=True)
+    first = next(iter(results))
+    for axis, groups, value in (
+        (left, list(results), lambda group, method: results[group]["perplexity"][method]),
+        (right, list(results[first]["tokens"]), lambda group, method: results[first]["per_task"][method][group]),
+    ):
+        for i, (method, colour) in enumerate(shown.items()):
+            at = [place + 0.2 * i - 0.3 for place in range(len(groups))]
+            heights = [value(group, method) - 1 for group in groups]
+            spread = [stdev(results[g]["per_seed"][method]) if axis is left and i > 1 else 0 for g in groups]
+            axis.bar(
+                at, heights, 0.18, bottom=1, yerr=spread, color=colour, label=method.replace("_", " "), ecolor="#333"
+            )
+        axis.set_xticks(range(len(groups)), [g.replace(", ", "\n").replace("_", "\n") for g in groups], fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set(ylim=(1, None), ylabel="perplexity over response tokens")
+    left.legend(frameon=False, fontsize=8)
+    right.set_title(f"by task ({first})", fontsize=9)
+    figure.savefig(HERE.parents[1] / "docs/office.png", dpi=130)
+
+
+def numbers() -> None:
+    """Put the first row's numbers into the project's README."""
+    readme = HERE.parents[1] / "README.md"
+    found = next(iter(json.loads((HERE / "results.json").read_text()).values()))
+    names = {"frozen": "frozen", "ungated": "ungated prompts", "mops": "MoPs", "four_in_context": "four in context"}
+    told = ", ".join(
+        f"{name} {mean(found['per_seed'][m]):.2f}"
+        + (f" ± {stdev(v):.2f}" if len(v := found["per_seed"][m]) > 1 else "")
+        for m, name in names.items()
+    )
+    text = re.sub(r"(?<=<!-- numbers -->).*?(?=<!-- /numbers -->)", told, readme.read_text(), flags=re.S)
+    readme.write_text(text)
+
+
 if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "tune":
@@ -122,5 +167,7 @@ if __name__ == "__main__":
         run()
     elif command == "table":
         (HERE / "README.md").write_text("\n".join(lines()) + "\n")
+        picture()
+        numbers()
     else:
         sys.exit(__doc__)

@@ -299,7 +299,10 @@ def rows_of_training(rows: int = 8, seed: int = 0) -> list[dict]:
     labels = ids.clone()
     labels[:, :7] = -100
     ones = torch.ones_like(ids)
-    return [{"input_ids": i[None], "attention_mask": m[None], "labels": t[None]} for i, m, t in zip(ids, ones, labels)]
+    return [
+        {"input_ids": i[None], "attention_mask": m[None], "labels": t[None]}
+        for i, m, t in zip(ids, ones, labels, strict=True)
+    ]
 
 
 def flat(rows: list[dict]) -> list[dict]:

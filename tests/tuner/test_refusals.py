@@ -178,7 +178,7 @@ def test_a_cache_that_was_filled_without_the_adapter_or_by_other_rows():
 def test_a_gate_mask_of_another_shape_or_that_reads_nothing():
     _, model = adapt()
     rows = batch()
-    with pytest.raises(ValueError, match="gate_mask.* 2 rows for a batch of 3"):
+    with pytest.raises(ValueError, match=r"gate_mask.* 2 rows for a batch of 3"):
         model(**rows | {"gate_mask": rows["gate_mask"][:2]})
     with pytest.raises(ValueError, match="gate_mask"):
         model(**rows | {"gate_mask": rows["gate_mask"][:, :5]})

@@ -17,7 +17,7 @@ from .runs import Run, check_adapter
 
 Method = Literal["mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3"]
 
-# Adam's rates, tuned in experiments/office/tuning.json; prompts that start as hidden states want a larger one.
+# Adam's rates for hundreds of steps (experiments/office/tuning.json); a few dozen steps want ten times as much.
 PROMPT_RATE = {"hidden_states": 0.3, "random": 0.03}
 OTHER_RATE = {"input-prompt-tuning": 0.03, "lora": 2e-3, "ia3": 1e-2}
 
@@ -90,7 +90,7 @@ class MethodConfig:
 
 
 def load_base(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Frozen model in eval mode, and its tokenizer.
+    """Frozen model in eval mode, on the GPU if there is one, and its tokenizer.
 
     Raises:
         FileNotFoundError: `model` looks like a path, and there is nothing.
@@ -99,6 +99,7 @@ def load_base(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     if (name.startswith((".", "/", "~")) or Path(name).suffix) and not Path(name).expanduser().exists():
         raise FileNotFoundError(f"MODEL {model} does not exist: give a model folder, a hub id, or tiny")
     base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    base = base.to("cuda" if torch.cuda.is_available() else "cpu")
     return base.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(name)
 
 

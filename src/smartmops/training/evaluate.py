@@ -29,6 +29,11 @@ class Evaluation:
         return {"perplexity": {"overall": self.overall, "per_task": self.per_task}, "tokens": self.tokens}
 
 
+def batch_for(model: Any, rows: Sequence[Encoded], collator: Collator) -> dict[str, torch.Tensor]:
+    """The rows as one padded batch, where the model is."""
+    return {name: value.to(model.device) for name, value in collator(rows).items()}
+
+
 @torch.no_grad()
 def evaluate(
     model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int = 32, progress: bool = False
@@ -48,7 +53,7 @@ def evaluate(
     starts = range(0, len(order), batch_size)
     for start in track(starts, "evaluating", transient=True, disable=not progress):
         chunk = order[start : start + batch_size]
-        batch = {name: value.to(model.device) for name, value in collator(chunk).items()}
+        batch = batch_for(model, chunk, collator)
         logits = model(**batch, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
         each = _nats(logits, batch["labels"])
         for i, row in enumerate(chunk):

@@ -22,6 +22,8 @@ from torch import Tensor
 from smartmops.data.batches import Collator, Encoded
 from smartmops.tuner import MoPsConfig
 
+from .evaluate import batch_for
+
 
 @dataclass
 class GatePretraining:
@@ -49,7 +51,7 @@ def train_recovery(base: Any, rows: Sequence[Encoded], collator: Collator, count
     for step in track(range(steps), "recovery prompts", transient=True):
         chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
         optimiser.param_groups[0]["lr"] = lr * (1 - step / steps)
-        model(**collator([rows[i] for i in chosen]), use_cache=False).loss.backward()
+        model(**batch_for(model, [rows[i] for i in chosen], collator), use_cache=False).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
     found: Tensor = prompts.detach().clone()
@@ -68,7 +70,7 @@ def instructions(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     pooled = []
     for start in track(range(0, len(rows), batch_size), "instructions", transient=True):
-        batch = collator([rows[i] for i in order[start : start + batch_size]])
+        batch = batch_for(model, [rows[i] for i in order[start : start + batch_size]], collator)
         read = batch["attention_mask"].bool() & (batch["labels"] == -100)
         pooled.append(model.base_model.pooled(batch["input_ids"], batch["attention_mask"], read))
     return torch.cat(pooled)[torch.tensor(order).argsort()]
@@ -93,7 +95,7 @@ def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: in
     if len(rows) < experts:
         raise ValueError(f"{len(rows)} examples cannot form {experts} clusters: give more data, or fewer experts")
     standard = (pooled - pooled.mean(0)) / pooled.std(0).clamp(min=1e-6)
-    found = KMeans(experts, n_init=4, random_state=seed).fit(standard.numpy()).labels_.tolist()
+    found = KMeans(experts, n_init=4, random_state=seed).fit(standard.cpu().numpy()).labels_.tolist()
     return found, [f"cluster {i}" for i in range(experts)]
 
 
@@ -106,10 +108,10 @@ def initialise(model: Any, rows: Sequence[Encoded], collator: Collator, expert_o
     for expert in range(config.num_experts):
         own = [row for row, e in zip(rows, expert_of, strict=True) if e == expert] or list(rows)
         drawn = torch.randint(len(own), (config.prompts_per_expert,), generator=generator).tolist()
-        batch = collator([own[i] for i in drawn])
+        batch = batch_for(model, [own[i] for i in drawn], collator)
         hidden = model.base_model.hidden_at_injection(batch["input_ids"], batch["attention_mask"])
         read = batch["attention_mask"].bool() & (batch["labels"] == -100)
-        at = torch.multinomial(read.float(), 1, generator=generator)[:, 0]
+        at = torch.multinomial(read.float().cpu(), 1, generator=generator)[:, 0]
         start = expert * config.prompts_per_expert
         prompts[start : start + config.prompts_per_expert] = hidden[torch.arange(len(drawn)), at].to(prompts.dtype)
 
@@ -137,12 +139,12 @@ def pretrain_gate(
         return log_g if per == 1 else log_g.view(-1, own.num_experts, per).logsumexp(-1)
 
     for _ in track(range(config.gate_pretraining_steps), "gate pretraining", transient=True):
-        loss = F.nll_loss(log_expert(), expert_of)
+        loss = F.nll_loss(log_expert(), expert_of.to(pooled.device))
         torch.autograd.backward(loss)
         optimiser.step()
         optimiser.zero_grad()
     with torch.no_grad():
-        return (log_expert().argmax(-1) == expert_of).float().mean().item()
+        return (log_expert().argmax(-1).cpu() == expert_of).float().mean().item()
 
 
 class Embedder:

@@ -123,7 +123,7 @@ class Engine:
             self.call.passage = passage
         return (), kwargs
 
-    def _flat(self, mask: Any, rows: int, length: int) -> Tensor | None:
+    def _flat(self, mask: Any, rows: int, length: int) -> Any:
         """[rows, seq]: which tokens are real, from a 2-D, 4-D or per-layer-type mask."""
         if isinstance(mask, dict):
             mask = mask.get("full_attention", next(iter(mask.values())))

@@ -211,7 +211,8 @@ class MoPsModel(BaseTuner):
         Engine.on(self.model).remove()
         if self.model.__dict__.get("peft_config") is self.peft_config:
             del self.model.peft_config
-        return self.model
+        model: nn.Module = self.model
+        return model
 
     def layer(self, adapter: str | None = None) -> MoPsLayer:
         """The wrapper that holds an adapter's parameters (default: the active adapter).
