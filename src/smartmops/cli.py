@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from smartmops.training.baselines import Method, load_run
 from smartmops.training.compare import CompareConfig, compare
@@ -54,7 +56,7 @@ def train_command(config: TrainConfig) -> dict[str, Any]:
 class EvaluateConfig:
     """Perplexity of a run's adapter over response tokens, overall and per task."""
 
-    run: tyro.conf.Positional[Path]  # run folder
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
     data: str | None = None  # None: the test split of the data the run was trained on
     max_length: int | None = None  # tokens; None: as in training
     batch_size: int = 32
@@ -81,7 +83,7 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
 class InspectConfig:
     """Which experts fire, and how much, for an instruction."""
 
-    run: tyro.conf.Positional[Path]  # run folder
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
     text: str  # instruction
     context: str = ""
     max_new_tokens: int = 48
@@ -125,7 +127,7 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
 class ReportConfig:
     """One self-contained report.html of one or several runs."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]  # run folders
     out: Path | None = None  # None: report.html in the first run folder
 
 
@@ -179,11 +181,13 @@ COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Entry point; an error of the user's is one line on stderr and exit status 2."""
+    disable_progress_bar()  # of transformers' loading and saving: ours say what takes time
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="smartmops", description="Mixture of Prompts: one frozen model, many tasks.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
         sys.exit(2)

@@ -211,17 +211,22 @@ def test_loss_and_gradients(name, kernel, options):
     assert prompts_of(model).recovery.grad is None and prompts_of(model).gate_mean.grad is None
 
 
-@pytest.mark.parametrize("options", [dict(num_recovery_prompts=2), LITERAL], ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
-def test_gradient_checkpointing_gives_equal_gradients(name, options):
-    _, model = adapt(name, **options)
-    inputs = labelled()
-    want = gradients(model, inputs)
-    model.train()  # these models have no dropout, or it is switched off below
+def checkpointed(model):
+    model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@pytest.mark.parametrize("options", [dict(num_recovery_prompts=2), LITERAL], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "stablelm"])
+def test_gradient_checkpointing_gives_equal_gradients(name, options):
+    _, model = adapt(name, **options)
+    inputs = labelled()
+    want = gradients(model, inputs)
+    checkpointed(model)
     counted = []
     model.base_model.layer().base_layer.mlp.register_forward_pre_hook(lambda _, args: counted.append(args[0].shape[1]))
     same_gradients(gradients(model, inputs), want)
@@ -229,6 +234,35 @@ def test_gradient_checkpointing_gives_equal_gradients(name, options):
     model.enable_input_require_grads()
     same_gradients(gradients(model, inputs), want)
     assert model.get_input_embeddings().weight.grad is None
+
+
+@pytest.mark.parametrize("between", ["nothing", "the frozen model", "another adapter"])
+@pytest.mark.parametrize("name", ["llama", "stablelm"])
+def test_a_recomputed_layer_finds_the_prompts_of_its_own_pass(name, between):
+    """Several passes before one backward: as for preference losses, distillation, or an evaluation in between."""
+    _, model = adapt(name)
+    model.add_adapter("late", MoPsConfig(**ADAPTER | dict(injection_layer=3)))
+    first, second = labelled(), {key: value.flip(0) for key, value in labelled().items()}
+
+    def both():
+        model.zero_grad()
+        loss = model(**first).loss
+        if between == "the frozen model":
+            with model.disable_adapter(), torch.no_grad():
+                model(**second)
+        elif between == "another adapter":
+            model.set_adapter("late")
+            with torch.no_grad():
+                model(**second)
+            model.set_adapter("default")
+        else:
+            loss = loss + 3 * model(**second | {"gate_mask": first["attention_mask"].flip(0)}).loss
+        loss.backward()
+        return loss.detach(), [getattr(prompts_of(model), name).grad.clone() for name in TRAINED]
+
+    want = both()
+    checkpointed(model)
+    same_gradients(both(), want)
 
 
 def test_reentrant_checkpointing_is_refused():

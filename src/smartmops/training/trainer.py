@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from rich.progress import Progress
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from smartmops.data.batches import Collator, Encoded, encode_all
 from smartmops.data.example import Example
@@ -57,7 +58,7 @@ class Schedule:
 class TrainConfig(MethodConfig, GatePretraining, Schedule):
     """Everything `smartmops train` takes. DATA is office, dolly, superni, a JSONL file, a folder or a hub id."""
 
-    model: tyro.conf.Positional[str]  # a local folder, a hub id, or tiny
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a local folder, a hub id, or tiny
     data: str
     out: Path  # run folder
     max_length: int = 512  # tokens; longer examples lose the end of their context
@@ -112,6 +113,24 @@ class _Curves(TrainerCallback):
             self.write({"step": state.global_step, "eval_perplexity": self.look().overall})
 
 
+class _Progress(TrainerCallback):
+    """One line: step, loss, time left."""
+
+    def __init__(self) -> None:
+        self.bar = Progress(*Progress.get_default_columns(), transient=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.line = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(self.line, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.update(self.line, description=f"training, loss {logs['loss']:.3f}")
+
+
 def fit(
     model: Any,
     method: MethodConfig,
@@ -144,14 +163,20 @@ def fit(
         data_seed=schedule.seed,
         remove_unused_columns=False,
         report_to="none",
+        disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+    progress = _Progress()
     trainer = _Trainer(
         method, model=model, args=arguments, train_dataset=list(rows), data_collator=collator,
-        callbacks=[_Curves(write, look, schedule.eval_every)],
+        callbacks=[_Curves(write, look, schedule.eval_every), progress],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
     model.config.use_cache = False
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.bar.stop()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
