@@ -20,15 +20,20 @@ from smartmops.training.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[2] / "shared/data/dolly15k/dolly-15k.jsonl"
-RATES = {"mops": 0.1, "prompt-tuning": 0.1, "input-prompt-tuning": 0.03}
-METHODS = {"mops": "MoPs", "prompt-tuning": "ungated, same layer", "input-prompt-tuning": "PEFT input prompts"}
+RATES = {"mops": 0.1, "prompt-tuning": 0.1, "input-prompt-tuning": 0.03}  # Adam
+METHODS = {
+    "mops": "MoPs", "mops-fixed-gate": "MoPs, gate kept as pretrained", "prompt-tuning": "ungated, same layer",
+    "input-prompt-tuning": "PEFT input prompts",
+}  # fmt: skip
 
 
 def config(method: str, data: str) -> TrainConfig:
     """One method; everything else is equal."""
+    fixed: dict[str, Any] = {"gate_lr": 0.0} if method == "mops-fixed-gate" else {}
+    name: Any = method.removesuffix("-fixed-gate")
     return TrainConfig(
-        model="tiny", data=data, out=HERE / "work" / method, method=method, steps=2000, batch_size=1, limit=5000,
-        max_length=512, eval_every=500, save_every=100, log_every=50, resume=True, prompt_lr=RATES[method],
+        model="tiny", data=data, out=HERE / "work" / method, method=name, steps=2000, batch_size=1, limit=5000,
+        max_length=512, eval_every=500, save_every=100, log_every=50, resume=True, prompt_lr=RATES[name], **fixed,
     )  # fmt: skip
 
 

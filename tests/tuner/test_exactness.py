@@ -23,7 +23,7 @@ def config_of(model) -> MoPsConfig:
     return model.peft_config["default"]
 
 
-def compare(plain, model, inputs) -> None:
+def check_by_hand(plain, model, inputs) -> None:
     """Logits, gate and what the gate reads."""
     with torch.no_grad():
         want = by_hand(plain, config_of(model), prompts_of(model), **inputs)
@@ -67,7 +67,7 @@ def test_the_reference_itself_feels_every_part_of_the_method():
 def test_full_forward(name, kernel, layer):
     for options in ({}, LITERAL):
         plain, model = adapt(name, kernel, injection_layer=layer, **options)
-        compare(plain, model, batch())
+        check_by_hand(plain, model, batch())
 
 
 OPTIONS = {
@@ -90,7 +90,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "smollm3"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(name, options):
-    compare(*adapt(name, **options), batch())
+    check_by_hand(*adapt(name, **options), batch())
 
 
 @pytest.mark.parametrize(("name", "kernel"), [("mistral", "sdpa"), ("mistral", "eager"), ("gemma3_text", "sdpa"),
@@ -99,7 +99,7 @@ def test_a_sliding_window_never_slides_past_the_prompts(name, kernel):
     plain, model = adapt(name, kernel, changes=dict(sliding_window=4), num_recovery_prompts=2)
     wide, _ = adapt(name, kernel, num_recovery_prompts=2)
     inputs = batch()
-    compare(plain, model, inputs)
+    check_by_hand(plain, model, inputs)
     with torch.no_grad():  # the window does something: text further than 4 tokens away is out of sight
         narrow, broad = (by_hand(m, config_of(model), prompts_of(model), **inputs).logits for m in (plain, wide))
     assert relative(narrow, broad, inputs["attention_mask"]) > 1e-2

@@ -252,6 +252,7 @@ class Task:
 
     def gates(self, model: Any) -> dict[str, list[float]]:
         """Mean gate weight of each expert for the test instructions of each task (paper, Figures 5 to 11)."""
+        model.eval()
         layer = model.base_model.layer()
         config = layer.configs["default"]
         with torch.no_grad():
