@@ -143,7 +143,7 @@ def picture() -> None:
         axis.set_xticks(range(len(groups)), [g.replace(", ", "\n").replace("_", "\n") for g in groups], fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(ylim=(1, None), ylabel="perplexity over response tokens")
-    left.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=9, loc="upper right")
     right.set_title(f"by task ({first})", fontsize=9)
     figure.savefig(HERE.parents[1] / "docs/office.png", dpi=130)
 
