@@ -57,7 +57,8 @@ def lines() -> Iterator[str]:
     yield "# Dolly-15k on the embedded base\n"
     yield "Written by `python experiments/dolly/run.py table` from `results.json`.\n"
     yield (
-        f"Perplexity over response tokens of {count['test']} test examples; {count['train']} training examples, "
+        f"Perplexity over response tokens of {count['test']} test examples; {count['train']} training examples "
+        f"(of {arguments['limit']} drawn; the rest do not fit {arguments['max_length']} tokens without cutting a response), "
         f"{arguments['steps']} steps of {arguments['batch_size']}, seed {arguments['seed']}, one seed only. The base has 6 M "
         "parameters and knows little English: the frozen perplexity says how little.\n"
     )
