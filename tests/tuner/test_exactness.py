@@ -357,6 +357,20 @@ def test_no_attention_mask_means_all_tokens_and_embeddings_may_come_instead_of_t
         )
 
 
+def test_hidden_states_and_attentions_are_asked_for_as_of_any_model():
+    plain, model = adapt(kernel="eager", num_recovery_prompts=2)
+    inputs = batch()
+    with torch.no_grad():
+        out = model(**inputs, output_hidden_states=True, output_attentions=True)
+        want = plain(inputs["input_ids"], inputs["attention_mask"], output_hidden_states=True)
+    assert [tuple(hidden.shape) for hidden in out.hidden_states] == [(3, 11, WIDTH)] * (LAYERS + 1)
+    assert torch.equal(out.hidden_states[0], want.hidden_states[0])
+    assert relative(out.hidden_states[-1], want.hidden_states[-1], inputs["attention_mask"]) > 1e-2
+    # what a token gives to prompts and text sums to one, and experts come after recovery prompts
+    assert [weights.shape[-1] for weights in out.attentions] == [11 + 2] * 2 + [11 + 2 + 12] * 4
+    assert relative(out.attentions[-1].sum(-1), torch.ones(3, 4, 11)) < 1e-5
+
+
 def saved_bytes(injection_layer: int, **options) -> int:
     _, model = adapt(injection_layer=injection_layer, **options)
     entered, saved = [], []
