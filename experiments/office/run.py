@@ -140,7 +140,11 @@ def picture() -> None:
             axis.bar(
                 at, heights, 0.18, bottom=1, yerr=spread, color=colour, label=method.replace("_", " "), ecolor="#333"
             )
-        axis.set_xticks(range(len(groups)), [g.replace(", ", "\n").replace("_", "\n") for g in groups], fontsize=8)
+        axis.set_xticks(
+            range(len(groups)),
+            [g.replace("magnitude", "pruned").replace(", ", "\n").replace("_", "\n") for g in groups],
+            fontsize=8,
+        )
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(ylim=(1, None), ylabel="perplexity over response tokens")
     right.legend(frameon=False, fontsize=9, loc="upper right")
