@@ -3,12 +3,13 @@
 Knows transformers' attention registry. Knows no gate, no experts, no tokens. What a forward pass needs travels with it
 as the keyword `mops` of every decoder layer, so nothing global is ever switched and a checkpointed layer, run again
 during backward, finds what it was first run with. Some architectures do not pass keywords on to their attention: there
-the layer leaves it with its attention modules, each time it is called (`hand_over`).
+the layer leaves it with its attention modules while its `forward` runs (`_handing_over`).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Passage:
     gate_embedding: Tensor | None = None  # [rows, embedding]: read instead of the model's own hidden states
     gate: Float[Tensor, "rows groups"] | None = None
     prefix: dict[int, tuple[KeyValue, Float[Tensor, "rows prompts"]]] = field(default_factory=dict)
+    attended: bool = False  # whether any attention module has seen the prefix
 
     def put(self, kv: dict[int, KeyValue], bias: Float[Tensor, "#rows prompts"]) -> None:
         """Add prompt columns to the layers in `kv`."""
@@ -88,13 +90,14 @@ def gated_prefix_attention(
     Paper: M' (prompts are never masked for any token) and "scale the network's attention over the experts" by g.
     """
     inner: Callable[..., tuple[Tensor, Tensor | None]] = module.__dict__["mops_inner"]
-    mops: Record | Passage | None = module.__dict__.get("mops_now")
-    kwargs.pop("mops", None)
+    # Still a keyword where something wraps the layer's `forward` (accelerate's hooks do); else left by the layer.
+    mops: Record | Passage | None = kwargs.pop("mops", None) or module.__dict__.get("mops_now")
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(mops, Record):
         mops.kv[layer] = (key, value)
     if not isinstance(mops, Passage) or layer not in mops.prefix:
         return inner(module, query, key, value, attention_mask, **kwargs)
+    mops.attended = True
     (prefix_key, prefix_value), bias = mops.prefix[layer]
     rows, queries, prompts = len(query), query.shape[-2], prefix_key.shape[-2]
     mask = _additive(attention_mask, query, key.shape[-2]).expand(rows, -1, queries, -1)
@@ -152,12 +155,29 @@ def attach(layer: nn.Module) -> None:
         module.__dict__["mops_config"] = module.config
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+    if not hasattr(layer, "mops_kind"):
+        layer.__class__ = _handing_over(type(layer))  # type: ignore[arg-type]
 
 
-def hand_over(layer: nn.Module, mops: Record | Passage | None) -> None:
-    """Leave with the layer's attention modules what this call of the layer carries, also when that is nothing."""
-    for module in layer.__dict__["mops_attention"]:
-        module.__dict__["mops_now"] = mops
+@functools.cache
+def _handing_over(kind: type[nn.Module]) -> type[nn.Module]:
+    """The layer's class, whose `forward` leaves its `mops` keyword with its attention modules while it runs.
+
+    A hook would not do: gradient checkpointing runs `forward` again, without hooks and after other passes.
+    """
+
+    def forward(self: nn.Module, *args: Any, mops: Record | Passage | None = None, **kwargs: Any) -> Any:
+        modules = self.__dict__["mops_attention"]
+        for module in modules:
+            module.__dict__["mops_now"] = mops
+        try:
+            return kind.forward(self, *args, **kwargs)
+        finally:
+            for module in modules:
+                module.__dict__.pop("mops_now", None)
+
+    names = {"forward": forward, "mops_kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), names)
 
 
 def detach(layer: nn.Module) -> None:
@@ -166,5 +186,5 @@ def detach(layer: nn.Module) -> None:
         if "mops_inner" in module.__dict__:
             module.config = module.__dict__.pop("mops_config")
             del module.__dict__["mops_inner"]
-            module.__dict__.pop("mops_now", None)
     layer.__dict__.pop("mops_attention", None)
+    layer.__class__ = getattr(layer, "mops_kind", type(layer))

@@ -132,8 +132,8 @@ class Engine:
         given = None if self.call is None else self.call.attended
         if given is not None and given.dim() == 2 and given.shape[1] == length:
             return _rows(given, rows)
-        last = mask[:, 0, -1, :length]  # what the last token sees is what is real
-        return (last if last.dtype == torch.bool else last > -1).expand(rows, -1)
+        own = mask[:, 0, :, :length].diagonal(dim1=-2, dim2=-1)  # a real token sees itself, in any sliding window
+        return (own if own.dtype == torch.bool else own > -1).expand(rows, -1)
 
     def _known(self, cache: Any, past: int) -> Passage | None:
         if self.call is not None and self.call.passage is not None:
@@ -190,6 +190,9 @@ class Engine:
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         passage, cache = kwargs.get("mops"), getattr(output, "past_key_values", None)
+        if passage is not None and not passage.attended:
+            raise ValueError(f"no attention module of {type(model).__name__} saw the prompts: its layers do not hand "
+                             "on what they carry; please report the architecture")  # fmt: skip
         if passage is not None and cache is not None:
             self.caches[cache] = passage
 
@@ -199,7 +202,6 @@ def _before_layer(
 ) -> tuple[tuple[Any, ...], Any] | None:
     """Algorithm 1 scales prompt columns before every layer; below the injection layer text never records a graph."""
     mops = kwargs.get("mops")
-    attention.hand_over(layer, mops)
     scaled = isinstance(mops, Record) and mops.scale is not None
     below = isinstance(mops, Passage) and _index(layer) < mops.first
     if not scaled and not below:
