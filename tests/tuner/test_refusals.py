@@ -192,3 +192,12 @@ def test_two_adapters_at_once():
     with pytest.raises(ValueError, match=r"active at once.*set_adapter"):
         model.base_model.set_adapter(["default", "late"])
         model(**batch())
+
+
+def test_prompts_that_no_attention_module_sees_are_an_error_not_a_silence():
+    _, model = adapt()
+    for layer in model.base_model.model.model.layers:
+        inner = getattr(layer, "base_layer", layer)
+        inner.forward = lambda *args, mops=None, forward=inner.forward, **kwargs: forward(*args, **kwargs)
+    with torch.no_grad(), pytest.raises(ValueError, match="no attention module of LlamaForCausalLM saw the prompts"):
+        model(**batch())
