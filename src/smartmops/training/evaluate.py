@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
 
-from smartmops.data.batches import Collator, Encoded, prompts
+from smartmops.data.batches import Collator, Encoded, prompt_text, prompts
 from smartmops.data.example import Example
 
 
@@ -74,6 +74,11 @@ def _nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return each.view(labels.shape[0], -1)
 
 
+def _room(model: Any, max_new_tokens: int) -> int:
+    """Tokens a prompt may have so that the answer still fits the model's positions."""
+    return int(getattr(model.config, "max_position_embeddings", 2**30)) - max_new_tokens
+
+
 @torch.no_grad()
 def answer(
     model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int = 48, **inputs: Any
@@ -81,7 +86,7 @@ def answer(
     """Greedy answers to the examples' instructions, as one left-padded batch."""
     was_training = model.training
     model.eval()
-    batch = prompts(examples, tokenizer)
+    batch = prompts(examples, tokenizer, _room(model, max_new_tokens))
     batch = {name: value.to(model.device) for name, value in batch.items()}
     out = model.generate(**batch, **inputs, max_new_tokens=max_new_tokens, do_sample=False,
                          pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)  # fmt: skip
@@ -94,8 +99,10 @@ def answer(
 def samples(model: Any, tokenizer: Any, examples: Sequence[Example], per_task: int = 2) -> list[dict[str, str]]:
     """The frozen model's and the adapted model's answers to the first examples of each task, side by side."""
     taken: dict[str, list[Example]] = defaultdict(list)
+    room = _room(model, 48)
     for example in examples:
-        if len(taken[example.category]) < per_task:
+        bare = prompt_text(replace(example, context=""))
+        if len(taken[example.category]) < per_task and len(tokenizer(bare)["input_ids"]) < room:
             taken[example.category].append(example)
     chosen = [example for task in sorted(taken) for example in taken[task]]
     with model.disable_adapter():
