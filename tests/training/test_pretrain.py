@@ -71,6 +71,13 @@ def test_labels_and_clusters_that_cannot_be_are_refused(task: Task) -> None:
     nameless = [dataclasses.replace(row, category="") for row in task.train]
     with pytest.raises(ValueError, match="no example has a category: add one, or choose 'clusters'"):
         assign(nameless, pooled, 2, "labels", 0)
+    with pytest.raises(
+        ValueError, match=r"category 'b' is none of the expert_names \['a', 'c'\]: name an expert for it"
+    ):
+        assign(task.train, pooled, 2, "labels", 0, given=("a", "c"))
+    expert_of, names = assign(task.train, pooled, 3, "labels", 0, given=("b", "a"))
+    assert names == ["b", "a", "expert 2"]
+    assert expert_of == [names.index(row.category) for row in task.train]
     with pytest.raises(ValueError, match="cannot form 99 clusters"):
         assign(task.train, pooled, 99, "clusters", 0)
 

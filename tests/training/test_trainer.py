@@ -86,7 +86,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config: Make, tmp_p
     whole, killed = (config(out=tmp_path / name, steps=60, save_every=10) for name in ("whole", "killed"))
     train(whole)
     source = (
-        "import dataclasses, json, pathlib, sys, torch; torch.set_num_threads(2)\n"
+        f"import dataclasses, json, pathlib, sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
         "from smartmops.training.trainer import TrainConfig, train\n"
         "values = json.loads(sys.argv[1]); values['out'] = pathlib.Path(values['out'])\n"
         "train(TrainConfig(**values))"

@@ -32,6 +32,9 @@ class GatePretraining:
     gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
     gate_pretraining_steps: int = 200  # Adam steps on all pooled instructions at once
     gate_pretraining_lr: float = 1e-2
+    expert_names: tuple[str, ...] | None = (
+        None  # the task each expert is meant for; None: the tasks of the data, sorted
+    )
 
 
 def train_recovery(base: Any, rows: Sequence[Encoded], collator: Collator, count: int, steps: int, lr: float,
@@ -76,22 +79,27 @@ def instructions(
     return torch.cat(pooled)[torch.tensor(order).argsort()]
 
 
-def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: int, how: str, seed: int
-           ) -> tuple[list[int], list[str]]:  # fmt: skip
+def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: int, how: str, seed: int,
+           given: Sequence[str] | None = None) -> tuple[list[int], list[str]]:  # fmt: skip
     """The expert each example is meant for (task labels 1:1, or k-means clusters), and the experts' names.
 
     Raises:
-        ValueError: labels are asked for, but there are none, or more tasks than experts.
+        ValueError: labels are asked for, but there are none, more tasks than experts, or a task that no expert in
+            `given` is meant for.
     """
     tasks = sorted({row.category for row in rows})
     if how == "labels":
         if tasks == [""]:
             raise ValueError("gate_pretraining='labels', but no example has a category: add one, or choose 'clusters'")
+        if given is not None and (unknown := [task for task in tasks if task not in given]):
+            raise ValueError(f"category {unknown[0]!r} is none of the expert_names {list(given)}: name an expert for "
+                             "it, leave its examples out, or choose gate_pretraining='clusters'")  # fmt: skip
         if len(tasks) > experts:
             raise ValueError(f"{len(tasks)} tasks for experts={experts}: choose experts={len(tasks)}, or "
                              "gate_pretraining='clusters'")  # fmt: skip
-        names = tasks + [f"expert {i}" for i in range(len(tasks), experts)]
-        return [tasks.index(row.category) for row in rows], names
+        names = list(given) if given is not None else tasks
+        names += [f"expert {i}" for i in range(len(names), experts)]
+        return [names.index(row.category) for row in rows], names
     if len(rows) < experts:
         raise ValueError(f"{len(rows)} examples cannot form {experts} clusters: give more data, or fewer experts")
     standard = (pooled - pooled.mean(0)) / pooled.std(0).clamp(min=1e-6)

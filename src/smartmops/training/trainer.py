@@ -242,7 +242,7 @@ class Task:
             pooled = instructions(model, self.train, self.collator)
             standardise(model, pooled)
             how = gate.gate_pretraining if gate.gate_pretraining != "none" else "clusters"
-            expert_of, names = assign(self.train, pooled, config.num_experts, how, seed)
+            expert_of, names = assign(self.train, pooled, config.num_experts, how, seed, gate.expert_names)
             if gate.gate_pretraining != "none":
                 accuracy = pretrain_gate(model, pooled, torch.tensor(expert_of), gate)
             config.expert_names = names
