@@ -50,7 +50,9 @@ def test_inspect_names_the_expert_of_the_task(quick: Path, capsys: pytest.Captur
     found = cli.inspect_command(InspectConfig(quick, text="What is the capital of France?", max_new_tokens=8))
     assert sum(found["gate"].values()) == pytest.approx(1, abs=1e-5)
     assert max(found["gate"], key=found["gate"].get) == "open_qa"
-    assert "open_qa" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "open_qa" in printed
+    assert all(word in printed for word in found["adapted"].split()), "brackets of an answer are printed too"
 
 
 @pytest.mark.slow

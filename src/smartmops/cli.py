@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from smartmops.data.example import Example
 from smartmops.training.baselines import Method, load_run
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import answer, evaluate
-from smartmops.training.runs import write_text
+from smartmops.training.pretrain import Embedder
 from smartmops.training.trainer import Task, TrainConfig, train
+from smartmops.tuner.gate import by_expert
 
 console = Console()
 
@@ -75,7 +79,7 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
     rows = task.train + task.test if config.data else task.test
     found = evaluate(model, rows, task.collator, config.batch_size, progress=True)
     _print_perplexity({"adapted": found.metrics()["perplexity"]})
-    write_text(run.path / "evaluation.json", _json(found.metrics() | {"data": again.data}))
+    run.write_evaluation(found.metrics() | {"data": again.data})
     return found.metrics()
 
 
@@ -95,9 +99,6 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
     Raises:
         ValueError: the run's method has no gate.
     """
-    from smartmops.data.example import Example
-    from smartmops.training.pretrain import Embedder
-
     model, tokenizer, run = load_run(config.run)
     if not hasattr(model.base_model, "last_gate"):
         raise ValueError(f"{config.run} was trained with method {run.config.get('method')!r}, which has no gate: "
@@ -106,11 +107,9 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
     example = Example(config.text, config.context, "")
     inputs = {}
     if mops.embedder:
-        import torch
-
         inputs["gate_embedding"] = torch.tensor(Embedder(mops.embedder)([config.text]))
     adapted = answer(model, tokenizer, [example], config.max_new_tokens, **inputs)[0]
-    weights = model.base_model.last_gate[0].unflatten(0, (mops.num_experts, -1)).sum(-1).tolist()
+    weights = by_expert(model.base_model.last_gate, mops.num_experts)[0].tolist()
     with model.disable_adapter():
         frozen = answer(model, tokenizer, [example], config.max_new_tokens)[0]
     names = mops.expert_names or [f"expert {i}" for i in range(mops.num_experts)]
@@ -118,8 +117,8 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
     for name, weight in sorted(zip(names, weights, strict=True), key=lambda pair: -pair[1]):
         table.add_row(name, f"{weight:.3f}", "█" * round(30 * weight))
     console.print(table)
-    console.print("[bold]frozen[/bold] ", frozen, markup=True)
-    console.print("[bold]adapted[/bold]", adapted, markup=True)
+    console.print("[bold]frozen[/bold] ", escape(frozen))  # an answer's own [brackets] are no markup
+    console.print("[bold]adapted[/bold]", escape(adapted))
     return {"gate": dict(zip(names, weights, strict=True)), "frozen": frozen, "adapted": adapted}
 
 
@@ -163,12 +162,6 @@ def _print_perplexity(found: dict[str, dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, indent=2) + "\n"
-
-
 COMMANDS: dict[str, Any] = {
     "quickstart": quickstart,
     "train": train_command,
@@ -189,5 +182,5 @@ def main() -> None:
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         sys.exit(2)

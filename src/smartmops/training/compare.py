@@ -6,11 +6,9 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from statistics import mean
-from typing import Any, cast
+from typing import Any
 
 from smartmops.compression.magnitude import prune_magnitude
 from smartmops.data.batches import Encoded, few_shot
@@ -60,10 +58,9 @@ def prepare(config: CompareConfig, run: Run) -> Task:
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Evaluate the frozen base, train each method under each seed, write a run folder; returns its metrics."""
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     run = Run.create(
         config.out,
-        {"command": "compare", "arguments": arguments, "seeds": list(config.seeds), "base": config.model,
+        {"command": "compare", "arguments": asdict(config), "seeds": list(config.seeds), "base": config.model,
          "data": config.data, "method": ", ".join(config.methods)},
         config.resume,
     )  # fmt: skip
@@ -121,14 +118,13 @@ def _one(task: Task, config: CompareConfig, name: str, run: Run) -> Evaluation:
     return result
 
 
-def summary(found: dict[str, Sequence[Evaluation]] | dict[str, list[Evaluation]]) -> dict[str, Any]:
+def summary(found: dict[str, list[Evaluation]]) -> dict[str, Any]:
     """Means over seeds, and every seed's value, as `metrics.json` of `quickstart` holds them."""
-    results = cast("dict[str, list[Evaluation]]", found)
     return {
-        "perplexity": {name: mean(e.overall for e in runs) for name, runs in results.items()},
+        "perplexity": {name: mean(e.overall for e in runs) for name, runs in found.items()},
         "per_task": {
             name: {task: mean(e.per_task[task] for e in runs) for task in runs[0].per_task}
-            for name, runs in results.items()
+            for name, runs in found.items()
         },
-        "per_seed": {name: [e.overall for e in runs] for name, runs in results.items()},
+        "per_seed": {name: [e.overall for e in runs] for name, runs in found.items()},
     }

@@ -232,6 +232,10 @@ class Run:
         """Write mean gate weights: `{"experts": [name], "before": {task: [weight]}, "after": {task: [weight]}}`."""
         write_text(self.path / "gates.json", _dump(_plain(gates)))
 
+    def write_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Write the numbers of an evaluation made after the run, beside its own."""
+        write_text(self.path / "evaluation.json", _dump(_plain(metrics)))
+
     def write_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Write sample answers: rows of `category`, `instruction`, `context`, `reference`, `frozen`, `adapted`."""
         self._write_rows("samples.jsonl", samples)

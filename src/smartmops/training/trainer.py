@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from smartmops.data.batches import Collator, Encoded, encode_all
 from smartmops.data.example import Example
 from smartmops.data.tasks import read, sample, split
+from smartmops.tuner.gate import by_expert
 
 from .baselines import MethodConfig, build, load_base, parameter_groups
 from .evaluate import Evaluation, evaluate, samples
@@ -256,8 +257,9 @@ class Task:
         layer = model.base_model.layer()
         config = layer.configs["default"]
         with torch.no_grad():
-            weights = layer.gate(instructions(model, self.test, self.collator), "default")
-        weights = weights.unflatten(-1, (config.num_experts, -1)).sum(-1)
+            weights = by_expert(
+                layer.gate(instructions(model, self.test, self.collator), "default"), config.num_experts
+            )
         tasks = sorted({row.category for row in self.test})
         return {t: weights[[row.category == t for row in self.test]].mean(0).tolist() for t in tasks}
 
@@ -277,11 +279,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ValueError: data, options or base do not fit; the message names value, limit and way out.
         Diverged: the loss is not finite; the last good adapter is in `out`/adapter.
     """
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     run = Run.create(
         config.out,
-        {"command": "train", "arguments": arguments, "seed": config.seed, "base": config.model, "data": config.data,
-         "method": config.method},
+        {"command": "train", "arguments": asdict(config), "seed": config.seed, "base": config.model,
+         "data": config.data, "method": config.method},
         config.resume,
     )  # fmt: skip
     if run.finished:

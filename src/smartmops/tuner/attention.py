@@ -145,8 +145,8 @@ def check(layer: nn.Module) -> None:
 
 def attach(layer: nn.Module) -> None:
     """Route the layer's attention through `gated_prefix_attention`; without a `mops` keyword nothing changes."""
-    layer.__dict__["mops_attention"] = list(attention_modules(layer))
-    for module in attention_modules(layer):
+    layer.__dict__["mops_attention"] = modules = list(attention_modules(layer))
+    for module in modules:
         if "mops_inner" in module.__dict__:
             continue
         used = module.config._attn_implementation  # type: ignore[union-attr]

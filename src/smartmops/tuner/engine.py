@@ -38,6 +38,7 @@ class Engine:
         self.model: Any = model
         self.backbone: Any = model.base_model
         _refuse_unsupported(model, self.backbone)
+        self.names = list(inspect.signature(type(model).forward).parameters)[1:]  # what `forward` takes, in order
         self.wrappers: dict[int, Any] = {}
         self.call: _Call | None = None
         self.last: Passage | None = None
@@ -97,8 +98,7 @@ class Engine:
             self.call = None
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         explicit, embedding = kwargs.pop("gate_mask", None), kwargs.pop("gate_embedding", None)
         if (wrapper := self.active()) is None:
             return (), kwargs
@@ -116,7 +116,7 @@ class Engine:
             raise ValueError(
                 f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
             )
-        if flat is not None and kwargs.get("position_ids") is None and "position_ids" in names:
+        if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
             kwargs["position_ids"] = (flat.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         self.last = kwargs["mops"] = passage
         if self.call is not None:

@@ -31,10 +31,15 @@ def log_gate(
     scores = ((pooled - mean) / scale) @ w_in.T
     scores = torch.relu(scores) @ w_out.T / temperature
     if top_k is not None and top_k < scores.shape[-1]:
-        lowest_kept = scores.topk(top_k, -1).indices
-        keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, lowest_kept, True)
+        highest = scores.topk(top_k, -1).indices
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, highest, True)
         scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
     return torch.log_softmax(scores, -1)
+
+
+def by_expert(gate: Float[Tensor, "batch groups"], experts: int) -> Float[Tensor, "batch experts"]:
+    """Weight of each expert: the gate's own, or the sum over an expert's prompts where each prompt has a weight."""
+    return gate.unflatten(-1, (experts, -1)).sum(-1)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def bias(log_g: Float[Tensor, "batch groups"], prompts: int) -> Float[Tensor, "batch prompts"]:
