@@ -1,0 +1,382 @@
+"""A model folder in, a smaller model folder out, with a card that says what it cost. Nothing half-written ever loads.
+
+Everything is prepared in `DIR.partial`, which keeps finished layers for `--resume`, and becomes DIR by one rename.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from . import calibration, layerwise
+from .base import Quantisation, dense_weight, describe, load_base, local, quantised_as, quantised_linears
+from .solvers import Method, Pattern, Solver
+
+console = Console()
+LOOKED_AT = 1024  # columns of a quantised layer whose zeros are counted: all of a large one would take minutes
+DOES_NOT_DECIDE = ("out", "resume", "device", "batch_size")  # arguments that leave the result as it is
+
+
+@dataclass(kw_only=True)
+class CompressConfig:
+    """Everything `smartmops compress` takes: prune to `sparsity` or `pattern`, or quantise, or one after the other."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a local folder, a hub id, or tiny
+    out: Path  # model folder
+    method: Method = "sparsegpt"
+    sparsity: float | None = None  # share of zeros in each linear layer of the decoder, such as 0.75
+    pattern: str | None = None  # n:m prunes n of every m inputs, such as 7:8
+    int8: bool = False  # LLM.int8() of bitsandbytes, after pruning
+    int8_engine: Annotated[str, tyro.conf.arg(metavar="{bitsandbytes,torchao}")] = "bitsandbytes"
+    nf4: bool = False  # 4-bit NormalFloat of bitsandbytes, after pruning
+    calibration: str | None = None  # DATA or a text file to calibrate and measure on; None: office, for tiny only
+    sequences: int = 128  # calibration sequences
+    sequence_length: int | None = None  # tokens; None: as text and positions of the model allow, at most 2048
+    block_size: int = 128  # columns SparseGPT solves at once
+    damping: float = 0.01  # share of the Hessian's mean diagonal
+    seed: int = 0  # of the draw of calibration sequences
+    data_seed: int = 0  # the --seed `train` will have: it draws the test split, which calibration must not see
+    limit: int | None = None  # the --limit `train` will have
+    test_share: float = 0.1  # the --test-share `train` will have
+    batch_size: int = 8  # sequences that go through a layer at once
+    device: str | None = None  # where a layer is solved; None: the GPU if there is one
+    resume: bool = False  # go on where a killed compression stopped
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """What `load_base` calls it.
+
+        Raises:
+            ValueError: both int8 and NF4 are asked for, or an engine there is not.
+        """
+        if self.int8_engine not in ("bitsandbytes", "torchao"):
+            raise ValueError(f"int8_engine={self.int8_engine!r}: choose bitsandbytes or torchao")
+        if self.int8 and self.nf4:
+            raise ValueError("int8 and nf4 are both asked for: choose one")
+        if self.nf4:
+            return "nf4"
+        return None if not self.int8 else "int8" if self.int8_engine == "bitsandbytes" else "int8-torchao"
+
+
+def compress(config: CompressConfig) -> dict[str, Any]:
+    """Prune and quantise a model and write it, loadable by `AutoModelForCausalLM`; returns what `metrics.json` holds.
+
+    Raises:
+        FileExistsError: `out` holds something already, or an unfinished compression and `resume` is off.
+        ImportError: a quantising library is missing.
+        OSError: the disk has no room for the result.
+        ValueError: options, model or text do not fit; the message names value, limit and way out.
+    """
+    started, quantisation = time.perf_counter(), config.quantisation
+    pattern = (
+        None if config.sparsity is None and config.pattern is None else Pattern.parse(config.sparsity, config.pattern)
+    )
+    if pattern is None and quantisation is None:
+        raise ValueError("nothing to do: give --sparsity 0.75 or --pattern 7:8, --int8 or --nf4")
+    if (done := _finished(config)) is not None:
+        return done
+    model, tokenizer = _load(config)
+    modules, solver = {} if pattern is None else layerwise.linears(model), Solver(config.block_size, config.damping)
+    if pattern is not None:
+        for name, module in modules.items():
+            pattern.check(layerwise.matrix(module).shape[1], name)
+        solver.check(pattern)
+    layerwise.check_runs_by_layer(model)
+    _check_sizes(config, model)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = _text(config, model, tokenizer, pattern)
+    partial = _partial(config, size * (2 if pattern is None or quantisation is None else 3))
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    metrics: dict[str, Any] = {"perplexity_before": _perplexity(model, rows.held_out, device, "perplexity before")}
+    stats: layerwise.Stats = {}
+    with _room(partial):
+        if pattern is not None:
+            with _progress("pruning", len(layerwise.decoder_layers(model))) as step:
+                stats = layerwise.prune(model, rows.calibration, pattern, config.method, solver, device, partial, step)
+        done_at = partial / ("model" if quantisation is None else "pruned")
+        _save(model, tokenizer, done_at)
+        if quantisation is None:
+            metrics["perplexity_after"] = _perplexity(model, rows.held_out, device, "perplexity after")
+        else:
+            zeros = {
+                name: (layerwise.matrix(each)[:, :LOOKED_AT] == 0).float().mean() for name, each in modules.items()
+            }
+            del model, modules
+            _quantise(done_at, partial / "model", quantisation, tokenizer, zeros)
+            model, _ = load_base(str(partial / "model"))
+            metrics["perplexity_after"] = _perplexity(model, rows.held_out, model.device, "perplexity after")
+        metrics |= {"sparsity": _sparsity(stats)} | _cost(partial / "model", size, started, device)
+        record = {
+            "model": config.model, "pattern": None if pattern is None else str(pattern), "quantisation": quantisation,
+            "metrics": metrics, "calibration": _told(config, rows), "layers": stats, "begun_with": _state(config),
+            "versions": _versions(quantisation),
+        }  # fmt: skip
+        _publish(partial, config.out, record)
+    return metrics
+
+
+def _finished(config: CompressConfig) -> dict[str, Any] | None:
+    """The metrics of a finished compression with the same arguments; None where there is nothing yet."""
+    out = config.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    record = out / "compression.json"
+    if config.resume and record.is_file():
+        found: dict[str, Any] = json.loads(record.read_text())
+        _compare(found["begun_with"], _state(config), out)
+        shutil.rmtree(_beside(out), ignore_errors=True)  # a kill between the last two steps leaves it
+        return dict(found["metrics"])
+    raise FileExistsError(f"--out {out} exists and is not empty: choose another folder")
+
+
+def _load(config: CompressConfig) -> tuple[Any, Any]:
+    """As stored, on the CPU: only the layer at work goes to the device."""
+    if method := quantised_as(config.model):
+        raise ValueError(
+            f"MODEL {config.model} is quantised already ({method}), so its weights can be neither pruned nor quantised "
+            "again: compress the model it was made from"
+        )
+    name = local(config.model)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval().requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def _check_sizes(config: CompressConfig, model: Any) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size={config.batch_size}: choose 1 or more sequences")
+    if positions and config.sequence_length and config.sequence_length > positions:
+        raise ValueError(
+            f"sequence_length={config.sequence_length}, but the model has {positions} positions: choose that at most"
+        )
+
+
+def _is_data(config: CompressConfig) -> bool:
+    return not (config.calibration or "").endswith(calibration.TEXT_ENDINGS)
+
+
+def _text(config: CompressConfig, model: Any, tokenizer: Any, pattern: Pattern | None) -> _Rows:
+    """Calibration rows where they are needed, and what is held out; nothing where no text is needed and none given."""
+    needed = pattern is not None and config.method != "magnitude"
+    most = min(2048, getattr(model.config, "max_position_embeddings", 2048))
+    if not needed and config.calibration is None and config.model != "tiny":
+        return _Rows([], [], 0)
+    text = calibration.load(config.calibration or "", config.limit, config.test_share, config.data_seed, config.model)
+    held_out = calibration.held_out_batches(text, tokenizer, config.sequence_length or most, config.batch_size)
+    if not needed:
+        return _Rows([], held_out, 0)
+    rows = calibration.calibration_rows(text, tokenizer, config.sequences, config.sequence_length, config.seed, most)
+    return _Rows(list(torch.split(rows, config.batch_size)), held_out, rows.shape[1])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    calibration: list[torch.Tensor]  # each [rows, seq]
+    held_out: list[dict[str, torch.Tensor]]
+    length: int  # tokens
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def _partial(config: CompressConfig, needed: int) -> Path:
+    """The folder of what is half done, with what it was begun with; `needed` is in bytes."""
+    partial = _beside(config.out)
+    if partial.exists() and not config.resume:
+        raise FileExistsError(f"{partial} holds an unfinished compression: go on with --resume, or delete it")
+    if (partial / "state.json").exists():
+        _compare(json.loads((partial / "state.json").read_text()), _state(config), partial)
+    held = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    free = shutil.disk_usage(next(folder for folder in partial.absolute().parents if folder.exists())).free
+    if needed - held > free:
+        raise OSError(
+            f"{partial.parent} has {free / 2**30:.2f} GiB free, and {(needed - held) / 2**30:.2f} GiB are needed for "
+            "the result and for what it can be resumed from: free some, or choose another --out"
+        )
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "state.tmp").write_text(json.dumps(_state(config), indent=2))
+    os.replace(partial / "state.tmp", partial / "state.json")
+    return partial
+
+
+def _state(config: CompressConfig) -> dict[str, Any]:
+    """What decides the result, as JSON holds it."""
+    found: dict[str, Any] = json.loads(json.dumps(_arguments(config) | describe(config.model)))
+    return found
+
+
+def _arguments(config: CompressConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in DOES_NOT_DECIDE}
+
+
+def _compare(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    for key, value in now.items():
+        if then.get(key) != value:
+            raise FileExistsError(
+                f"--resume: {folder} was begun with {key}={then.get(key)!r}, but now {key}={value!r} is asked for: ask "
+                "for the same, or choose another --out"
+            )
+
+
+@contextmanager
+def _room(partial: Path) -> Iterator[None]:
+    """A disk that fills up is an error with the way out, whoever met it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(partial).free / 2**30
+        raise OSError(
+            f"writing into {partial} failed ({error}; {free:.2f} GiB free): nothing was put at --out; make room and go "
+            "on with --resume"
+        ) from error
+
+
+@contextmanager
+def _progress(what: str, layers: int) -> Iterator[Callable[[int], None]]:
+    with Progress(transient=True) as bar:
+        line = bar.add_task(what, total=layers)
+        yield lambda index: bar.update(line, completed=index + 1, description=f"{what}, layer {index + 1} of {layers}")
+
+
+def _perplexity(model: Any, held_out: list[dict[str, torch.Tensor]], device: Any, what: str) -> float | None:
+    """exp(nats / labelled tokens) over the held-out text; None where there is none."""
+    if not held_out:
+        return None
+    with _progress(what, len(layerwise.decoder_layers(model))) as step:
+        total, count = layerwise.nats(model, held_out, device, step)
+    return math.exp(total / count)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _quantise(
+    pruned: Path, folder: Path, quantisation: Quantisation, tokenizer: Any, zeros: dict[str, torch.Tensor]
+) -> None:
+    """Quantise on the way in from `pruned`, check that what was zero is zero, and save."""
+    model, _ = load_base(str(pruned), "auto", quantisation)
+    modules = quantised_linears(model)
+    for name, before in zeros.items():
+        after = (dense_weight(modules[name], model.dtype, most=LOOKED_AT) == 0).float().mean()
+        if after < before - 1e-4:
+            raise ValueError(
+                f"{quantisation} turned zeros of {name} into something else (of its weights {before:.3f} were zero, "
+                f"{after:.3f} are): please report it"
+            )
+    _save(model, tokenizer, folder)
+    shutil.rmtree(pruned)
+
+
+def _sparsity(stats: layerwise.Stats) -> float:
+    """Share of zeros over all pruned layers."""
+    weights = sum(found["weights"] for found in stats.values())
+    return sum(found["sparsity"] * found["weights"] for found in stats.values()) / max(weights, 1)
+
+
+def _told(config: CompressConfig, rows: _Rows) -> dict[str, Any] | None:
+    """What the card says of the text."""
+    if not rows.held_out:
+        return None
+    return {
+        "data": config.calibration or "office",
+        "sequences": sum(len(batch) for batch in rows.calibration),
+        "length": rows.length,
+        "seed": config.seed,
+        "split": {"seed": config.data_seed, "limit": config.limit, "test_share": config.test_share},
+        "held_out_tokens": sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in rows.held_out),
+        "counts": "response tokens" if _is_data(config) else "tokens",
+    }
+
+
+def _cost(folder: Path, size: int, started: float, device: torch.device) -> dict[str, Any]:
+    """Bytes on disk, seconds, and the most memory this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "bytes_before": size,
+        "bytes_after": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def _versions(quantisation: Quantisation | None) -> dict[str, str]:
+    engine = {None: [], "int8-torchao": ["torchao"]}.get(quantisation, ["bitsandbytes"])
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("smartmops", "torch", "transformers", *engine)
+    }
+
+
+def _publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
+    """Card and numbers beside the weights, everything on disk, then one rename."""
+    model = partial / "model"
+    (model / "compression.json").write_text(json.dumps(record, indent=2) + "\n")
+    (model / "metrics.json").write_text(json.dumps(record["metrics"], indent=2) + "\n")
+    (model / "README.md").write_text(card(record), encoding="utf-8")
+    for file in model.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    if out.exists():
+        out.rmdir()  # empty, or we would not be here
+    os.rename(model, out)
+    shutil.rmtree(partial)
+
+
+def card(record: dict[str, Any]) -> str:
+    """The compression card: what was done to which model, on which text, and what it cost."""
+    return "\n".join(_card(record, record["metrics"], record["calibration"])) + "\n"
+
+
+def _card(record: dict[str, Any], metrics: dict[str, Any], text: dict[str, Any] | None) -> Iterator[str]:
+    pattern, quantisation = record["pattern"], record["quantisation"]
+    done = [f"pruned by {record['begun_with']['method']} to {pattern}"] if pattern else []
+    done += [f"quantised to {quantisation}"] if quantisation else []
+    yield "---\nlibrary_name: transformers\ntags: [compressed, smartmops]\n---"
+    yield f"# {record['model']}, {' and '.join(done)}\n"
+    if pattern and ":" in pattern:
+        yield f"{pattern} means: {pattern.replace(':', ' of every ')} neighbouring inputs of a linear layer are zero.\n"
+    if pattern:
+        yield "Zeros save neither memory nor time in PyTorch's dense kernels.\n"
+    yield "| | before | after |\n|---|---|---|"
+    if text:
+        before, after = metrics["perplexity_before"], metrics["perplexity_after"]
+        yield f"| perplexity ({text['counts']}) | {before:.3f} | {after:.3f} |"
+    yield f"| zeros in the decoder's linear layers | | {metrics['sparsity']:.2%} |"
+    yield f"| weights, MB | {metrics['bytes_before'] / 1e6:.1f} | {metrics['bytes_after'] / 1e6:.1f} |\n"
+    device = metrics["peak_device_memory_bytes"]
+    on_device = f", {device / 2**30:.2f} GiB on the device" if device else ""
+    memory = metrics["peak_memory_bytes"] / 2**30
+    yield f"{metrics['seconds']:.0f} seconds, {memory:.2f} GiB of memory at most{on_device}."
+    if text:
+        rows = f"{text['sequences']} sequences of {text['length']} tokens, seed {text['seed']}"
+        yield f"\nText: `{text['data']}`. Calibration: {rows if text['sequences'] else 'none'}."
+        yield f"Perplexity: {text['held_out_tokens']} held-out {text['counts']}."
+    if record["layers"]:
+        yield "\n| linear layer | zeros | error of its output |\n|---|---|---|"
+        for name, found in record["layers"].items():
+            error = f"{found['error']:.4f}" if "error" in found else ""
+            yield f"| {name} | {found['sparsity']:.4f} | {error} |"
+        yield "\nError of its output: ||(W' - W) X||² / ||W X||² over the calibration tokens."
