@@ -9,7 +9,9 @@ import pytest
 
 from smartmops import cli
 from smartmops.cli import EvaluateConfig, InspectConfig, ReportConfig
+from smartmops.compression.compress import CompressConfig
 from smartmops.training.runs import Run
+from smartmops.training.trainer import TrainConfig
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +63,17 @@ def test_report_of_several_runs_goes_where_asked(quick: Path, tmp_path: Path) ->
     assert path.exists() and path.stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_compress_writes_a_model_that_train_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = cli.compress_command(
+        CompressConfig(model="tiny", out=tmp_path / "base", pattern="7:8", sequences=16, sequence_length=64)
+    )
+    assert found["sparsity"] == pytest.approx(0.875, abs=1e-6)
+    assert f"{found['perplexity_after']:.3f}" in capsys.readouterr().out
+    config = TrainConfig(model=str(tmp_path / "base"), data="office", out=tmp_path / "run", steps=2, limit=100)
+    assert cli.train_command(config)["perplexity_frozen"]["overall"] > found["perplexity_before"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -68,6 +81,10 @@ def test_report_of_several_runs_goes_where_asked(quick: Path, tmp_path: Path) ->
         (["report"], "0 run folders given"),
         (["train", "tiny", "--data", "missing.jsonl", "--out", "OUT"], "no such file"),
         (["train", "tiny", "--data", "office", "--out", "OUT", "--injection-layer", "40"], "choose 0 to 7"),
+        (["compress", "tiny", "--out", "OUT"], "nothing to do: give --sparsity 0.75 or --pattern 7:8"),
+        (["compress", "tiny", "--out", "OUT", "--sparsity", "1"], "choose a share of zeros between 0 and 1"),
+        (["compress", "tiny", "--out", "OUT", "--pattern", "9:8"], "pattern=9:8: n:m prunes n of every m"),
+        (["compress", "tiny", "--out", "OUT", "--pattern", "4:7"], "has 256 inputs, which 7 does not divide"),
     ],
 )
 def test_a_users_error_is_one_line_and_status_2(

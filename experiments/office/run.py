@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from smartmops.compression.magnitude import prune_magnitude
+from smartmops.compression.base import load_base
+from smartmops.compression.layerwise import prune
+from smartmops.compression.solvers import Pattern
 from smartmops.data.tasks import split
-from smartmops.training.baselines import Method, load_base
+from smartmops.training.baselines import Method
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import evaluate
 from smartmops.training.trainer import Task, TrainConfig, fit
@@ -36,7 +38,7 @@ def tune() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(out=Path(folder) / "run", **SETTING)
         base, tokenizer = load_base("tiny")
-        prune_magnitude(base, 0.5)
+        prune(base, [], Pattern.parse(0.5), "magnitude")
         task = Task.load(config, base, tokenizer)
         kept, held = split(task.train_examples, 0.1, seed=1)
         rows = dict(zip(task.train_examples, task.train, strict=True))

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from smartmops.compression.compress import CompressConfig, compress
 from smartmops.data.example import Example
 from smartmops.training.baselines import Method, load_run
 from smartmops.training.compare import CompareConfig, compare
@@ -46,6 +47,19 @@ def quickstart(
     metrics = compare(config)
     _print_comparison(metrics)
     _report([out], out / "report.html")
+    return metrics
+
+
+def compress_command(config: CompressConfig) -> dict[str, Any]:
+    """Prune a model (SparseGPT, Wanda, magnitude), quantise it, or both, into a folder that transformers loads."""
+    metrics = compress(config)
+    table = Table("", "before", "after")
+    if metrics["perplexity_before"] is not None:
+        table.add_row("perplexity", f"{metrics['perplexity_before']:.3f}", f"{metrics['perplexity_after']:.3f}")
+    table.add_row("zeros in linear layers", "", f"{metrics['sparsity']:.2%}")
+    table.add_row("weights, MB", *(f"{metrics[key] / 1e6:.1f}" for key in ("bytes_before", "bytes_after")))
+    console.print(table)
+    console.print(f"{metrics['seconds']:.0f} s; the card is {config.out / 'README.md'}")
     return metrics
 
 
@@ -164,6 +178,7 @@ def _print_perplexity(found: dict[str, dict[str, Any]]) -> None:
 
 COMMANDS: dict[str, Any] = {
     "quickstart": quickstart,
+    "compress": compress_command,
     "train": train_command,
     "compare": compare,
     "evaluate": evaluate_command,

@@ -180,6 +180,18 @@ def split(examples: Sequence[Example], test: float = 0.1, seed: int = 0) -> tupl
     return train, [examples[index] for index in sorted(held)]
 
 
+def splits(
+    data: str | Path, limit: int | None = None, test: float = 0.1, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """Training and test part of DATA, of which `limit` examples are drawn first: the split that every command makes.
+
+    Raises:
+        ValueError: As `read`, `sample` and `split`.
+    """
+    examples = read(data)
+    return split(examples if limit is None else sample(examples, limit, seed), test, seed)
+
+
 def sample(examples: Sequence[Example], n: int, seed: int = 0) -> list[Example]:
     """`n` examples drawn from all categories alike, in the order given (5,000 in the paper, section 4).
 

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smartmops.tiny import resolve
+from smartmops.compression.base import load_base
 from smartmops.tuner import MoPsConfig
 
 from .runs import Run, check_adapter
@@ -87,20 +86,6 @@ class MethodConfig:
             embedder=self.embedder,
             **shared,
         )
-
-
-def load_base(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Frozen model in eval mode, on the GPU if there is one, and its tokenizer.
-
-    Raises:
-        FileNotFoundError: `model` looks like a path, and there is nothing.
-    """
-    name = resolve(model)
-    if (name.startswith((".", "/", "~")) or Path(name).suffix) and not Path(name).expanduser().exists():
-        raise FileNotFoundError(f"MODEL {model} does not exist: give a model folder, a hub id, or tiny")
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    base = base.to("cuda" if torch.cuda.is_available() else "cpu")
-    return base.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def load_run(path: Path) -> tuple[Any, Any, Run]:

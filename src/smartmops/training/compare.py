@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
 from typing import Any
 
-from smartmops.compression.magnitude import prune_magnitude
+from smartmops.compression.base import load_base
+from smartmops.compression.layerwise import prune
+from smartmops.compression.solvers import Pattern
 from smartmops.data.batches import Encoded, few_shot
 
-from .baselines import Method, load_base
+from .baselines import Method
 from .evaluate import Evaluation, evaluate, samples
 from .runs import Run
 from .trainer import Task, TrainConfig, console, fit
@@ -46,8 +48,8 @@ def prepare(config: CompareConfig, run: Run) -> Task:
     """Load the base, prune it if asked (the pruned base is kept in the run folder), and read the data."""
     base, tokenizer = load_base(config.model)
     if config.sparsity is not None:
-        reached = prune_magnitude(base, config.sparsity)
-        console.print(f"pruned by magnitude: {reached:.1%} zeros in the decoder's linear layers")
+        prune(base, [], Pattern.parse(config.sparsity), "magnitude")
+        console.print(f"pruned by magnitude: {config.sparsity:.1%} zeros in the decoder's linear layers")
         folder = run.path / "base"
         shutil.rmtree(folder, ignore_errors=True)
         base.save_pretrained(folder)

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from smartmops.compression.base import load_base, local
 from smartmops.data.batches import Collator, Encoded, encode_all
 from smartmops.data.example import Example
-from smartmops.data.tasks import read, sample, split
+from smartmops.data.tasks import splits
 from smartmops.tuner.gate import by_expert
 
-from .baselines import MethodConfig, build, load_base, parameter_groups
+from .baselines import MethodConfig, build, parameter_groups
 from .evaluate import Evaluation, evaluate, samples
 from .pretrain import (
     Embedder,
@@ -212,10 +213,8 @@ class Task:
         """Read, split and encode the data, load the base unless given, train recovery prompts; says what was cut."""
         if base is None:
             base, tokenizer = load_base(config.model)
-        examples = read(config.data)
-        if config.limit is not None:
-            examples = sample(examples, config.limit, config.seed)
-        train, test = split(examples, config.test_share, config.seed)
+        train, test = splits(config.data, config.limit, config.test_share, config.seed)
+        _warn_of_calibration(config)
         limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
         collator = Collator(tokenizer)
         encoded = [encode_all(part, tokenizer, limit) for part in (train, test)]
@@ -262,6 +261,20 @@ class Task:
             )
         tasks = sorted({row.category for row in self.test})
         return {t: weights[[row.category == t for row in self.test]].mean(0).tolist() for t in tasks}
+
+
+def _warn_of_calibration(config: TrainConfig) -> None:
+    """Say so where the base was compressed on examples that are about to be tested on."""
+    record = Path(local(config.model)) / "compression.json"
+    text = json.loads(record.read_text())["calibration"] if record.is_file() else None
+    if not text or not text["sequences"] or text["data"] != config.data:
+        return
+    split = {"seed": config.seed, "limit": config.limit, "test_share": config.test_share}
+    if text["split"] != split:
+        console.print(
+            f"{config.model} was calibrated on another split of {config.data} ({text['split']}, here {split}), so on "
+            "examples of this test split: compress again with --data-seed, --limit and --test-share as here"
+        )
 
 
 def _embedded(rows: list[Encoded], examples: list[Example], embedder: Embedder | None) -> list[Encoded]:

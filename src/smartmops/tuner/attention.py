@@ -16,15 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .packed import Segments
+
 NAME = "gated_prefix"
 SUPPORTED = ("sdpa", "eager")
 KeyValue = tuple[
-    Float[Tensor, "#rows heads prompts head"], Float[Tensor, "#rows heads prompts head"]
+    Float[Tensor, "#rows kv_heads prompts head"], Float[Tensor, "#rows kv_heads prompts head"]
 ]  # one row serves all
 
 
@@ -47,6 +50,7 @@ class Passage:
     gate: Float[Tensor, "rows groups"] | None = None
     prefix: dict[int, tuple[KeyValue, Float[Tensor, "rows prompts"]]] = field(default_factory=dict)
     attended: bool = False  # whether any attention module has seen the prefix
+    segments: Segments | None = None  # where the text is one row of several examples laid end to end
 
     def put(self, kv: dict[int, KeyValue], bias: Float[Tensor, "#rows prompts"]) -> None:
         """Add prompt columns to the layers in `kv`."""
@@ -89,28 +93,75 @@ def gated_prefix_attention(
 
     Paper: M' (prompts are never masked for any token) and "scale the network's attention over the experts" by g.
     """
-    inner: Callable[..., tuple[Tensor, Tensor | None]] = module.__dict__["mops_inner"]
     # Still a keyword where something wraps the layer's `forward` (accelerate's hooks do); else left by the layer.
     mops: Record | Passage | None = kwargs.pop("mops", None) or module.__dict__.get("mops_now")
     layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(mops, Record):
         mops.kv[layer] = (key, value)
-    if not isinstance(mops, Passage) or layer not in mops.prefix:
-        return inner(module, query, key, value, attention_mask, **kwargs)
-    mops.attended = True
-    (prefix_key, prefix_value), bias = mops.prefix[layer]
-    rows, queries, prompts = len(query), query.shape[-2], prefix_key.shape[-2]
-    mask = _additive(attention_mask, query, key.shape[-2]).expand(rows, -1, queries, -1)
+    if not isinstance(mops, Passage) or (layer not in mops.prefix and mops.segments is None):
+        return _inner(module)(module, query, key, value, attention_mask, **kwargs)
+    seen = mops.prefix.get(layer)
+    mops.attended = mops.attended or seen is not None
+    if mops.segments is None:
+        assert seen is not None
+        mask = _additive(attention_mask, query, key.shape[-2])
+        return _behind(module, query, key, value, mask, seen, kwargs)
+    mask = mops.segments.causal(kwargs.get("sliding_window"), query.dtype)
+    query, key, value = (mops.segments.pad(each) for each in (query, key, value))
+    out, _ = _behind(module, query, key, value, mask, seen, kwargs)
+    return mops.segments.unpad(out), None
+
+
+def _inner(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    inner: Callable[..., tuple[Tensor, Tensor | None]] = module.__dict__["mops_inner"]
+    return inner
+
+
+def _behind(
+    module: nn.Module,
+    query: Float[Tensor, "rows heads queries head"],
+    key: Float[Tensor, "rows kv_heads keys head"],
+    value: Float[Tensor, "rows kv_heads keys head"],
+    mask: Float[Tensor, "#rows _ queries keys"],
+    seen: tuple[KeyValue, Float[Tensor, "#rows prompts"]] | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The module's own attention over prefix (if any) and text."""
+    kwargs = {name: given for name, given in kwargs.items() if name != "is_causal"}
+    if seen is None:
+        return _inner(module)(module, query, key, value, mask, **kwargs)
+    (prefix_key, prefix_value), bias = seen
+    rows, queries, prompts, width = len(query), query.shape[-2], prefix_key.shape[-2], query.shape[-1]
+    key = torch.cat([prefix_key.to(key.dtype).expand(rows, -1, -1, -1), key], -2)
+    value = torch.cat([prefix_value.to(value.dtype).expand(rows, -1, -1, -1), value], -2)
+    if bias.requires_grad and torch.is_grad_enabled() and _inner(module) is ALL_ATTENTION_FUNCTIONS["sdpa"]:
+        kwargs["scaling"] = kwargs.get("scaling") or width**-0.5
+        query, key, value = _carry(query, key, value, bias / kwargs["scaling"])
+        mask = torch.cat([mask.new_zeros(1, 1, 1, 1).expand(*mask.shape[:-1], prompts), mask], -1)
+        out, weights = _inner(module)(module, query, key, value, mask, **kwargs)
+        return out[..., :width], weights
+    mask = mask.expand(rows, -1, queries, -1)
     columns = bias.to(mask.dtype)[:, None, None, :].expand(rows, mask.shape[1], queries, prompts)
-    kwargs.pop("is_causal", None)
-    return inner(
-        module,
-        query,
-        torch.cat([prefix_key.to(key.dtype).expand(rows, -1, -1, -1), key], -2),
-        torch.cat([prefix_value.to(value.dtype).expand(rows, -1, -1, -1), value], -2),
-        torch.cat([columns, mask], -1),
-        **kwargs,
-    )
+    return _inner(module)(module, query, key, value, torch.cat([columns, mask], -1), **kwargs)
+
+
+def _carry(
+    query: Float[Tensor, "rows heads queries head"],
+    key: Float[Tensor, "rows kv_heads keys head"],
+    value: Float[Tensor, "rows kv_heads keys head"],
+    bias: Float[Tensor, "#rows prompts"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The bias in one extra head dimension: query 1, prompt key the bias over the scale, text key 0.
+
+    A mask that needs a gradient would send torch to its slow math kernel; so only head dimensions need one. Eight more
+    of them, because kernels want multiples of eight.
+    """
+    rows, heads, keys, _ = key.shape
+    lifted = bias.clamp(min=-(2.0**13)).to(key.dtype)  # exp(-2^13 * scale) is 0, and 2^13 still fits float16
+    column = F.pad(lifted.expand(rows, -1), (0, keys - lifted.shape[1]))[:, None, :, None].expand(-1, heads, -1, -1)
+    ones = query.new_ones(1, 1, 1, 1).expand(*query.shape[:-1], 1)
+    key = F.pad(torch.cat([key, column], -1), (0, 7))
+    return F.pad(torch.cat([query, ones], -1), (0, 7)), key, F.pad(value, (0, 8))
 
 
 AttentionInterface.register(NAME, gated_prefix_attention)

@@ -31,6 +31,23 @@ class _Call:
     passage: Passage | None = None
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep 4-bit weights as backward needs them.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first pass in eval mode without gradient, and
+    every later gradient through them is silently wrong (cosine 0.04 with the right one).
+
+    Raises:
+        ValueError: some are repacked already.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(f"the 4-bit weights of {name} were repacked by a pass without gradient, and gradients "
+                                 "through them are now wrong: load the model again and adapt it first")  # fmt: skip
+
+
 class Engine:
     """Sits on the base model and sends each forward pass on its way with what the attention will need."""
 
@@ -38,6 +55,7 @@ class Engine:
         self.model: Any = model
         self.backbone: Any = model.base_model
         _refuse_unsupported(model, self.backbone)
+        keep_unpacked(model)
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]  # what `forward` takes, in order
         self.wrappers: dict[int, Any] = {}
         self.call: _Call | None = None
@@ -99,6 +117,8 @@ class Engine:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        if "packed" in kwargs:
+            raise ValueError("a packed batch reached the base model: make the adapter with task_type='CAUSAL_LM'")
         explicit, embedding = kwargs.pop("gate_mask", None), kwargs.pop("gate_embedding", None)
         if (wrapper := self.active()) is None:
             return (), kwargs

@@ -1,4 +1,4 @@
-"""Views of the lower and upper half of one backbone, sharing every weight. No prompts, no gate, no adapters."""
+"""Views of parts of one backbone (lower half, upper half, one layer), sharing every weight. No prompts, no adapters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _NoPositions(nn.Module):
         return torch.zeros(*ids.shape, self.width, device=ids.device)
 
 
-def _view(backbone: Any, first: int, last: int, final: bool) -> Any:
+def _view(backbone: Any, first: int, last: int, *, embed: bool, final: bool) -> Any:
     view = copy.copy(backbone)
     view._modules = dict(backbone._modules)
     config = copy.copy(backbone.config)
@@ -57,16 +57,21 @@ def _view(backbone: Any, first: int, last: int, final: bool) -> Any:
         for norm in FINAL_NORMS:
             if norm in view._modules:
                 view._modules[norm] = nn.Identity()
-    if final and "wpe" in view._modules:
+    if not embed and "wpe" in view._modules:
         view._modules["wpe"] = _NoPositions(config.hidden_size)
     return view
 
 
 def lower(backbone: nn.Module, n: int) -> Any:
     """Decoder layers 0..n-1 without the final norm: its `last_hidden_state` is what enters layer n."""
-    return _view(backbone, 0, n, final=False)
+    return _view(backbone, 0, n, embed=True, final=False)
+
+
+def layer(backbone: nn.Module, index: int) -> Any:
+    """Decoder layer `index` alone: from `inputs_embeds`, what enters it, to `last_hidden_state`, what leaves it."""
+    return _view(backbone, index, index + 1, embed=False, final=False)
 
 
 def upper(backbone: nn.Module, n: int) -> Any:
     """Decoder layers n.. with the final norm: `upper(inputs_embeds=lower(...)[0])` is the whole model."""
-    return _view(backbone, n, len(getattr(backbone, layers_name(backbone))), final=True)
+    return _view(backbone, n, len(getattr(backbone, layers_name(backbone))), embed=False, final=True)

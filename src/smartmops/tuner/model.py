@@ -5,6 +5,9 @@ Knows PEFT and parameters. Knows no text, no tasks, no files.
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -12,11 +15,13 @@ from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from . import experts, gate, halves
 from .attention import Passage
 from .config import MoPsConfig
 from .engine import Engine
+from .packed import IGNORED, Packed, Segments, each_nats, mean_loss
 
 NO_MERGE = "gated prompts depend on the input and cannot be merged into weights: keep the adapter, or call unload()"
 
@@ -107,13 +112,17 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         return self.base_layer(*args, **kwargs)
 
     def _enter(self, passage: Passage, hidden: Float[Tensor, "batch seq hidden"]) -> None:
-        adapter, config = passage.adapter, self.configs[passage.adapter]
         if passage.gate_embedding is not None:
             pooled = passage.gate_embedding.to(hidden.device, torch.float32)
         else:
             assert passage.gate_mask is not None
             pooled = gate.pool(hidden, passage.gate_mask.to(hidden.device))
-        with torch.autocast(hidden.device.type, enabled=False):
+        self.enter(passage, pooled)
+
+    def enter(self, passage: Passage, pooled: Float[Tensor, "batch inputs"]) -> None:
+        """Read the gate from pooled inputs, and put the experts in front of this and all later layers."""
+        adapter, config = passage.adapter, self.configs[passage.adapter]
+        with torch.autocast(pooled.device.type, enabled=False):
             log_g = self.log_gate(pooled, adapter)
         passage.gate = log_g.exp()
         columns, scale = gate.bias(log_g, config.num_prompts), None
@@ -125,6 +134,17 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         passage.put(
             experts.prefix(self.engine.backbone, self.index, prompts, config.num_experts, isolated, scale), columns
         )
+
+
+class _Output(MoeModelOutputWithPast):
+    cross_attentions = None  # GPT-2 asks for it
+
+
+class _Given(nn.Module):
+    """Stands in for a backbone that has done its work."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
+        return _Output(last_hidden_state=inputs_embeds)
 
 
 class MoPsModel(BaseTuner):
@@ -227,6 +247,79 @@ class MoPsModel(BaseTuner):
                 return wrapper
         raise ValueError(f"no adapter {name!r}: there are {sorted(self.peft_config)}")
 
+    def forward(self, *args: Any, packed: Packed | Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        """The base model's `forward`; with `packed`, the mean loss of examples laid end to end (`packed.Packed`)."""
+        if packed is None:
+            return self.model(*args, **kwargs)
+        batch = Packed.of(packed)
+        at, targets = batch.targets()
+        hidden = self._through(batch)[at]
+        return CausalLMOutputWithPast(loss=mean_loss(self._head, hidden, targets, self._vocabulary))
+
+    @torch.no_grad()
+    def nats(self, packed: Packed | Mapping[str, Tensor]) -> Float[Tensor, " tokens"]:
+        """Nats of each labelled token of a packed batch, 0 elsewhere (on the position that predicts it)."""
+        batch = Packed.of(packed)
+        at, targets = batch.targets()
+        found = torch.zeros(len(batch.labels), device=targets.device)
+        found[at] = each_nats(self._head, self._through(batch)[at], targets, self._vocabulary)
+        return found
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def _head(self, hidden: Float[Tensor, "some hidden"]) -> Float[Tensor, "some vocabulary"]:
+        """What the base model makes of normed hidden states: its own `forward` around a backbone that does nothing."""
+        head = copy.copy(self.model)
+        head.__dict__.pop("mops_engine", None)
+        head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()
+        head._modules = {**self.model._modules, self.model.base_model_prefix: _Given()}
+        logits: Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return logits
+
+    @torch.no_grad()
+    def lower(
+        self, batch: Packed | Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "segments inputs"] | None]:
+        """Of packed tokens, what enters the injection layer, and what the gate reads (before standardisation).
+
+        Neither changes while prompts and gate are trained. With adapters off: what enters the final norm, and None.
+        """
+        packed = Packed.of(batch)
+        return self._lower(packed, self._passage(packed))
+
+    def _passage(self, batch: Packed) -> Passage:
+        engine = Engine.on(self.model)
+        wrapper = engine.active()
+        passage = Passage("", len(engine.layers)) if wrapper is None else Passage(wrapper.current, wrapper.index)
+        passage.segments = Segments(batch.lengths.tolist(), batch.labels.device)
+        if wrapper is not None and wrapper.configs[passage.adapter].num_recovery_prompts:
+            engine.recover(passage, wrapper, wrapper.configs[passage.adapter])
+        return passage
+
+    def _lower(self, batch: Packed, passage: Passage) -> tuple[Tensor, Tensor | None]:
+        engine = Engine.on(self.model)
+        hidden, wrapper = batch.hidden, engine.active()
+        if hidden is None:
+            assert batch.input_ids is not None
+            below = halves.lower(engine.backbone, passage.first)
+            with torch.no_grad():
+                hidden = below(input_ids=batch.input_ids[None], **_packed(passage)).last_hidden_state[0]
+        return hidden, None if wrapper is None else _pooled(batch, passage, hidden, wrapper.configs[passage.adapter])
+
+    def _through(self, batch: Packed) -> Float[Tensor, "tokens hidden"]:
+        """Normed last hidden states, from tokens or from hidden states at the injection layer."""
+        engine, passage = Engine.on(self.model), self._passage(batch)
+        hidden, pooled = self._lower(batch, passage)
+        if (wrapper := engine.active()) is not None:
+            wrapper.enter(passage, pooled)
+            engine.last = passage
+        above = halves.upper(engine.backbone, passage.first)
+        dtype = next(p.dtype for p in engine.backbone.parameters() if p.is_floating_point())
+        out: Tensor = above(inputs_embeds=hidden[None].to(dtype), **_packed(passage)).last_hidden_state
+        return out[0]
+
     @property
     def last_gate(self) -> Float[Tensor, "batch groups"] | None:
         """Gate weights of the latest pass of text."""
@@ -256,3 +349,25 @@ class MoPsModel(BaseTuner):
         """What the gate reads, before standardisation: the mean over `gate_mask` of `hidden_at_injection`."""
         mask = attention_mask if gate_mask is None else gate_mask
         return gate.pool(self.hidden_at_injection(input_ids, attention_mask), mask.bool())
+
+
+def _packed(passage: Passage) -> dict[str, Any]:
+    """What a backbone is called with. The mask is 4-D, so that none is made, and is never read."""
+    segments = passage.segments
+    assert segments is not None
+    mask = torch.zeros(1, 1, 1, 1, device=segments.device)
+    return {"attention_mask": mask, "position_ids": segments.positions[None], "use_cache": False, "mops": passage}
+
+
+def _pooled(
+    batch: Packed, passage: Passage, hidden: Float[Tensor, "tokens hidden"], config: MoPsConfig
+) -> Float[Tensor, "segments inputs"]:
+    """What the gate reads of each segment: given, or the mean over its instruction."""
+    if batch.pooled is not None:
+        return batch.pooled.float()
+    if config.embedding_size is not None:
+        raise ValueError(f"this adapter's gate reads an embedding of width {config.embedding_size} made by "
+                         f"{config.embedder!r}: give those as `pooled` of a packed batch")  # fmt: skip
+    every = torch.ones_like(batch.labels, dtype=torch.bool)
+    assert passage.segments is not None
+    return passage.segments.mean(hidden, every if config.gate_input == "sequence" else batch.labels == IGNORED)

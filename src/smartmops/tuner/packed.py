@@ -1,0 +1,177 @@
+"""Examples of different lengths laid end to end, without padding. Knows lengths, labels and nats; knows no prompts.
+
+Linear layers see real tokens only; attention alone works on padded rows, one for each segment, so no token ever sees
+another segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+IGNORED = -100  # label of a token without loss
+CHUNK = 2**24  # logits that exist at once
+
+
+class _Spread(torch.autograd.Function):
+    """Rows to their places in a larger, zero-filled table; its backward is `_Gather`'s forward, and the reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, size: int) -> Tensor:
+        ctx.index = index
+        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Gather.apply(grads[0], ctx.index), None, None  # type: ignore[no-untyped-call]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.index, ctx.size = index, len(table)
+        return table.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Spread.apply(grads[0], ctx.index, ctx.size), None  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class Segments:
+    """Where each example lies in a row of `sum(lengths)` tokens."""
+
+    lengths: list[int]
+    device: torch.device
+    masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.longest = max(self.lengths)
+        sizes = torch.tensor(self.lengths)
+        self.of = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.device)  # segment of each token
+        self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(self.device)
+        self.index = self.of * self.longest + self.positions  # of each token in the padded table
+
+    def pad(self, x: Float[Tensor, "1 heads tokens head"]) -> Float[Tensor, "segments heads longest head"]:
+        """Padded on the right, where causality hides it."""
+        count = len(self.lengths)
+        table: Tensor = _Spread.apply(x[0].transpose(0, 1), self.index, count * self.longest)  # type: ignore[no-untyped-call]
+        return table.view(count, self.longest, *table.shape[1:]).transpose(1, 2)
+
+    def unpad(self, x: Float[Tensor, "segments longest heads head"]) -> Float[Tensor, "1 tokens heads head"]:
+        """Real tokens only, end to end again."""
+        found: Tensor = _Gather.apply(x.flatten(0, 1), self.index)  # type: ignore[no-untyped-call]
+        return found[None]
+
+    def causal(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "1 1 longest longest"]:
+        """Added to logits: each token sees itself and what came before, in a sliding window where there is one."""
+        key = ("causal", window, dtype)
+        if key not in self.masks:
+            at = torch.arange(self.longest, device=self.device)
+            gone = at[None, :] > at[:, None]
+            if window is not None:
+                gone |= at[:, None] - at[None, :] >= window
+            full = torch.zeros(gone.shape, dtype=dtype, device=self.device)
+            self.masks[key] = full.masked_fill(gone, torch.finfo(dtype).min)[None, None]
+        return self.masks[key]
+
+    def mean(
+        self, hidden: Float[Tensor, "tokens hidden"], where: Bool[Tensor, " tokens"]
+    ) -> Float[Tensor, "segments hidden"]:
+        """The mean over the tokens `where` of each segment, in float32; over all of a segment that has none there."""
+        counts = torch.zeros(len(self.lengths), device=self.device).index_add_(0, self.of, where.float())
+        weight = torch.where((counts == 0)[self.of], 1.0, where.float())
+        total = torch.zeros(len(self.lengths), hidden.shape[-1], device=self.device)
+        total.index_add_(0, self.of, hidden.float() * weight[:, None])
+        return total / torch.zeros_like(counts).index_add_(0, self.of, weight)[:, None]
+
+
+@dataclass
+class Packed:
+    """A batch laid end to end: tokens, or the hidden states that enter the injection layer for them."""
+
+    lengths: Int[Tensor, " segments"]
+    labels: Int[Tensor, " tokens"]  # IGNORED but on responses
+    input_ids: Int[Tensor, " tokens"] | None = None
+    hidden: Float[Tensor, "tokens hidden"] | None = None
+    pooled: Float[Tensor, "segments inputs"] | None = None  # what the gate reads, before standardisation
+
+    @classmethod
+    def of(cls, batch: Packed | Mapping[str, Tensor]) -> Packed:
+        """From itself or from what a collator made.
+
+        Raises:
+            ValueError: lengths and tokens do not match, or there are neither tokens nor hidden states.
+        """
+        packed = batch if isinstance(batch, cls) else cls(**batch)  # type: ignore[arg-type]
+        tokens = packed.input_ids if packed.hidden is None else packed.hidden
+        if tokens is None:
+            raise ValueError("a packed batch holds neither input_ids nor hidden: give one of them")
+        if len(packed.labels) != len(tokens) or int(packed.lengths.sum()) != len(tokens):
+            raise ValueError(
+                f"a packed batch of {len(tokens)} tokens has {len(packed.labels)} labels and lengths that add up to "
+                f"{int(packed.lengths.sum())}: all three must agree"
+            )
+        return packed
+
+    def targets(self) -> tuple[Int[Tensor, " predicted"], Int[Tensor, " predicted"]]:
+        """Positions whose next token has a label, and that label; a segment never predicts the next one's first."""
+        following = torch.full_like(self.labels, IGNORED)
+        following[:-1] = self.labels[1:]
+        following[self.lengths.cumsum(0) - 1] = IGNORED
+        at = (following != IGNORED).nonzero()[:, 0]
+        return at, following[at]
+
+
+class _Given(torch.autograd.Function):
+    """A loss whose gradient was worked out together with it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.saved_tensors[0], None, None
+
+
+def mean_loss(
+    head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "predicted hidden"], targets: Int[Tensor, " predicted"],
+    vocabulary: int,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Mean nats, a chunk of logits at a time: the head is frozen, so each chunk's gradient is taken at once."""
+    gradient, total = torch.zeros_like(hidden), torch.zeros((), device=hidden.device)
+    for rows in _chunks(len(hidden), vocabulary):
+        part = hidden[rows].detach().requires_grad_(True)
+        with torch.enable_grad():
+            nats = F.cross_entropy(head(part).float(), targets[rows], reduction="sum")
+        if hidden.requires_grad:
+            (gradient[rows],) = torch.autograd.grad(nats, part)
+        total += nats.detach()
+    count = max(len(targets), 1)
+    if not hidden.requires_grad:
+        return total / count
+    loss: Tensor = _Given.apply(hidden, total / count, gradient / count)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def each_nats(
+    head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "predicted hidden"], targets: Int[Tensor, " predicted"],
+    vocabulary: int,
+) -> Float[Tensor, " predicted"]:  # fmt: skip
+    """Nats of each target token."""
+    chunks = _chunks(len(hidden), vocabulary)
+    return torch.cat([F.cross_entropy(head(hidden[r]).float(), targets[r], reduction="none") for r in chunks])
+
+
+def _chunks(count: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK // vocabulary)
+    return [slice(start, start + size) for start in range(0, count, size)] or [slice(0, 0)]
