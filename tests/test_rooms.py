@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("tuner", "data", "tiny", "compression", "training", "federated", "analysis", "serve", "cli")
+ROOMS = (
+    "tuner",
+    "data",
+    "tiny",
+    "compression",
+    "training",
+    "federated",
+    "analysis",
+    "bench_sides",
+    "bench",
+    "serve",
+    "cli",
+)
 LIMIT = 400  # lines
 
 

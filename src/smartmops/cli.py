@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from smartmops.bench import bench
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.data.example import Example
 from smartmops.training.baselines import Method, load_run
@@ -184,6 +185,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": evaluate_command,
     "inspect": inspect_command,
     "report": report_command,
+    "bench": bench,
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from adapted import adapt
 from tiny_models import KERNELS, VOCABULARY
 
+from smartmops.tuner import attention
 from smartmops.tuner.packed import IGNORED
 
 LENGTHS = (7, 11, 4, 9)
@@ -41,6 +42,13 @@ def same(model, padded, packed) -> None:
     for name, grad in want_grads.items():
         assert grad.abs().max() > 0, name
         torch.testing.assert_close(got_grads[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+
+
+@pytest.fixture(params=["padded attention", "merged attention"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways of attending: segments padded into rows, and one by one with the prefix merged in."""
+    monkeypatch.setattr(attention, "LONG", 1 if request.param == "merged attention" else 10**6)
+    return request.param
 
 
 @pytest.mark.parametrize(("name", "kernel"), KERNELS)

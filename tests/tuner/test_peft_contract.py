@@ -378,3 +378,11 @@ def test_trl_trains_the_method_from_its_config(tmp_path, make_tokenizer):
     run.save_model(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter")
     assert relative(logits(loaded), logits(run.model)) < 1e-5
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_on_a_bfloat16_base_only_prompts_and_gate_are_trained(autocast):
+    base = build().to(torch.bfloat16)
+    model = get_peft_model(base, MoPsConfig(num_recovery_prompts=2, injection_layer=2), autocast_adapter_dtype=autocast)
+    trained = {name.rpartition("mops_")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"prompts.default", "gate_in.default", "gate_out.default"}

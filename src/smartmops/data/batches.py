@@ -146,6 +146,41 @@ def prompts(
     return {"input_ids": _pad(rows, _pad_id(tokenizer), "left"), "attention_mask": _pad(ones, 0, "left")}
 
 
+def pack(rows: Sequence[Encoded]) -> dict[str, Int[Tensor, " _"] | Float[Tensor, "segments width"]]:
+    """Rows laid end to end, without padding: `input_ids` and `labels` [tokens], `lengths` [segments].
+
+    `pooled` [segments, width] where the rows carry a gate embedding.
+
+    Raises:
+        ValueError: Only some of the rows carry one.
+    """
+    batch = {
+        "input_ids": torch.tensor([token for row in rows for token in row.input_ids]),
+        "labels": torch.tensor([label for row in rows for label in row.labels]),
+        "lengths": torch.tensor([len(row.input_ids) for row in rows]),
+    }
+    embeddings = _embeddings(rows)
+    return batch if embeddings is None else batch | {"pooled": embeddings}
+
+
+def packed(rows: Sequence[Encoded]) -> dict[str, dict[str, Tensor]]:
+    """`pack` as a collator for a model that takes `packed`."""
+    return {"packed": pack(rows)}
+
+
+def by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in groups of at most `budget` tokens, the shortest first; a longer row is a group of its own."""
+    groups: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not groups or lengths[index] > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(index)
+        room -= lengths[index]
+    return groups
+
+
 @dataclass
 class Collator:
     """Rows to a batch for `Trainer` or a `DataLoader`.
@@ -176,14 +211,15 @@ class Collator:
             "attention_mask": _pad([[1] * len(row) for row in ids], 0, side, multiple),
             "labels": _pad([row.labels for row in rows], IGNORED, side, multiple),
         }
-        embeddings = [row.gate_embedding for row in rows if row.gate_embedding is not None]
-        if 0 < len(embeddings) < len(rows):
-            raise ValueError(
-                f"{len(embeddings)} of {len(rows)} rows carry a gate_embedding: give one to all or to none"
-            )
-        if embeddings:
-            batch["gate_embedding"] = torch.stack(embeddings)
-        return batch
+        embeddings = _embeddings(rows)
+        return batch if embeddings is None else batch | {"gate_embedding": embeddings}
+
+
+def _embeddings(rows: Sequence[Encoded]) -> Float[Tensor, "rows width"] | None:
+    found = [row.gate_embedding for row in rows if row.gate_embedding is not None]
+    if 0 < len(found) < len(rows):
+        raise ValueError(f"{len(found)} of {len(rows)} rows carry a gate_embedding: give one to all or to none")
+    return torch.stack(found) if found else None
 
 
 def _row(

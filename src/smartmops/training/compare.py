@@ -107,7 +107,7 @@ def _one(task: Task, config: CompareConfig, name: str, run: Run) -> Evaluation:
         run.append_curve({"method": name, "seed": config.seed, **row})
 
     folder = run.checkpoints / f"{name}-{config.seed}"
-    fit(model, config, config, task.train, task.collator, folder, write)
+    fit(model, config, config, *task.feed(model), folder, write)
     result = evaluate(model, task.test, task.collator)
     if kept:
         run.save_adapter(model.save_pretrained)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from rich.progress import track
 
-from smartmops.data.batches import Collator, Encoded, prompt_text, prompts
+from smartmops.data.batches import IGNORED, Collator, Encoded, by_budget, pack, prompt_text, prompts
 from smartmops.data.example import Example
+from smartmops.tuner import MoPsModel
+
+BUDGET = 2048  # tokens that go through a MoPs model at once in evaluation
 
 
 @dataclass
@@ -49,22 +53,37 @@ def evaluate(
     model.eval()
     nats: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
-    order = sorted(rows, key=lambda row: len(row.input_ids))
-    starts = range(0, len(order), batch_size)
-    for start in track(starts, "evaluating", transient=True, disable=not progress):
-        chunk = order[start : start + batch_size]
-        batch = batch_for(model, chunk, collator)
-        logits = model(**batch, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
-        each = _nats(logits, batch["labels"])
-        for i, row in enumerate(chunk):
-            nats[row.category] += each[i].sum().item()
-            tokens[row.category] += int((batch["labels"][i, 1:] != -100).sum())
+    for task, found in track(
+        _each(model, rows, collator, batch_size), "evaluating", len(rows), transient=True, disable=not progress
+    ):
+        nats[task] += found.sum().item()
+        tokens[task] += len(found)
     model.train(was_training)
     return Evaluation(
         math.exp(sum(nats.values()) / sum(tokens.values())),
         {task: math.exp(nats[task] / tokens[task]) for task in sorted(nats)},
         {task: tokens[task] for task in sorted(nats)},
     )
+
+
+def _each(
+    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int
+) -> Iterator[tuple[str, Float[torch.Tensor, " tokens"]]]:
+    """Task and response nats of each row; a MoPs model reads rows end to end, any other padded ones."""
+    if isinstance(getattr(model, "base_model", None), MoPsModel):
+        for group in by_budget([len(row.input_ids) for row in rows], BUDGET):
+            batch = {name: value.to(model.device) for name, value in pack([rows[i] for i in group]).items()}
+            found = model.base_model.nats(batch).split(batch["lengths"].tolist())
+            for i, each in zip(group, found, strict=True):
+                yield rows[i].category, each[:-1][torch.tensor(rows[i].labels[1:]) != IGNORED]
+        return
+    order = sorted(rows, key=lambda row: len(row.input_ids))
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        batch = batch_for(model, chunk, collator)
+        logits = model(**batch, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
+        for row, each, labels in zip(chunk, _nats(logits, batch["labels"]), batch["labels"], strict=True):
+            yield row.category, each[labels[1:] != IGNORED]
 
 
 def _nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

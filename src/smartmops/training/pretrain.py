@@ -7,7 +7,7 @@ function").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from rich.progress import track
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from smartmops.data.batches import Collator, Encoded
+from smartmops.data.batches import IGNORED, Collator, Encoded, by_budget, pack
 from smartmops.tuner import MoPsConfig
 
 from .evaluate import batch_for
@@ -63,20 +63,27 @@ def train_recovery(base: Any, rows: Sequence[Encoded], collator: Collator, count
     return found
 
 
-def instructions(
-    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int = 64
-) -> Float[Tensor, "n d_in"]:
-    """What the gate reads of each example, before standardisation; the responses are cut off first."""
+def instructions(model: Any, rows: Sequence[Encoded], budget: int = 4096) -> Float[Tensor, "n d_in"]:
+    """What the gate reads of each example, before standardisation; the responses are cut off first.
+
+    `budget` tokens go through the lower half at once.
+    """
     embedded = [row.gate_embedding for row in rows if row.gate_embedding is not None]
     if embedded:
         return torch.stack(embedded)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
-    pooled = []
-    for start in track(range(0, len(rows), batch_size), "instructions", transient=True):
-        batch = batch_for(model, [rows[i] for i in order[start : start + batch_size]], collator)
-        read = batch["attention_mask"].bool() & (batch["labels"] == -100)
-        pooled.append(model.base_model.pooled(batch["input_ids"], batch["attention_mask"], read))
-    return torch.cat(pooled)[torch.tensor(order).argsort()]
+    cut = [_instruction(row) for row in rows]
+    groups = by_budget([len(row.input_ids) for row in cut], budget)
+    found = []
+    for group in track(groups, "instructions", transient=True):
+        batch = {name: value.to(model.device) for name, value in pack([cut[i] for i in group]).items()}
+        found.append(model.base_model.lower(batch)[1])
+    order = torch.tensor([i for group in groups for i in group])
+    return torch.cat(found)[order.argsort().to(found[0].device)]
+
+
+def _instruction(row: Encoded) -> Encoded:
+    count = sum(label == IGNORED for label in row.labels)
+    return replace(row, input_ids=row.input_ids[:count], labels=row.labels[:count])
 
 
 def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: int, how: str, seed: int,

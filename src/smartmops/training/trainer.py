@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +17,13 @@ from rich.progress import Progress
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from smartmops.compression.base import load_base, local
-from smartmops.data.batches import Collator, Encoded, encode_all
+from smartmops.data.batches import Collator, Encoded, encode_all, packed
 from smartmops.data.example import Example
 from smartmops.data.tasks import splits
+from smartmops.tuner import MoPsModel
 from smartmops.tuner.gate import by_expert
 
+from .activations import ActivationCache, free_memory
 from .baselines import MethodConfig, build, parameter_groups
 from .evaluate import Evaluation, evaluate, samples
 from .pretrain import (
@@ -70,6 +72,9 @@ class TrainConfig(MethodConfig, GatePretraining, Schedule):
     recovery_steps: int = 20  # optimiser steps
     recovery_lr: float = 0.03
     samples_per_task: int = 2  # answers of the frozen and the adapted model, side by side in the report
+    activations: str = (
+        "auto"  # what the lower half makes of the data: kept in memory if it fits; memory, off or a folder
+    )
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
 
 
@@ -137,8 +142,8 @@ def fit(
     model: Any,
     method: MethodConfig,
     schedule: Schedule,
-    rows: Sequence[Encoded],
-    collator: Collator,
+    rows: Sequence[Any],
+    collator: Callable[[Sequence[Any]], dict[str, Any]],
     folder: Path,
     write: Callable[[dict[str, Any]], None] = lambda row: None,
     look: Callable[[], Evaluation] | None = None,
@@ -207,6 +212,8 @@ class Task:
     collator: Collator
     recovery: torch.Tensor | None = None
     embedder: Embedder | None = None
+    activations: str = "auto"
+    caches: dict[Any, ActivationCache | None] = field(default_factory=dict)
 
     @classmethod
     def load(cls, config: TrainConfig, base: Any = None, tokenizer: Any = None) -> Task:
@@ -223,7 +230,7 @@ class Task:
         train, test = ([part[i] for i in e.kept] for part, e in zip((train, test), encoded, strict=True))
         embedder = Embedder(config.embedder) if config.embedder else None
         rows = [_embedded(e.rows, part, embedder) for e, part in zip(encoded, (train, test), strict=True)]
-        task = cls(base, tokenizer, rows[0], rows[1], train, test, collator, embedder=embedder)
+        task = cls(base, tokenizer, rows[0], rows[1], train, test, collator, None, embedder, config.activations)
         if config.recovery_prompts:
             task.recovery = train_recovery(base, task.train, collator, config.recovery_prompts, config.recovery_steps,
                                            config.recovery_lr, config.batch_size, config.seed)  # fmt: skip
@@ -239,7 +246,8 @@ class Task:
         config = model.base_model.layer().configs["default"]
         names, expert_of, accuracy = ["all"], [0] * len(self.train), None
         if config.num_experts > 1:
-            pooled = instructions(model, self.train, self.collator)
+            cache = self.cache(model)
+            pooled = instructions(model, self.train) if cache is None else cache.pooled.to(model.device)
             standardise(model, pooled)
             how = gate.gate_pretraining if gate.gate_pretraining != "none" else "clusters"
             expert_of, names = assign(self.train, pooled, config.num_experts, how, seed, gate.expert_names)
@@ -250,15 +258,42 @@ class Task:
             initialise(model, self.train, self.collator, expert_of, seed)
         return model, names, accuracy
 
+    def cache(self, model: Any) -> ActivationCache | None:
+        """The lower half's results on the training split, computed once for all methods and seeds that share it."""
+        config = model.base_model.layer().configs["default"]
+        key = (config.injection_layer, config.num_recovery_prompts, config.gate_input, config.embedding_size)
+        if key not in self.caches:
+            self.caches[key] = self._fill(model)
+        return self.caches[key]
+
+    def _fill(self, model: Any) -> ActivationCache | None:
+        if self.activations == "off":
+            return None
+        if self.activations == "auto":
+            need, free = ActivationCache.size(model, self.train), free_memory()
+            if free is not None and need > free / 4:
+                console.print(
+                    f"activations would take {need / 2**30:.1f} GiB, more than a quarter of the {free / 2**30:.1f} GiB of "
+                    "free memory, so the lower half runs in every step; --activations DIR keeps them on disk"
+                )
+                return None
+        folder = None if self.activations in ("auto", "memory") else Path(self.activations)
+        return ActivationCache.fill(model, self.train, folder)
+
+    def feed(self, model: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], dict[str, Any]]]:
+        """A data set and its collator for `fit`: MoPs train on examples end to end, from the injection layer up."""
+        if not isinstance(model.base_model, MoPsModel):
+            return self.train, self.collator
+        cache = self.cache(model)
+        return (self.train, packed) if cache is None else (range(len(cache)), cache)
+
     def gates(self, model: Any) -> dict[str, list[float]]:
         """Mean gate weight of each expert for the test instructions of each task (paper, Figures 5 to 11)."""
         model.eval()
         layer = model.base_model.layer()
         config = layer.configs["default"]
         with torch.no_grad():
-            weights = by_expert(
-                layer.gate(instructions(model, self.test, self.collator), "default"), config.num_experts
-            )
+            weights = by_expert(layer.gate(instructions(model, self.test), "default"), config.num_experts)
         tasks = sorted({row.category for row in self.test})
         return {t: weights[[row.category == t for row in self.test]].mean(0).tolist() for t in tasks}
 
@@ -312,7 +347,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return evaluate(model, task.test, task.collator)
 
     try:
-        fit(model, config, config, task.train, task.collator, run.checkpoints, run.append_curve, look, checkpoint)
+        fit(model, config, config, *task.feed(model), run.checkpoints, run.append_curve, look, checkpoint)
     except Diverged as error:
         run.save_adapter(model.save_pretrained)
         raise Diverged(f"{error}; the last good adapter is in {run.adapter_dir}") from None

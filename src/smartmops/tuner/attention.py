@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import merged
 from .packed import Segments
 
 NAME = "gated_prefix"
@@ -106,10 +107,47 @@ def gated_prefix_attention(
         assert seen is not None
         mask = _additive(attention_mask, query, key.shape[-2])
         return _behind(module, query, key, value, mask, seen, kwargs)
+    if _mergeable(module, query, mops.segments, seen, kwargs):
+        return _merge(query, key, value, mops.segments, seen, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
     mask = mops.segments.causal(kwargs.get("sliding_window"), query.dtype)
     query, key, value = (mops.segments.pad(each) for each in (query, key, value))
     out, _ = _behind(module, query, key, value, mask, seen, kwargs)
     return mops.segments.unpad(out), None
+
+
+LONG = 32  # tokens: shorter segments are quicker padded than one by one
+
+
+def _mergeable(
+    module: nn.Module, query: Tensor, segments: Segments, seen: tuple[KeyValue, Tensor] | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether the quick way for a CPU serves: one prefix for all, no window that cuts, no dropout, no softcapping."""
+    window = kwargs.get("sliding_window")
+    return (
+        query.device.type == "cpu"
+        and _inner(module) is ALL_ATTENTION_FUNCTIONS["sdpa"]
+        and not kwargs.get("dropout")
+        and (window is None or window >= segments.longest)
+        and (seen is None or len(seen[0][0]) == 1)
+        and sum(segments.lengths) >= LONG * len(segments.lengths)
+    )
+
+
+def _merge(
+    query: Float[Tensor, "1 heads tokens head"],
+    key: Float[Tensor, "1 kv_heads tokens head"],
+    value: Float[Tensor, "1 kv_heads tokens head"],
+    segments: Segments,
+    seen: tuple[KeyValue, Float[Tensor, "#segments prompts"]] | None,
+    scale: float,
+) -> Float[Tensor, "1 tokens heads head"]:
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    if seen is None:
+        return merged.text_alone(query, key, value, segments, scale).transpose(1, 2)
+    prefix_key, prefix_value = (each.to(query.dtype).repeat_interleave(times, 1) for each in seen[0])
+    bias = seen[1].expand(len(segments.lengths), -1)
+    return merged.attend(query, key, value, prefix_key, prefix_value, bias, segments, scale).transpose(1, 2)
 
 
 def _inner(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -61,6 +61,7 @@ class Engine:
         self.call: _Call | None = None
         self.last: Passage | None = None
         self.warned = False
+        self.kept = experts.Kept()
         self.caches: weakref.WeakKeyDictionary[Any, Passage] = weakref.WeakKeyDictionary()
         layers = getattr(self.backbone, halves.layers_name(self.backbone))
         self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
@@ -203,7 +204,8 @@ class Engine:
     def recover(self, passage: Passage, wrapper: Any, config: MoPsConfig) -> None:
         """Put the recovery prompts in front of every layer, or only below the injection layer."""
         prompts = wrapper.mops_recovery[passage.adapter]
-        kv = experts.prefix(self.backbone, 0, prompts, 1, False)
+        kv = self.kept.get(f"recovery of {passage.adapter}", prompts, self.backbone,
+                           lambda: experts.prefix(self.backbone, 0, prompts, 1, False))  # fmt: skip
         if not config.keep_recovery_prompts:
             kv = {layer: pair for layer, pair in kv.items() if layer < wrapper.index}
         passage.put(kv, torch.zeros(1, len(prompts), device=prompts.device))

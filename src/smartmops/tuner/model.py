@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
 from . import experts, gate, halves
-from .attention import Passage
+from .attention import KeyValue, Passage
 from .config import MoPsConfig
 from .engine import Engine
 from .packed import IGNORED, Packed, Segments, each_nats, mean_loss
@@ -130,10 +130,13 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
             scale = passage.gate.repeat_interleave(config.num_prompts // config.num_groups, -1)
             columns = torch.zeros_like(columns)
         isolated = config.expert_attention == "isolated"
-        prompts = self.mops_prompts[adapter]
-        passage.put(
-            experts.prefix(self.engine.backbone, self.index, prompts, config.num_experts, isolated, scale), columns
-        )
+        prompts, backbone = self.mops_prompts[adapter], self.engine.backbone
+
+        def make() -> dict[int, KeyValue]:
+            return experts.prefix(backbone, self.index, prompts, config.num_experts, isolated, scale)
+
+        kv = make() if scale is not None else self.engine.kept.get(adapter, prompts, backbone, make)
+        passage.put(kv, columns)
 
 
 class _Output(MoeModelOutputWithPast):
@@ -214,6 +217,13 @@ class MoPsModel(BaseTuner):
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(*args, **kwargs)
         return {name: value for name, value in found.items() if f".{cls.prefix}" in name}
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules():  # PEFT's casts make new parameters, which are trainable
+            for name in MoPsLayer.other_param_names if isinstance(module, MoPsLayer) else ():
+                if adapter_name in getattr(module, name):
+                    getattr(module, name)[adapter_name].requires_grad_(False)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for module in self.model.modules():

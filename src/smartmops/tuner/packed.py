@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -57,6 +58,11 @@ class Segments:
         self.of = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.device)  # segment of each token
         self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(self.device)
         self.index = self.of * self.longest + self.positions  # of each token in the padded table
+
+    def slices(self) -> list[slice]:
+        """Each segment's tokens in the row."""
+        ends = list(accumulate(self.lengths))
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
     def pad(self, x: Float[Tensor, "1 heads tokens head"]) -> Float[Tensor, "segments heads longest head"]:
         """Padded on the right, where causality hides it."""

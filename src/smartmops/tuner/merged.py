@@ -1,0 +1,102 @@
+"""Attention over text, segment by segment, and over the prefix, once for all, merged by log-sum-exp. CPU kernels only.
+
+Knows queries, keys and values. Nothing is padded, no key is copied for each row, and what causality hides is skipped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .packed import Segments
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Merged(torch.autograd.Function):
+    """With text logits s_t and prefix logits s_p: out = e^(L_t - L) o_t + e^(s_p - L) v_p, L = log(e^L_t + e^L_p).
+
+    The flash kernel's backward treats its own log-sum-exp as a constant and takes its output for all there is, so it
+    is handed the merged ones (as in ring attention, Liu et al. 2023).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, bias: Tensor,
+        segments: Segments, scale: float,
+    ) -> Tensor:  # fmt: skip
+        out, text = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        for part in segments.slices():
+            out[:, :, part], text[:, :, part] = _flash(
+                query[:, :, part], key[:, :, part], value[:, :, part], 0.0, True, scale=scale
+            )
+        logits = _logits(query, prefix_key, bias, segments, scale)
+        both = torch.logaddexp(text, logits.logsumexp(-1))
+        weights = (logits - both.unsqueeze(-1)).exp_().to(query.dtype)
+        out = out * (text - both).exp().unsqueeze(-1).to(out.dtype) + weights @ prefix_value
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, bias, out, both)
+        ctx.segments, ctx.scale = segments, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, key, value, prefix_key, prefix_value, bias, out, both = ctx.saved_tensors
+        segments, scale, grad = ctx.segments, ctx.scale, grads[0]
+        weights = (_logits(query, prefix_key, bias, segments, scale) - both.unsqueeze(-1)).exp_()
+        change = grad @ prefix_value.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
+        change = weights * change.float()
+        in_bias = None
+        if ctx.needs_input_grad[5]:
+            in_bias = torch.zeros_like(bias).index_add_(0, segments.of, change.sum((0, 1)).to(bias.dtype))
+        change, weights = (scale * change).to(query.dtype), weights.to(query.dtype)
+        in_query, in_key, in_value = change @ prefix_key, torch.empty_like(key), torch.empty_like(value)
+        if any(ctx.needs_input_grad[:3]):
+            for part in segments.slices():
+                found = _flash_backward(grad[:, :, part], query[:, :, part], key[:, :, part], value[:, :, part],
+                                        out[:, :, part], both[:, :, part], 0.0, True, scale=scale)  # fmt: skip
+                in_query[:, :, part] += found[0]
+                in_key[:, :, part], in_value[:, :, part] = found[1:]
+        in_prefix_key, in_prefix_value = change.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ grad
+        return in_query, in_key, in_value, in_prefix_key, in_prefix_value, in_bias, None, None
+
+
+def _logits(query: Tensor, prefix_key: Tensor, bias: Tensor, segments: Segments, scale: float) -> Tensor:
+    """[1, heads, tokens, prompts] float32: scaled products with the prompts' keys, and the bias of the segment."""
+    logits = (query @ prefix_key.transpose(-1, -2)).float() * scale
+    return logits + bias[segments.of].float()
+
+
+def attend(
+    query: Float[Tensor, "1 heads tokens head"],
+    key: Float[Tensor, "1 heads tokens head"],
+    value: Float[Tensor, "1 heads tokens head"],
+    prefix_key: Float[Tensor, "1 heads prompts head"],
+    prefix_value: Float[Tensor, "1 heads prompts head"],
+    bias: Float[Tensor, "segments prompts"],
+    segments: Segments,
+    scale: float,
+) -> Float[Tensor, "1 heads tokens head"]:
+    """Each token over its segment up to itself and over the prefix, whose logits get the segment's bias."""
+    out: Tensor = _Merged.apply(query, key, value, prefix_key, prefix_value, bias, segments, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def text_alone(
+    query: Float[Tensor, "1 heads tokens head"],
+    key: Float[Tensor, "1 heads tokens head"],
+    value: Float[Tensor, "1 heads tokens head"],
+    segments: Segments,
+    scale: float,
+) -> Float[Tensor, "1 heads tokens head"]:
+    """Each token over its segment up to itself."""
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, part], key[:, :, part], value[:, :, part], is_causal=True, scale=scale
+        )
+        for part in segments.slices()
+    ]
+    return torch.cat(parts, 2)
