@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +35,20 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(small(tmp_path_factory.mktemp("lab")))
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "all"
+    bench(small(out, growth=True))
+    return out
+
+
 @pytest.mark.slow
-def test_every_ratio_is_measured_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = bench(small(tmp_path / "run", growth=True))
-    stored = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert set(stored) == {"ratios", "raw", "machine", "examples", "targets", "growth"}
+def test_every_ratio_is_measured_and_stored(run: Path) -> None:
+    stored = json.loads((run / "metrics.json").read_text())
+    assert set(stored) == {"setting", "machine", "gpu", "examples", "ratios", "raw", "targets", "growth"}
     assert list(stored["ratios"]) == list(TARGETS) == list(stored["targets"])
     for name, value in stored["ratios"].items():
         assert math.isfinite(value) and value > 0, name
-        assert value == found["ratios"][name]
         assert stored["targets"][name]["met"] == TARGETS[name].met(value)
     assert stored["machine"]["threads"] == 1 and stored["machine"]["torch"] == torch.__version__
     assert set(stored["raw"]) == {section.name for section in command.SECTIONS}
@@ -51,17 +58,44 @@ def test_every_ratio_is_measured_and_stored(tmp_path: Path, capsys: pytest.Captu
     assert [point["examples"] for point in growth["data"]] == [16, 32]
     assert all(point["seconds"] > 0 for point in growth["experts"] + growth["length"])
     assert growth["data"][1]["bytes"] == 2 * growth["data"][0]["bytes"]
-    assert sorted(item.name for item in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json", "metrics.json"]
-    printed = capsys.readouterr().out
-    assert "not reached" in printed and "at most" in printed
+    assert sorted(item.name for item in run.iterdir()) == ["checkpoints", "config.json", "metrics.json"]
 
 
 @pytest.mark.slow
-def test_only_the_named_ratios_are_measured_and_settings_are_put_back(tmp_path: Path) -> None:
+def test_the_ratio_is_that_of_the_medians(run: Path) -> None:
+    stored = json.loads((run / "metrics.json").read_text())
+    seconds, ratios = stored["raw"]["training"]["median_seconds"], stored["ratios"]
+    assert ratios["train_vs_lora"] == pytest.approx(seconds["lora"] / seconds["mops"])
+    first = seconds["prompt_tuning"] / (seconds["mops"] + seconds["fill"])
+    assert ratios["first_epoch_vs_prompt_tuning"] == pytest.approx(first) and first < ratios["train_vs_prompt_tuning"]
+    arithmetic = stored["raw"]["matrix_peak"]
+    rate = sum(arithmetic["flops_per_epoch"].values()) / arithmetic["seconds_per_epoch"]
+    assert ratios["matrix_peak_share"] == pytest.approx(rate / arithmetic["peak_flops_per_second"])
+
+
+@pytest.mark.slow
+def test_the_page_tells_what_was_measured(run: Path, tmp_path: Path) -> None:
+    runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/speed.py"))["main"](run, tmp_path)
+    stored = json.loads((run / "metrics.json").read_text())
+    assert json.loads((tmp_path / "speed.json").read_text()) == stored
+    page = (tmp_path / "speed.md").read_text()
+    for name, value in stored["ratios"].items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {name} | {TARGETS[name].what}")]
+        assert f"| {value:.3g} |" in line and ("**not reached**" in line) == (not stored["targets"][name]["met"])
+    assert "W = 4 d^2 + 3 d m weights" in page and "![" in page
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_only_the_named_ratios_are_measured_and_settings_are_put_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = torch.get_num_threads()
-    found = bench(small(tmp_path / "run", only=("gate_pretraining_seconds", "prefill_vs_bare"), threads=before + 1))
-    assert list(found["ratios"]) == ["prefill_vs_bare", "gate_pretraining_seconds"]
-    assert torch.get_num_threads() == before
+    config = small(tmp_path / "run", only=("decode_vs_bare_batch_8", "prefill_vs_bare"), threads=before + 1)
+    assert set(bench(config)["ratios"]) == {"prefill_vs_bare", "decode_vs_bare_batch_8"}
+    assert torch.get_num_threads() == before and "ACCELERATE_USE_CPU" not in os.environ
+    printed = capsys.readouterr().out
+    assert "at most 1.1" in " ".join(printed.split()) and "mixed_batch" not in printed
 
 
 def test_an_unknown_name_lists_the_names_and_writes_nothing(tmp_path: Path) -> None:
@@ -95,7 +129,7 @@ def test_cached_and_padded_sides_have_one_loss(lab: Lab) -> None:
     torch.manual_seed(0)
     mops, padded = lab.side("mops"), lab.side("padded")
     padded.model.load_state_dict(mops.model.state_dict())
-    losses = [float(side.model(**side.collate([0, 1])).loss) for side in (mops, padded)]
+    losses = [side.model(**side.collate([0, 1])).loss.item() for side in (mops, padded)]
     weights = [lab.predicted[i] for i in (0, 1)]
     assert sum(weights) > 0 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -185,9 +219,13 @@ def test_growth_takes_fewer_prompts_and_leaves_rows_out_where_memory_would_not_d
     assert "seconds" in length[0] and length[1]["left_out"].startswith("about 2.4 kB of memory")
 
 
-def test_a_side_that_fails_apart_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"training mops in a process of its own failed: .*heads"):
-        sides.train_apart(small(tmp_path, heads=5), "mops")
+def test_a_side_that_fails_apart_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Traceback >&2\necho MemoryError: no room >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(ValueError, match=r"training mops in a process of its own failed: .*MemoryError: no room"):
+        sides.train_apart(small(tmp_path), "mops")
 
 
 def test_side_is_what_train_takes(lab: Lab) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 
 from smartmops.data.batches import IGNORED, Encoded
 from smartmops.training.activations import ActivationCache, free_memory
@@ -91,7 +90,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     wanted = config.only or tuple(TARGETS)
     with _settings(config.threads):
         lab = Lab(config)
-        metrics: dict[str, Any] = {"machine": _machine(config), "examples": _examples(lab), "ratios": {}, "raw": {}}
+        machine = {"cores": os.cpu_count(), "threads": config.threads, "torch": torch.__version__}
+        metrics: dict[str, Any] = {"setting": _setting(config), "machine": machine, "gpu": "not measured",
+                                   "examples": _examples(lab), "ratios": {}, "raw": {}}  # fmt: skip
         for section in SECTIONS:
             if names := [name for name in wanted if name in section.ratios]:
                 ratios, raw = section.measure(lab, names)
@@ -127,9 +128,9 @@ def _settings(threads: int) -> Iterator[None]:
             os.environ[name] = stood
 
 
-def _machine(config: BenchConfig) -> dict[str, Any]:
-    return {"cores": os.cpu_count(), "threads": config.threads, "torch": torch.__version__, "system": sys.platform,
-            "gpu": "not measured"}  # fmt: skip
+def _setting(config: BenchConfig) -> dict[str, Any]:
+    """What was asked for, of the folders no more than the data's name."""
+    return asdict(config) | {"data": Path(config.data).name, "out": config.out.name}
 
 
 def _examples(lab: Lab) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _shown(found: float | None) -> str:
 
 
 def _print(ratios: dict[str, float | None]) -> None:
-    table = Table("ratio", "what", "measured", "target", "")
+    table = Table(Column("ratio", no_wrap=True), "what", "measured", "target", "", caption="on a GPU: not measured")
     for name, found in ratios.items():
         met = {True: "[green]met[/green]", False: "[red]not reached[/red]", None: ""}[_met(name, found)]
         table.add_row(name, TARGETS[name].what, _shown(found), str(TARGETS[name]), met)

@@ -253,7 +253,7 @@ def train_apart(config: BenchConfig, name: str) -> tuple[int, int] | None:
     arguments = json.dumps(asdict(config) | {"out": str(config.out)})
     done = subprocess.run([sys.executable, "-c", code, name, arguments], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"training {name} in a process of its own failed: {done.stderr.strip()[-500:]}")
+        raise ValueError(f"training {name} in a process of its own failed: {done.stderr.strip().splitlines()[-1:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     return None if found is None else (found[0], found[1])
 

@@ -273,7 +273,7 @@ class Task:
             need, free = ActivationCache.size(model, self.train), free_memory()
             if free is not None and need > free / 4:
                 console.print(
-                    f"activations would take {need / 2**30:.1f} GiB, more than a quarter of the {free / 2**30:.1f} GiB of "
+                    f"activations would take {need / 2**30:.1f} GiB, over a quarter of the {free / 2**30:.1f} GiB of "
                     "free memory, so the lower half runs in every step; --activations DIR keeps them on disk"
                 )
                 return None

@@ -51,10 +51,12 @@ class Passage:
     gate: Float[Tensor, "rows groups"] | None = None
     prefix: dict[int, tuple[KeyValue, Float[Tensor, "rows prompts"]]] = field(default_factory=dict)
     attended: bool = False  # whether any attention module has seen the prefix
+    ready: dict[int, merged.Ready] = field(default_factory=dict)  # the prefix once more, as inference wants it
     segments: Segments | None = None  # where the text is one row of several examples laid end to end
 
     def put(self, kv: dict[int, KeyValue], bias: Float[Tensor, "#rows prompts"]) -> None:
         """Add prompt columns to the layers in `kv`."""
+        self.ready.clear()
         for layer, (key, value) in kv.items():
             if layer in self.prefix:
                 (seen_key, seen_value), seen_bias = self.prefix[layer]
@@ -105,6 +107,9 @@ def gated_prefix_attention(
     mops.attended = mops.attended or seen is not None
     if mops.segments is None:
         assert seen is not None
+        if _quick(module, query, key, attention_mask, seen, kwargs):
+            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            return _rows(query, key, value, attention_mask, mops, layer, scale), None
         mask = _additive(attention_mask, query, key.shape[-2])
         return _behind(module, query, key, value, mask, seen, kwargs)
     if _mergeable(module, query, mops.segments, seen, kwargs):
@@ -113,6 +118,44 @@ def gated_prefix_attention(
     query, key, value = (mops.segments.pad(each) for each in (query, key, value))
     out, _ = _behind(module, query, key, value, mask, seen, kwargs)
     return mops.segments.unpad(out), None
+
+
+def _quick(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    seen: tuple[KeyValue, Tensor],
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether `merged.rows` serves: inference on a CPU, one prefix for all rows, and a mask or none needed."""
+    return (
+        query.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and _inner(module) is ALL_ATTENTION_FUNCTIONS["sdpa"]
+        and not kwargs.get("dropout")
+        and len(seen[0][0]) == 1
+        and (mask is not None or query.shape[-2] in (1, key.shape[-2]))
+    )
+
+
+def _rows(
+    query: Float[Tensor, "rows heads queries head"],
+    key: Float[Tensor, "rows kv_heads keys head"],
+    value: Float[Tensor, "rows kv_heads keys head"],
+    mask: Tensor | None,
+    mops: Passage,
+    layer: int,
+    scale: float,
+) -> Float[Tensor, "rows queries heads head"]:
+    times = query.shape[1] // key.shape[1]
+    if layer not in mops.ready:
+        (prefix_key, prefix_value), bias = mops.prefix[layer]
+        mops.ready[layer] = merged.Ready.of(prefix_key, prefix_value, bias, len(query), times, scale, query.dtype)
+    if times > 1:
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    full = None if mask is None else _additive(mask, query, key.shape[-2])
+    return merged.rows(query, key, value, full, mops.ready[layer], scale).transpose(1, 2)
 
 
 LONG = 32  # tokens: shorter segments are quicker padded than one by one

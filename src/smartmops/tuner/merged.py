@@ -5,6 +5,7 @@ Knows queries, keys and values. Nothing is padded, no key is copied for each row
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,3 +101,44 @@ def text_alone(
         for part in segments.slices()
     ]
     return torch.cat(parts, 2)
+
+
+@dataclass
+class Ready:
+    """A layer's prefix as every step of a generation wants it."""
+
+    key: Float[Tensor, "heads head prompts"]  # times the scale
+    value: Float[Tensor, "heads prompts head"]
+    bias: Float[Tensor, "1 rows prompts"]
+
+    @classmethod
+    def of(
+        cls, key: Tensor, value: Tensor, bias: Tensor, rows: int, times: int, scale: float, dtype: torch.dtype
+    ) -> Ready:
+        """From keys and values of [1, kv_heads, prompts, head], each of which serves `times` query heads."""
+        key, value = (each[0].to(dtype).repeat_interleave(times, 0) for each in (key, value))
+        return cls((scale * key).transpose(1, 2).contiguous(), value, bias.to(dtype).expand(rows, -1)[None])
+
+
+def rows(
+    query: Float[Tensor, "rows heads queries head"],
+    key: Float[Tensor, "rows heads keys head"],
+    value: Float[Tensor, "rows heads keys head"],
+    mask: Float[Tensor, "#rows #heads #queries keys"] | None,
+    prefix: Ready,
+    scale: float,
+) -> Float[Tensor, "rows heads queries head"]:
+    """Without gradient: padded rows, or a step of decoding, over their text (`mask` None: causally) and the prefix.
+
+    Keys are neither copied nor lengthened: what a token sees of the text enters the softmax over the prompts as one
+    more column, with its log-sum-exp for a logit and its attention output for a value.
+    """
+    count, heads, queries, width = query.shape
+    text, seen = _flash(query, key, value, 0.0, mask is None and queries > 1, attn_mask=mask, scale=scale)
+    flat = query.transpose(0, 1).reshape(heads, count * queries, width)
+    bias = prefix.bias if queries == 1 else prefix.bias.repeat_interleave(queries, 1)
+    logits = torch.bmm(flat, prefix.key).add_(bias).float()
+    column = seen.transpose(0, 1).reshape(heads, count * queries, 1)
+    weights = torch.cat([logits, column], -1).softmax(-1).to(query.dtype)
+    made = torch.bmm(weights[..., :-1], prefix.value).view(heads, count, queries, width).transpose(0, 1)
+    return torch.addcmul(made, weights[..., -1:].view(heads, count, queries, 1).transpose(0, 1), text)

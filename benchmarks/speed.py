@@ -1,0 +1,177 @@
+"""Speed and memory side by side, from what `smartmops bench` measured.
+
+python benchmarks/speed.py DIR      copies DIR/metrics.json to speed.json, writes speed.md and growth.png beside itself
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+HERE = Path(__file__).parent
+NAMES = {"mops": "MoPs, cached and packed", "padded": "MoPs, padded and uncached", "prompt_tuning": "PEFT prompt tuning",
+         "lora": "PEFT LoRA, r=2, query and value", "fill": "filling the cache"}  # fmt: skip
+
+
+def main(folder: Path, out: Path = HERE) -> None:
+    """Write all three files; the picture only where growth was measured."""
+    found = json.loads((folder / "metrics.json").read_text())
+    (out / "speed.json").write_text(json.dumps(found, indent=2) + "\n")
+    (out / "speed.md").write_text("\n".join(lines(found)) + "\n")
+    if "growth" in found:
+        picture(found["growth"], out / "growth.png")
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """The page."""
+    yield "# Speed and memory\n"
+    yield "Written by `python benchmarks/speed.py DIR` from `speed.json`, which `smartmops bench --out DIR` measured.\n"
+    yield from setting(found)
+    yield "| ratio | what | measured | target | |"
+    yield "|---|---|---|---|---|"
+    for name, target in found["targets"].items():
+        value, met = found["ratios"][name], {True: "met", False: "**not reached**", None: "not measured"}[target["met"]]
+        bound = f"{'at least' if target['at_least'] else 'at most'} {target['value']:g}"
+        yield f"| {name} | {target['what']} | {'' if value is None else f'{value:.3g}'} | {bound} | {met} |"
+    yield f"\nOn a GPU: {found['gpu']}."
+    raw = found["raw"]
+    for name, section in (("training", training), ("memory", memory), ("matrix_peak", arithmetic)):
+        if raw.get(name):
+            yield from section(raw[name])
+    for name in ("inference", "mixed_batch"):
+        if name in raw:
+            yield from inference(name, raw[name])
+    if "growth" in found:
+        yield from growth(found["growth"])
+
+
+def setting(found: dict[str, Any]) -> Iterator[str]:
+    s, machine, examples = found["setting"], found["machine"], found["examples"]
+    yield (
+        f"A random-weight Llama of {s['layers']} layers, hidden {s['hidden']}, vocabulary {s['vocabulary']}, injection layer "
+        f"{s['injection_layer']}, {s['experts']} experts of {s['prompts_per_expert']} prompts, float32. {examples['count']} "
+        f"examples of {s['data']} in batches of {s['batch_size']}: {examples['tokens']} tokens (the longest "
+        f"{examples['longest']}), {examples['predicted_tokens']} of them predicted, {examples['padded_tokens']} if padded in "
+        f"that order. {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}. Sides take turns in "
+        f"one process; medians of {s['repeats']} repeats or more after a warm-up.\n"
+    )
+
+
+def training(raw: dict[str, Any]) -> Iterator[str]:
+    yield "\n## Training\n"
+    yield "Under Hugging Face's `Trainer`, the same batches in the same order; tokens without padding.\n"
+    yield "| side | seconds for all examples | examples/s | tokens/s |"
+    yield "|---|---|---|---|"
+    for name, seconds in raw["median_seconds"].items():
+        rates = [raw[key][name] for key in ("examples_per_second", "tokens_per_second")]
+        yield f"| {NAMES.get(name, name)} | {seconds:.2f} | {rates[0]:.2f} | {rates[1]:.0f} |"
+    yield f"\nThe cache takes {raw['bytes_of_cache'] / 2**20:.1f} MiB."
+
+
+def memory(raw: dict[str, Any]) -> Iterator[str]:
+    yield "\n## Memory\n"
+    yield "Resident memory in MiB (2^20 bytes), each side in fresh processes; the model's weights count, the libraries do not.\n"
+    yield "| side | before the model | at the peak | taken |"
+    yield "|---|---|---|---|"
+    for name, taken in raw["bytes_taken"].items():
+        ranges = [span(raw[key][name]) for key in ("bytes_before", "bytes_at_peak")]
+        yield f"| {NAMES.get(name, name)} | {ranges[0]} | {ranges[1]} | {taken / 2**20:.0f} |"
+
+
+def span(values: list[int]) -> str:
+    low, high = (f"{each / 2**20:.0f}" for each in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def arithmetic(raw: dict[str, Any]) -> Iterator[str]:
+    parts, total = raw["flops_per_epoch"], sum(raw["flops_per_epoch"].values())
+    yield "\n## Arithmetic\n"
+    yield (
+        f"All batches once take {total / 1e9:.0f} GFLOP ({', '.join(f'{name} {value / 1e9:.0f}' for name, value in parts.items())}) "
+        f"and {raw['seconds_per_epoch']:.2f} s: {total / raw['seconds_per_epoch'] / 1e9:.0f} GFLOP/s, Trainer included. The best "
+        f"of square float32 products of size {', '.join(raw['matmul_flops_per_second'])} reaches "
+        f"{raw['peak_flops_per_second'] / 1e9:.0f} GFLOP/s, at which the arithmetic alone would take "
+        f"{raw['floor_seconds_per_epoch']:.2f} s.\n"
+    )
+    yield inspect.cleandoc(raw["formula"])
+
+
+def inference(name: str, raw: dict[str, Any]) -> Iterator[str]:
+    yield f"\n## {name.replace('_', ' ').capitalize()}\n"
+    sections = raw if name == "inference" else {name: raw}
+    sides = list(next(iter(sections.values()))["tokens_per_second"])
+    yield f"| tokens/s | {' | '.join(sides)} |"
+    yield "|---|" + "---|" * len(sides)
+    for each, values in sections.items():
+        rates = [f"{values['tokens_per_second'][side]:.1f}" for side in sides]
+        yield f"| {each} | {' | '.join(rates)} |"
+
+
+def growth(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    yield "\n## Growth\n"
+    yield "![Step time and memory over experts, length and data](growth.png)\n"
+    yield "A step is forward and backward of one batch from cached activations; memory is what resident memory rises by.\n"
+    yield "| experts | prompts of each | ms a step | MiB |"
+    yield "|---|---|---|---|"
+    for point in found["experts"]:
+        yield f"| {point['experts']} | {point['prompts_per_expert']} | {step(point)} |"
+    yield "\n| tokens of each row | ms a step | MiB |"
+    yield "|---|---|---|"
+    for point in found["length"]:
+        yield f"| {point['length']} | {step(point)} |"
+    yield ""
+    yield "| examples | s to fill the cache, on disk | ms to fetch a batch | MiB |"
+    yield "|---|---|---|---|"
+    for point in found["data"]:
+        yield (
+            f"| {point['examples']} | {point['fill_seconds']:.1f} | {1e3 * point['batch_seconds']:.2f} | {point['bytes'] / 2**20:.0f} |"
+        )
+
+
+def step(point: dict[str, Any]) -> str:
+    if "left_out" in point:
+        return f"left out: {point['left_out']} | "
+    taken = point["peak_bytes"]
+    return f"{1e3 * point['seconds']:.0f} | {'' if taken is None else round(taken / 2**20)}"
+
+
+def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Three panels, both axes logarithmic: a straight line of slope one is growth in proportion."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    panels = [
+        ("experts", "experts", ("seconds", 1e3, "ms a step"), ("peak_bytes", 2**-20, "MiB above the model")),
+        ("length", "length", ("seconds", 1e3, "ms a step"), ("peak_bytes", 2**-20, "MiB above the model")),
+        ("data", "examples", ("fill_seconds", 1, "s to fill the cache"), ("batch_seconds", 1e3, "ms to fetch a batch")),
+    ]
+    for left, (panel, x, *series) in zip(axes, panels, strict=True):
+        points = [point for point in found[panel] if "left_out" not in point]
+        right = left.twinx()
+        for axis, (key, scale, label), colour, marker in zip((left, right), series, ("C0", "C1"), "os", strict=True):
+            drawn = [point for point in points if point[key]]
+            axis.plot([p[x] for p in drawn], [scale * p[key] for p in drawn], colour, marker=marker, markersize=4)
+            axis.set(xscale="log", yscale="log")
+            values = [scale * p[key] for p in drawn] or [1]
+            axis.set_ylim(min(values) / 2, 2 * max(values))
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.set_ylabel(label, color=colour)
+        left.set_xlabel({"experts": "experts", "length": "tokens of each row", "examples": "examples"}[x])
+        left.set_xticks([p[x] for p in points], [f"{p[x]:g}" for p in points], rotation=30)
+        left.xaxis.set_minor_locator(NullLocator())
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
