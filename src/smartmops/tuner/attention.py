@@ -300,6 +300,8 @@ def _handing_over(kind: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, mops: Record | Passage | None = None, **kwargs: Any) -> Any:
         modules = self.__dict__["mops_attention"]
+        if mops is not None:
+            args, kwargs = _arriving(int(modules[0].layer_idx), mops, args, kwargs)
         for module in modules:
             module.__dict__["mops_now"] = mops
         try:
@@ -310,6 +312,19 @@ def _handing_over(kind: type[nn.Module]) -> type[nn.Module]:
 
     names = {"forward": forward, "mops_kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), names)
+
+
+def _arriving(
+    layer: int, mops: Record | Passage, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Algorithm 1 scales prompt columns before every layer; below the injection layer text never records a graph."""
+    scale = mops.scale if isinstance(mops, Record) else None
+    below = isinstance(mops, Passage) and layer < mops.first and torch.is_grad_enabled()
+    if scale is None and not below:
+        return args, kwargs
+    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = hidden.detach() if scale is None else hidden * scale
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
 def detach(layer: nn.Module) -> None:

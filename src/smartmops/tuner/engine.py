@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import attention, experts, halves
-from .attention import Passage, Record
+from .attention import Passage
 from .config import MoPsConfig
 
 
@@ -73,7 +73,6 @@ class Engine:
         self.handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
-            *(layer.register_forward_pre_hook(_before_layer, with_kwargs=True) for layer in self.layers),
         ]
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self._generate
@@ -217,24 +216,6 @@ class Engine:
                              "on what they carry; please report the architecture")  # fmt: skip
         if passage is not None and cache is not None:
             self.caches[cache] = passage
-
-
-def _before_layer(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], Any] | None:
-    """Algorithm 1 scales prompt columns before every layer; below the injection layer text never records a graph."""
-    mops = kwargs.get("mops")
-    scaled = isinstance(mops, Record) and mops.scale is not None
-    below = isinstance(mops, Passage) and _index(layer) < mops.first
-    if not scaled and not below:
-        return None
-    hidden = args[0] if args else kwargs["hidden_states"]
-    hidden = hidden * mops.scale if scaled else hidden.detach()  # type: ignore[union-attr]
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
-
-
-def _index(layer: nn.Module) -> int:
-    return int(layer.__dict__["mops_attention"][0].layer_idx)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
