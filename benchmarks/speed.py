@@ -111,6 +111,12 @@ def inference(name: str, raw: dict[str, Any]) -> Iterator[str]:
     for each, values in sections.items():
         rates = [f"{values['tokens_per_second'][side]:.1f}" for side in sides]
         yield f"| {each} | {' | '.join(rates)} |"
+    if name == "mixed_batch":
+        rates = sections[name]["tokens_per_second"]
+        yield (
+            "\nNo adapter is faster than the model it is on, so at this shape the ratio against LoRA cannot exceed "
+            f"{rates['bare'] / rates['lora']:.2f}."
+        )
 
 
 def growth(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:

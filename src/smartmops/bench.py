@@ -284,8 +284,10 @@ def _mixed(lab: Lab, names: Sequence[str]) -> Found:
         lora.add_adapter(name, method.peft())
     mops = lab.adapted(lab.method("mops")).eval()
     lora.eval()
+    bare = lab.base().eval()  # whose pace neither side can pass
     turns = alternate(
-        {"mops": lambda: clocked(lambda: generate(mops, batch, tokens)),
+        {"bare": lambda: clocked(lambda: generate(bare, batch, tokens)),
+         "mops": lambda: clocked(lambda: generate(mops, batch, tokens)),
          "lora": lambda: clocked(lambda: generate(lora, batch, tokens, adapter_names=adapters))},
         lab.config.repeats,
     )  # fmt: skip

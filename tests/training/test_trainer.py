@@ -195,3 +195,14 @@ def test_an_adapter_of_another_base_and_a_damaged_one_are_refused(config: Make, 
     tensors.write_bytes(tensors.read_bytes()[:200])
     with pytest.raises(ValueError, match="damaged or cut short"):
         load_run(chosen.out)
+
+
+def test_a_bfloat16_base_trains_prompts_in_float32_to_nearly_the_same_perplexity(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    exact = train(config())["perplexity"]["overall"]
+    half = train(config(dtype="bfloat16", out=tmp_path / "half"))["perplexity"]["overall"]
+    assert half == pytest.approx(exact, rel=0.03)
+    model, _, _ = load_run(tmp_path / "half")
+    assert model.dtype == torch.bfloat16
+    assert model.base_model.layer().mops_prompts["default"].dtype == torch.float32

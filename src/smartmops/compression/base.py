@@ -43,7 +43,7 @@ def load_base(model: str, dtype: torch.dtype | str = torch.float32, quantisation
     options: dict[str, Any] = {"dtype": dtype}
     if kind is not None:
         _installed(kind)
-        options |= {"device_map": {"": 0} if torch.cuda.is_available() else "cpu"}
+        options |= {"device_map": {"": torch.cuda.current_device()} if torch.cuda.is_available() else "cpu"}
     if quantisation is not None:
         options["quantization_config"] = _config(quantisation, dtype)
     base = AutoModelForCausalLM.from_pretrained(name, **options)

@@ -98,7 +98,8 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     run = Run.open(path)
     check_adapter(run.adapter_dir)
     own = run.path / "base"
-    base, tokenizer = load_base(str(own) if own.is_dir() else run.config["base"])
+    dtype = run.config["arguments"].get("dtype", "float32")
+    base, tokenizer = load_base(str(own) if own.is_dir() else run.config["base"], dtype)
     return PeftModel.from_pretrained(base, run.adapter_dir).eval(), tokenizer, run
 
 

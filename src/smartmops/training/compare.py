@@ -46,7 +46,7 @@ def shots_of(task: Task, count: int, max_length: int) -> list[Encoded]:
 
 def prepare(config: CompareConfig, run: Run) -> Task:
     """Load the base, prune it if asked (the pruned base is kept in the run folder), and read the data."""
-    base, tokenizer = load_base(config.model)
+    base, tokenizer = load_base(config.model, config.dtype)
     if config.sparsity is not None:
         prune(base, [], Pattern.parse(config.sparsity), "magnitude")
         console.print(f"pruned by magnitude: {config.sparsity:.1%} zeros in the decoder's linear layers")
@@ -54,7 +54,7 @@ def prepare(config: CompareConfig, run: Run) -> Task:
         shutil.rmtree(folder, ignore_errors=True)
         base.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        base, tokenizer = load_base(str(folder))
+        base, tokenizer = load_base(str(folder), config.dtype)
     return Task.load(config, base, tokenizer)
 
 

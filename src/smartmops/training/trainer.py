@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -22,10 +22,12 @@ from smartmops.data.example import Example
 from smartmops.data.tasks import splits
 from smartmops.tuner import MoPsModel
 from smartmops.tuner.gate import by_expert
+from smartmops.tuner.packed import Packed
 
+from . import ranks
 from .activations import ActivationCache, free_memory
 from .baselines import MethodConfig, build, parameter_groups
-from .evaluate import Evaluation, evaluate, samples
+from .evaluate import Evaluation, samples
 from .pretrain import (
     Embedder,
     GatePretraining,
@@ -50,7 +52,7 @@ class Schedule:
     """How long, how much at a time, from which seed."""
 
     steps: int = 1000  # optimiser steps
-    batch_size: int = 16  # examples
+    batch_size: int = 16  # examples; of each process where a launcher started several
     warmup_steps: int = 50  # optimiser steps; then linearly down to zero
     seed: int = 0
     log_every: int = 20  # optimiser steps
@@ -65,6 +67,7 @@ class TrainConfig(MethodConfig, GatePretraining, Schedule):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a local folder, a hub id, or tiny
     data: str
     out: Path  # run folder
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; prompts and gate are trained in float32
     max_length: int = 512  # tokens; longer examples lose the end of their context
     limit: int | None = None  # use only so many examples, drawn at random (the paper: 5000)
     test_share: float = 0.1  # of each category
@@ -93,8 +96,15 @@ class _Trainer(Trainer):
             self.optimizer: Any = torch.optim.AdamW(parameter_groups(self.model, self.method), weight_decay=0.0)
         return self.optimizer
 
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of all processes together, the mean over response tokens; HF sees to that where labels are not packed."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if ranks.world() == 1 or "packed" not in inputs:
+            return loss
+        return loss * ranks.share(len(Packed.of(inputs["packed"]).targets()[0]), loss.device)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().training_step(*args, **kwargs)
+        loss = ranks.mean(super().training_step(*args, **kwargs))
         if not torch.isfinite(loss):
             for parameter, value in zip(self._trained(), self.good, strict=True):
                 parameter.data.copy_(value)
@@ -172,6 +182,7 @@ def fit(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        use_cpu=ranks.on_cpu(),
     )
     progress = _Progress()
     trainer = _Trainer(
@@ -219,7 +230,7 @@ class Task:
     def load(cls, config: TrainConfig, base: Any = None, tokenizer: Any = None) -> Task:
         """Read, split and encode the data, load the base unless given, train recovery prompts; says what was cut."""
         if base is None:
-            base, tokenizer = load_base(config.model)
+            base, tokenizer = load_base(config.model, config.dtype)
         train, test = splits(config.data, config.limit, config.test_share, config.seed)
         _warn_of_calibration(config)
         limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
@@ -232,8 +243,9 @@ class Task:
         rows = [_embedded(e.rows, part, embedder) for e, part in zip(encoded, (train, test), strict=True)]
         task = cls(base, tokenizer, rows[0], rows[1], train, test, collator, None, embedder, config.activations)
         if config.recovery_prompts:
+            size = config.batch_size * ranks.world()
             task.recovery = train_recovery(base, task.train, collator, config.recovery_prompts, config.recovery_steps,
-                                           config.recovery_lr, config.batch_size, config.seed)  # fmt: skip
+                                           config.recovery_lr, size, config.seed)  # fmt: skip
         return task
 
     def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
@@ -270,7 +282,7 @@ class Task:
         if self.activations == "off":
             return None
         if self.activations == "auto":
-            need, free = ActivationCache.size(model, self.train), free_memory()
+            need, free = ranks.on_this_machine() * ActivationCache.size(model, self.train), free_memory()
             if free is not None and need > free / 4:
                 console.print(
                     f"activations would take {need / 2**30:.1f} GiB, over a quarter of the {free / 2**30:.1f} GiB of "
@@ -327,42 +339,60 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ValueError: data, options or base do not fit; the message names value, limit and way out.
         Diverged: the loss is not finite; the last good adapter is in `out`/adapter.
     """
-    run = Run.create(
-        config.out,
-        {"command": "train", "arguments": asdict(config), "seed": config.seed, "base": config.model,
-         "data": config.data, "method": config.method},
-        config.resume,
-    )  # fmt: skip
-    if run.finished:
-        return run.read_metrics()
+    ranks.join()
+    run, metrics = ranks.first_does(lambda: _begin(config))
+    if metrics:
+        return metrics
     task = Task.load(config)
-    frozen = evaluate(task.base, task.test, task.collator, progress=True)
+    frozen = ranks.evaluate_together(task.base, task.test, task.collator, progress=True)
     model, names, accuracy = task.adapt(config, config, config.seed)
     gated = len(names) > 1
     before = task.gates(model) if gated else {}
-    checkpoint = last_checkpoint(run.checkpoints)
-    run.rewind(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    checkpoint = ranks.first_does(lambda: _rewound(run))
 
     def look() -> Evaluation:
-        return evaluate(model, task.test, task.collator)
+        return ranks.evaluate_together(model, task.test, task.collator)
 
+    write = ranks.only_first(run.append_curve)
     try:
-        fit(model, config, config, *task.feed(model), run.checkpoints, run.append_curve, look, checkpoint)
+        fit(model, config, config, *task.feed(model), run.checkpoints, write, look, checkpoint)
     except Diverged as error:
-        run.save_adapter(model.save_pretrained)
+        ranks.first_does(lambda: run.save_adapter(model.save_pretrained))
         raise Diverged(f"{error}; the last good adapter is in {run.adapter_dir}") from None
-    run.save_adapter(model.save_pretrained)
-    after = evaluate(model, task.test, task.collator, progress=True)
-    if gated:
-        run.write_gates({"experts": names, "before": before, "after": task.gates(model)})
-    if task.embedder is None and config.samples_per_task and config.method != "input-prompt-tuning":
-        run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
+    ranks.first_does(lambda: run.save_adapter(model.save_pretrained))
+    after = ranks.evaluate_together(model, task.test, task.collator, progress=True)
+    assert math.isfinite(after.overall)
     metrics = after.metrics() | {
         "perplexity_frozen": frozen.metrics()["perplexity"],
         "gate_pretraining_accuracy": accuracy,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "examples": {"train": len(task.train), "test": len(task.test)},
     }
-    assert math.isfinite(after.overall)
-    run.write_metrics(metrics)
+
+    def finish() -> None:
+        if gated:
+            run.write_gates({"experts": names, "before": before, "after": task.gates(model)})
+        if task.embedder is None and config.samples_per_task and config.method != "input-prompt-tuning":
+            run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
+        run.write_metrics(metrics)
+
+    ranks.first_does(finish)
     return metrics
+
+
+def _begin(config: TrainConfig) -> tuple[Run, dict[str, Any]]:
+    """The run, and its metrics where it is finished."""
+    run = Run.create(
+        config.out,
+        {"command": "train", "arguments": asdict(config), "seed": config.seed, "base": config.model,
+         "data": config.data, "method": config.method},
+        config.resume,
+    )  # fmt: skip
+    return run, run.read_metrics()
+
+
+def _rewound(run: Run) -> Path | None:
+    """The checkpoint to go on from; what was logged after it is discarded."""
+    checkpoint = last_checkpoint(run.checkpoints)
+    run.rewind(int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    return checkpoint
