@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from smartmops.data.batches import by_budget
 from smartmops.training import activations
 from smartmops.training.activations import ActivationCache
 from smartmops.tuner.model import MoPsModel
@@ -32,7 +33,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     lower = MoPsModel.lower
 
     def spy(self: MoPsModel, batch: Any) -> Any:
-        seen.append(int(batch.lengths.sum()))
+        seen.append(int(batch["lengths"].sum()))
         return lower(self, batch)
 
     monkeypatch.setattr(MoPsModel, "lower", spy)
@@ -137,7 +138,7 @@ def test_what_cannot_be_cached_is_refused(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 80))
 def test_rows_are_shared_out_whole_and_within_limits(lengths: list[int], limit: int) -> None:
-    groups = list(activations._groups(lengths, limit))
+    groups = by_budget(lengths, limit)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(group) == 1 or sum(lengths[i] for i in group) <= limit for group in groups)
     with pytest.MonkeyPatch.context() as patch:

@@ -24,10 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smartmops.data.batches import Encoded
+from smartmops.data.batches import Encoded, by_budget, pack
 from smartmops.tuner import halves
 from smartmops.tuner.engine import Engine
-from smartmops.tuner.packed import Packed
 
 from .fingerprint import acting, fingerprint
 from .runs import write_text
@@ -300,8 +299,8 @@ def _compute(
         "pooled": torch.empty(len(rows), config.embedding_size or width),
     }
     with _evaluating(model):
-        for group in _groups(lengths, budget):
-            hidden, pooled = model.base_model.lower(_pack(model, [rows[i] for i in group], config.embedding_size))
+        for group in by_budget(lengths, budget):
+            hidden, pooled = model.base_model.lower(_packed(model, [rows[i] for i in group], config.embedding_size))
             for i, part in zip(group, hidden.to("cpu", dtype).split([lengths[i] for i in group]), strict=True):
                 found["hidden"][starts[i] : starts[i] + lengths[i]] = part
             found["pooled"][group] = pooled.float().cpu()
@@ -309,33 +308,13 @@ def _compute(
     return found
 
 
-def _pack(model: Any, rows: Sequence[Encoded], embedding_size: int | None) -> Packed:
+def _packed(model: Any, rows: Sequence[Encoded], embedding_size: int | None) -> dict[str, Tensor]:
     device = Engine.on(model.base_model.model).backbone.get_input_embeddings().weight.device
-    pooled = None
-    if embedding_size is not None:
-        embedded = [row.gate_embedding for row in rows if row.gate_embedding is not None]
-        if len(embedded) < len(rows) or any(len(each) != embedding_size for each in embedded):
-            raise ValueError(f"this adapter's gate reads embeddings of width {embedding_size}: give every row one as "
-                             "gate_embedding")  # fmt: skip
-        pooled = torch.stack(embedded).to(device)
-    return Packed(
-        torch.tensor([len(row.input_ids) for row in rows], device=device),
-        torch.tensor([label for row in rows for label in row.labels], device=device),
-        input_ids=torch.tensor([token for row in rows for token in row.input_ids], device=device),
-        pooled=pooled,
-    )
-
-
-def _groups(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices, shortest first, in groups of `budget` tokens; a longer row is a group of its own."""
-    group, size = list[int](), 0
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if group and size + lengths[i] > budget:
-            yield group
-            group, size = [], 0
-        group.append(i)
-        size += lengths[i]
-    yield group
+    widths = [0 if row.gate_embedding is None else len(row.gate_embedding) for row in rows]
+    if embedding_size is not None and set(widths) != {embedding_size}:
+        raise ValueError(f"this adapter's gate reads embeddings of width {embedding_size}: give every row one as "
+                         "gate_embedding")  # fmt: skip
+    return {name: value.to(device) for name, value in pack(rows).items() if name != "pooled" or embedding_size}
 
 
 def _split(lengths: Sequence[int], per_token: int) -> list[range]:
