@@ -1,4 +1,4 @@
-"""What every test starts from: no network, a cache of its own, two threads, a seed, and shapes checked at run time."""
+"""What every test starts from: no network, a cache of its own, threads, a seed, and shapes checked at run time."""
 
 # ruff: noqa: E402 (the environment and the import hook must be ready before the libraries are imported)
 from __future__ import annotations
@@ -27,11 +27,18 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
+TINY = {"tuner", "compression", "federated"}  # rooms whose models are so small that a second thread only costs
+torch.set_num_threads(THREADS)
 settings.register_profile("smartmops", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("smartmops")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    torch.set_num_threads(1 if request.path.parent.name in TINY else THREADS)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,8 @@ from smartmops.data.tasks import split
 from smartmops.training.baselines import Method
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import evaluate
-from smartmops.training.trainer import Task, TrainConfig, fit
+from smartmops.training.task import Task
+from smartmops.training.trainer import TrainConfig, fit
 
 HERE = Path(__file__).parent
 RATES = {40: (0.3, 1.0, 3.0, 10.0), 20: (1.0, 3.0, 10.0), 160: (0.3, 1.0, 3.0)}  # Adam, by budget in optimiser steps

@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from smartmops.data.batches import IGNORED, Encoded
+from smartmops.data.batches import Encoded
 from smartmops.training.activations import ActivationCache, free_memory
 from smartmops.training.pretrain import GatePretraining, pretrain_gate, standardise
 from smartmops.training.runs import Run
+from smartmops.tuner.packed import IGNORED
 
 from .bench_sides import (
     POSITIONS,

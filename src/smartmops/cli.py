@@ -22,7 +22,8 @@ from smartmops.training.baselines import Method, load_run
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import answer, evaluate
 from smartmops.training.pretrain import Embedder
-from smartmops.training.trainer import Task, TrainConfig, train
+from smartmops.training.task import Task
+from smartmops.training.trainer import TrainConfig, train
 from smartmops.tuner.gate import by_expert
 
 console = Console()

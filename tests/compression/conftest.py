@@ -17,15 +17,6 @@ from smartmops.compression.compress import CompressConfig, compress
 sys.path.append(str(Path(__file__).parents[1] / "tuner"))  # for `tiny_models`
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    """For models this small a second one only costs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A Llama of 3 layers whose widths every quantiser takes, with weights large enough that its predictions differ."""

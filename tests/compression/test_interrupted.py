@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from kill import Killed, kill_at_solve
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smartmops.compression import compress as module
@@ -26,22 +26,6 @@ from smartmops.compression.solvers import SOLVERS, sparsegpt
 
 def record(out: Path) -> dict[str, Any]:
     return json.loads((out / "compression.json").read_text())
-
-
-class Killed(BaseException):
-    """As Ctrl-C."""
-
-
-def kill_at_solve(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    calls: list[int] = []
-
-    def solver(*args: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == number:
-            raise Killed
-        return sparsegpt(*args)
-
-    monkeypatch.setitem(SOLVERS, "sparsegpt", solver)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kill import Killed, kill_at_solve
 from tiny_models import MODELS, VOCABULARY, build
 from torch import Tensor, nn
 from transformers import LlamaModel
@@ -264,10 +265,6 @@ def test_the_mode_of_the_model_is_kept(training: bool) -> None:
     assert model.training is training
 
 
-class Killed(BaseException):
-    """As Ctrl-C."""
-
-
 def kill_after(layer: int) -> Callable[[int], None]:
     def on_layer(index: int) -> None:
         if index == layer:
@@ -297,18 +294,6 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert prune(model, texts(), HALF, keep=tmp_path) == stats
     assert len(solves) == 7 * (2 - last)
     assert_equal(model, whole)
-
-
-def kill_at_solve(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    calls: list[int] = []
-
-    def solver(*args: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == number:
-            raise Killed
-        return sparsegpt(*args)
-
-    solve_with(monkeypatch, solver)
 
 
 def test_a_run_killed_inside_a_layer_keeps_the_layers_before_it(

@@ -9,7 +9,8 @@ import pytest
 
 from smartmops.training.compare import CompareConfig, compare, shots_of
 from smartmops.training.runs import Run
-from smartmops.training.trainer import Task, TrainConfig, train
+from smartmops.training.task import Task
+from smartmops.training.trainer import TrainConfig, train
 
 Make = Callable[..., TrainConfig]
 

@@ -11,7 +11,8 @@ import torch
 from smartmops.training.baselines import MethodConfig, build
 from smartmops.training.evaluate import answer, evaluate
 from smartmops.training.pretrain import assign, initialise, instructions, train_recovery
-from smartmops.training.trainer import Task, TrainConfig
+from smartmops.training.task import Task
+from smartmops.training.trainer import TrainConfig
 
 Make = Callable[..., TrainConfig]
 

@@ -18,7 +18,8 @@ from smartmops.compression.solvers import Pattern
 from smartmops.tiny import BASE
 from smartmops.training.baselines import load_run
 from smartmops.training.evaluate import evaluate
-from smartmops.training.trainer import Task, TrainConfig, train
+from smartmops.training.task import Task
+from smartmops.training.trainer import TrainConfig, train
 
 
 def _store(model: Any, folder: Path) -> str:

@@ -20,7 +20,8 @@ from smartmops.training import trainer
 from smartmops.training.baselines import load_run
 from smartmops.training.evaluate import evaluate
 from smartmops.training.runs import Run
-from smartmops.training.trainer import Diverged, Task, TrainConfig, last_checkpoint, train
+from smartmops.training.task import Task
+from smartmops.training.trainer import Diverged, TrainConfig, last_checkpoint, train
 
 Make = Callable[..., TrainConfig]
 

@@ -7,14 +7,6 @@ import torch
 from by_hand import HIDE
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def masked_out(monkeypatch):
     """Every prompt, expert or recovery, is hidden from every token."""

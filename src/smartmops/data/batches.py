@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .example import Example
+from smartmops.tuner.packed import IGNORED
 
-IGNORED = -100  # label of a token without loss, as torch's cross-entropy has it
+from .example import Example
 
 
 def prompt_text(example: Example) -> str:

@@ -18,7 +18,8 @@ from smartmops.data.batches import Encoded, few_shot
 from .baselines import Method
 from .evaluate import Evaluation, evaluate, samples
 from .runs import Run
-from .trainer import Task, TrainConfig, console, fit
+from .task import Task, console
+from .trainer import TrainConfig, fit
 
 NAMES = {"prompt-tuning": "ungated", "input-prompt-tuning": "input_prompts"}  # what reports call a method
 

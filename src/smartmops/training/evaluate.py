@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from rich.progress import track
 
-from smartmops.data.batches import IGNORED, Collator, Encoded, by_budget, pack, prompt_text, prompts
+from smartmops.data.batches import Collator, Encoded, by_budget, pack, prompt_text, prompts
 from smartmops.data.example import Example
 from smartmops.tuner import MoPsModel
+from smartmops.tuner.packed import IGNORED
 
 BUDGET = 2048  # tokens that go through a MoPs model at once in evaluation
 
@@ -27,6 +28,15 @@ class Evaluation:
     overall: float
     per_task: dict[str, float]
     tokens: dict[str, int]  # response tokens of each task
+
+    @classmethod
+    def of(cls, nats: Mapping[str, float], tokens: Mapping[str, int]) -> Evaluation:
+        """From the sums of each task."""
+        return cls(
+            math.exp(sum(nats.values()) / sum(tokens.values())),
+            {task: math.exp(nats[task] / tokens[task]) for task in sorted(nats)},
+            {task: tokens[task] for task in sorted(nats)},
+        )
 
     def metrics(self) -> dict[str, Any]:
         """As `metrics.json` holds it."""
@@ -59,11 +69,7 @@ def evaluate(
         nats[task] += found.sum().item()
         tokens[task] += len(found)
     model.train(was_training)
-    return Evaluation(
-        math.exp(sum(nats.values()) / sum(tokens.values())),
-        {task: math.exp(nats[task] / tokens[task]) for task in sorted(nats)},
-        {task: tokens[task] for task in sorted(nats)},
-    )
+    return Evaluation.of(nats, tokens)
 
 
 def _each(

@@ -19,8 +19,9 @@ from rich.progress import track
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from smartmops.data.batches import IGNORED, Collator, Encoded, by_budget, pack
+from smartmops.data.batches import Collator, Encoded, by_budget, pack
 from smartmops.tuner import MoPsConfig
+from smartmops.tuner.packed import IGNORED
 
 from .evaluate import batch_for
 

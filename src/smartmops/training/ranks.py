@@ -119,8 +119,4 @@ def merged(parts: Sequence[Evaluation]) -> Evaluation:
         for task, count in part.tokens.items():
             nats[task] += math.log(part.per_task[task]) * count
             tokens[task] += count
-    return Evaluation(
-        math.exp(sum(nats.values()) / sum(tokens.values())),
-        {task: math.exp(nats[task] / tokens[task]) for task in sorted(nats)},
-        {task: tokens[task] for task in sorted(nats)},
-    )
+    return Evaluation.of(nats, tokens)

@@ -108,16 +108,20 @@ def gated_prefix_attention(
     if mops.segments is None:
         assert seen is not None
         if _quick(module, query, key, attention_mask, seen, kwargs):
-            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            return _rows(query, key, value, attention_mask, mops, layer, scale), None
+            return _rows(query, key, value, attention_mask, mops, layer, _scale(query, kwargs)), None
         mask = _additive(attention_mask, query, key.shape[-2])
         return _behind(module, query, key, value, mask, seen, kwargs)
     if _mergeable(module, query, mops.segments, seen, kwargs):
-        return _merge(query, key, value, mops.segments, seen, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
+        return _merge(query, key, value, mops.segments, seen, _scale(query, kwargs)), None
     mask = mops.segments.causal(kwargs.get("sliding_window"), query.dtype)
     query, key, value = (mops.segments.pad(each) for each in (query, key, value))
     out, _ = _behind(module, query, key, value, mask, seen, kwargs)
     return mops.segments.unpad(out), None
+
+
+def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
+    """What logits are multiplied by: the model's own factor, or that of the textbook."""
+    return float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
 
 
 def _quick(
@@ -216,7 +220,7 @@ def _behind(
     key = torch.cat([prefix_key.to(key.dtype).expand(rows, -1, -1, -1), key], -2)
     value = torch.cat([prefix_value.to(value.dtype).expand(rows, -1, -1, -1), value], -2)
     if bias.requires_grad and torch.is_grad_enabled() and _inner(module) is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-        kwargs["scaling"] = kwargs.get("scaling") or width**-0.5
+        kwargs["scaling"] = _scale(query, kwargs)
         query, key, value = _carry(query, key, value, bias / kwargs["scaling"])
         mask = torch.cat([mask.new_zeros(1, 1, 1, 1).expand(*mask.shape[:-1], prompts), mask], -1)
         out, weights = _inner(module)(module, query, key, value, mask, **kwargs)

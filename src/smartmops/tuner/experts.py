@@ -44,24 +44,35 @@ def prefix(
     They never see the text, so one row serves every batch (M' of the paper); only under a `scale` per row (Algorithm 1:
     columns times g before every layer) is there a row for each input.
     """
-    total, device = len(prompts), prompts.device
+    apart = isolated and scale is None  # then every expert is a row of its own, and nobody computes what is masked
+    own, device = len(prompts) // experts, prompts.device
     dtype = next(p.dtype for p in backbone.parameters() if p.is_floating_point())
-    rows = 1 if scale is None else len(scale)
+    rows = experts if apart else 1 if scale is None else len(scale)
     record = Record(None if scale is None else scale.to(dtype).unsqueeze(-1))
-    see = visible(experts, total // experts, isolated).to(device)
+    columns = prompts.view(experts, own, -1) if apart else prompts.expand(rows, -1, -1)
+    see = visible(1 if apart else experts, columns.shape[1] // (1 if apart else experts), isolated).to(device)
     mask = torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(~see, torch.finfo(dtype).min)
-    at = positions(experts, total // experts, isolated).to(device)
+    at = (positions(1, own, True) if apart else positions(experts, own, isolated)).to(device)
     with _no_checkpointing(backbone):
         # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
         contextvars.Context().run(
             upper(backbone, first),
-            inputs_embeds=prompts.to(dtype).expand(rows, -1, -1),
+            inputs_embeds=columns.to(dtype),
             attention_mask=mask[None, None].expand(rows, 1, -1, -1),
             position_ids=at[None].expand(rows, -1),
             use_cache=False,
             mops=record,
         )
-    return record.kv
+    if not apart:
+        return record.kv
+    return {layer: (_in_a_row(key), _in_a_row(value)) for layer, (key, value) in record.kv.items()}
+
+
+def _in_a_row(
+    columns: Float[Tensor, "experts kv_heads per_expert head"],
+) -> Float[Tensor, "1 kv_heads prompts head"]:
+    """The experts' columns one expert after another."""
+    return columns.transpose(0, 1).flatten(1, 2)[None]
 
 
 class Kept:

@@ -1,0 +1,181 @@
+"""A frozen base beside its data: what every method, seed and client compared in one sitting shares.
+
+Knows how base, examples, cache and a fresh adapter belong together. Knows no loop and writes no files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from transformers import set_seed
+
+from smartmops.compression.base import load_base, local
+from smartmops.data.batches import Collator, Encoded, encode_all, packed
+from smartmops.data.example import Example
+from smartmops.data.tasks import splits
+from smartmops.tuner import MoPsModel
+from smartmops.tuner.gate import by_expert
+
+from . import ranks
+from .activations import ActivationCache, free_memory
+from .baselines import MethodConfig, build
+from .pretrain import (
+    Embedder,
+    GatePretraining,
+    assign,
+    initialise,
+    instructions,
+    pretrain_gate,
+    standardise,
+    train_recovery,
+)  # fmt: skip
+
+console = Console()
+
+
+@dataclass(kw_only=True)
+class TaskConfig(MethodConfig, GatePretraining):
+    """What is adapted to which data, and how both are read."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a local folder, a hub id, or tiny
+    data: str
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; prompts and gate are trained in float32
+    max_length: int = 512  # tokens; longer examples lose the end of their context
+    limit: int | None = None  # use only so many examples, drawn at random (the paper: 5000)
+    test_share: float = 0.1  # of each category
+    batch_size: int = 16  # examples; of each process where a launcher started several
+    seed: int = 0
+    recovery_prompts: int = 0  # frozen prompts at the input, trained first
+    recovery_steps: int = 20  # optimiser steps
+    recovery_lr: float = 0.03
+    activations: str = (
+        "auto"  # what the lower half makes of the data: kept in memory if it fits; memory, off or a folder
+    )
+
+
+@dataclass
+class Task:
+    """A frozen base with the data it is to be adapted to: what every method compared in one sitting shares."""
+
+    base: Any
+    tokenizer: Any
+    train: list[Encoded]
+    test: list[Encoded]
+    train_examples: list[Example]
+    test_examples: list[Example]
+    collator: Collator
+    recovery: torch.Tensor | None = None
+    embedder: Embedder | None = None
+    activations: str = "auto"
+    caches: dict[Any, ActivationCache | None] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
+        """Read, split and encode the data, load the base unless given, train recovery prompts; says what was cut."""
+        if base is None:
+            base, tokenizer = load_base(config.model, config.dtype)
+        train, test = splits(config.data, config.limit, config.test_share, config.seed)
+        _warn_of_calibration(config)
+        limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
+        collator = Collator(tokenizer)
+        encoded = [encode_all(part, tokenizer, limit) for part in (train, test)]
+        for name, part in zip(("train", "test"), encoded, strict=True):
+            console.print(f"{name}: {len(part.rows)} examples; {part.truncation}")
+        train, test = ([part[i] for i in e.kept] for part, e in zip((train, test), encoded, strict=True))
+        embedder = Embedder(config.embedder) if config.embedder else None
+        rows = [_embedded(e.rows, part, embedder) for e, part in zip(encoded, (train, test), strict=True)]
+        task = cls(base, tokenizer, rows[0], rows[1], train, test, collator, None, embedder, config.activations)
+        if config.recovery_prompts:
+            size = config.batch_size * ranks.world()
+            task.recovery = train_recovery(base, task.train, collator, config.recovery_prompts, config.recovery_steps,
+                                           config.recovery_lr, size, config.seed)  # fmt: skip
+        return task
+
+    def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
+        """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""
+        set_seed(seed)
+        width = self.embedder.width if self.embedder and method.method == "mops" else None
+        model = build(self.base, method, self.recovery, width)
+        if method.method not in ("mops", "prompt-tuning"):
+            return model, [], None
+        config = model.base_model.layer().configs["default"]
+        names, expert_of, accuracy = ["all"], [0] * len(self.train), None
+        if config.num_experts > 1:
+            cache = self.cache(model)
+            pooled = instructions(model, self.train) if cache is None else cache.pooled.to(model.device)
+            standardise(model, pooled)
+            how = gate.gate_pretraining if gate.gate_pretraining != "none" else "clusters"
+            expert_of, names = assign(self.train, pooled, config.num_experts, how, seed, gate.expert_names)
+            if gate.gate_pretraining != "none":
+                accuracy = pretrain_gate(model, pooled, torch.tensor(expert_of), gate)
+            config.expert_names = names
+        if method.init == "hidden_states":
+            initialise(model, self.train, self.collator, expert_of, seed)
+        return model, names, accuracy
+
+    def cache(self, model: Any) -> ActivationCache | None:
+        """The lower half's results on the training split, computed once for all methods and seeds that share it."""
+        config = model.base_model.layer().configs["default"]
+        key = (config.injection_layer, config.num_recovery_prompts, config.gate_input, config.embedding_size)
+        if key not in self.caches:
+            self.caches[key] = self._fill(model)
+        return self.caches[key]
+
+    def _fill(self, model: Any) -> ActivationCache | None:
+        if self.activations == "off":
+            return None
+        if self.activations == "auto":
+            need, free = ranks.on_this_machine() * ActivationCache.size(model, self.train), free_memory()
+            if free is not None and need > free / 4:
+                console.print(
+                    f"activations would take {need / 2**30:.1f} GiB, over a quarter of the {free / 2**30:.1f} GiB of "
+                    "free memory, so the lower half runs in every step; --activations DIR keeps them on disk"
+                )
+                return None
+        folder = None if self.activations in ("auto", "memory") else Path(self.activations)
+        return ActivationCache.fill(model, self.train, folder)
+
+    def feed(self, model: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], dict[str, Any]]]:
+        """A data set and its collator for `fit`: MoPs train on examples end to end, from the injection layer up."""
+        if not isinstance(model.base_model, MoPsModel):
+            return self.train, self.collator
+        cache = self.cache(model)
+        return (self.train, packed) if cache is None else (range(len(cache)), cache)
+
+    def gates(self, model: Any) -> dict[str, list[float]]:
+        """Mean gate weight of each expert for the test instructions of each task (paper, Figures 5 to 11)."""
+        model.eval()
+        layer = model.base_model.layer()
+        config = layer.configs["default"]
+        with torch.no_grad():
+            weights = by_expert(layer.gate(instructions(model, self.test), "default"), config.num_experts)
+        tasks = sorted({row.category for row in self.test})
+        return {t: weights[[row.category == t for row in self.test]].mean(0).tolist() for t in tasks}
+
+
+def _warn_of_calibration(config: TaskConfig) -> None:
+    """Say so where the base was compressed on examples that are about to be tested on."""
+    record = Path(local(config.model)) / "compression.json"
+    text = json.loads(record.read_text())["calibration"] if record.is_file() else None
+    if not text or not text["sequences"] or text["data"] != config.data:
+        return
+    split = {"seed": config.seed, "limit": config.limit, "test_share": config.test_share}
+    if text["split"] != split:
+        console.print(
+            f"{config.model} was calibrated on another split of {config.data} ({text['split']}, here {split}), so on "
+            "examples of this test split: compress again with --data-seed, --limit and --test-share as here"
+        )
+
+
+def _embedded(rows: list[Encoded], examples: list[Example], embedder: Embedder | None) -> list[Encoded]:
+    if embedder is None:
+        return rows
+    found = torch.tensor(embedder([example.instruction for example in examples]))
+    return [replace(row, gate_embedding=vector) for row, vector in zip(rows, found, strict=True)]
