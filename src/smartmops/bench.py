@@ -94,15 +94,15 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         machine = {"cores": os.cpu_count(), "threads": config.threads, "torch": torch.__version__}
         metrics: dict[str, Any] = {"setting": _setting(config), "machine": machine, "gpu": "not measured",
                                    "examples": _examples(lab), "ratios": {}, "raw": {}}  # fmt: skip
+        if config.growth:  # first, while the memory is all there
+            metrics["growth"] = {"length": _length_growth(lab), "experts": _experts_growth(lab),
+                                 "data": _data_growth(lab)}  # fmt: skip
         for section in SECTIONS:
             if names := [name for name in wanted if name in section.ratios]:
                 ratios, raw = section.measure(lab, names)
                 metrics["ratios"] |= {name: ratios[name] for name in names}
                 metrics["raw"][section.name] = raw
                 console.print(", ".join(f"{name} {_shown(ratios[name])}" for name in names))
-        if config.growth:
-            metrics["growth"] = {"experts": _experts_growth(lab), "length": _length_growth(lab),
-                                 "data": _data_growth(lab)}  # fmt: skip
     metrics["targets"] = {
         name: {"value": t.value, "at_least": t.at_least, "what": t.what, "met": _met(name, metrics["ratios"][name])}
         for name, t in TARGETS.items()
