@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,9 @@ from transformers.utils.logging import disable_progress_bar
 from smartmops.bench import bench
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.data.example import Example
+from smartmops.federated.federate import FederateConfig, federate
+from smartmops.federated.rounds import QuorumLost
+from smartmops.reproduce.reproduce import reproduce
 from smartmops.training.baselines import Method, load_run
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import answer, evaluate
@@ -72,6 +76,23 @@ def train_command(config: TrainConfig) -> dict[str, Any]:
     return metrics
 
 
+def federate_command(config: FederateConfig) -> dict[str, Any]:
+    """Train one adapter over clients whose data stay with them, and write a run folder."""
+    if config.engine == "flower-simulation":
+        from smartmops.flower.simulation import simulate
+
+        metrics = simulate(config)
+    else:
+        metrics = federate(config)
+    if metrics["holdings"] and find_spec("matplotlib"):
+        from smartmops.analysis.holdings import save_holdings
+
+        save_holdings(metrics["holdings"]["table"], metrics["holdings"]["names"], config.out / "holdings.png")
+        console.print(f"who holds what: {config.out / 'holdings.png'}")
+    _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
+    return metrics
+
+
 @dataclass
 class EvaluateConfig:
     """Perplexity of a run's adapter over response tokens, overall and per task."""
@@ -87,7 +108,8 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
     model, tokenizer, run = load_run(config.run)
     arguments = run.config["arguments"]
     again = TrainConfig(
-        model="given", out=config.run, data=config.data or arguments["data"], seed=arguments["seed"],
+        model="given", out=config.run, data=config.data or arguments["data"],
+        data_seed=arguments.get("data_seed", arguments["seed"]),
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
     )  # fmt: skip
@@ -183,9 +205,11 @@ COMMANDS: dict[str, Any] = {
     "compress": compress_command,
     "train": train_command,
     "compare": compare,
+    "federate": federate_command,
     "evaluate": evaluate_command,
     "inspect": inspect_command,
     "report": report_command,
+    "reproduce": reproduce,
     "bench": bench,
 }
 
@@ -202,3 +226,6 @@ def main() -> None:
     except (OSError, ValueError, ImportError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         sys.exit(2)
+    except QuorumLost as error:
+        Console(stderr=True).print(f"[red]stopped:[/red] {escape(str(error))}", highlight=False)
+        sys.exit(3)

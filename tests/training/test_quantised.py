@@ -71,6 +71,6 @@ def test_a_base_calibrated_on_the_test_split_is_told_of(
     assert json.loads((folder / "compression.json").read_text())["calibration"]["split"]["seed"] == 0
     Task.load(config(model=str(folder)))
     assert "calibrated on another split" not in capsys.readouterr().out
-    Task.load(config(model=str(folder), seed=1))
+    Task.load(config(model=str(folder), data_seed=1))
     told = " ".join(capsys.readouterr().out.split())
     assert "calibrated on another split" in told and "--data-seed" in told

@@ -32,7 +32,9 @@ _SHOWN_ELSEWHERE = {
     "per_task",
     "per_seed",
     "seeds",
-}  # metrics with a table of their own
+    "rounds",
+    "holdings",
+}  # metrics with a table or a curve of their own
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -179,7 +181,8 @@ def _curves(rows: Sequence[Mapping[str, Any]], method: str) -> list[dict[str, An
                 panel = panels.setdefault((quantity, str(row.get("phase") or "")), {})
                 line = (str(row.get("method") or method), row.get("seed"))
                 panel.setdefault(line, []).append((float(row.get("step", 0)), float(row[quantity])))
-    return [_panel(quantity, phase, lines) for (quantity, phase), lines in panels.items()]
+    axis = "round" if any("round" in row for row in rows) else "optimiser step"
+    return [_panel(quantity, phase, lines) | {"axis": axis} for (quantity, phase), lines in panels.items()]
 
 
 def _panel(quantity: str, phase: str, lines: Mapping[tuple[str, Any], list[charts.Point]]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ NAMES = {  # how a method is called in tables, and in the order in which they st
     "four_in_context": "Four in context",
     "prompt-tuning": "Prompt tuning",
     "ungated": "Ungated prompts",
+    "fedprompt": "FedPrompt",
+    "fedlora": "FedLoRA",
     "ia3": "IA3",
     "lora": "LoRA",
     "mops": "MoPs",

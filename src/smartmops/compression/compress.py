@@ -54,7 +54,7 @@ class CompressConfig:
     block_size: int = 128  # columns SparseGPT solves at once
     damping: float = 0.01  # share of the Hessian's mean diagonal
     seed: int = 0  # of the draw of calibration sequences
-    data_seed: int = 0  # the --seed `train` will have: it draws the test split, which calibration must not see
+    data_seed: int = 0  # the --data-seed `train` will have: it draws the test split, which calibration must not see
     limit: int | None = None  # the --limit `train` will have
     test_share: float = 0.1  # the --test-share `train` will have
     batch_size: int = 8  # sequences that go through a layer at once

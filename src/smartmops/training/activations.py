@@ -145,13 +145,17 @@ class ActivationCache:
             "hidden": torch.cat([self._tokens("hidden", i) for i in indices]),
             "labels": torch.cat([self._tokens("labels", i) for i in indices]).long(),
             "lengths": torch.tensor([self.lengths[i] for i in indices]),
-            "pooled": torch.cat([self._row("pooled", i) for i in indices]),
+            "pooled": self.gate_inputs(indices),
         }
 
     @property
     def pooled(self) -> Float[Tensor, "n inputs"]:
         """What the gate reads of each example, before standardisation."""
         return torch.cat([self._part(number)["pooled"][:] for number in range(len(self._shards))])
+
+    def gate_inputs(self, indices: Sequence[int]) -> Float[Tensor, "some inputs"]:
+        """What the gate reads of these examples, before standardisation."""
+        return torch.cat([self._row("pooled", i) for i in indices])
 
     @property
     def nbytes(self) -> int:

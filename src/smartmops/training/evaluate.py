@@ -18,6 +18,8 @@ from smartmops.data.example import Example
 from smartmops.tuner import MoPsModel
 from smartmops.tuner.packed import IGNORED
 
+from .activations import ActivationCache
+
 BUDGET = 2048  # tokens that go through a MoPs model at once in evaluation
 
 
@@ -50,9 +52,16 @@ def batch_for(model: Any, rows: Sequence[Encoded], collator: Collator) -> dict[s
 
 @torch.no_grad()
 def evaluate(
-    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int = 32, progress: bool = False
+    model: Any,
+    rows: Sequence[Encoded],
+    collator: Collator,
+    batch_size: int = 32,
+    progress: bool = False,
+    cache: ActivationCache | None = None,
 ) -> Evaluation:
     """Evaluate a model (bare or adapted) on encoded examples, in batches of similar length.
+
+    With a `cache` of these very rows, a MoPs model starts from the injection layer.
 
     Raises:
         ValueError: `rows` is empty.
@@ -64,7 +73,7 @@ def evaluate(
     nats: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
     for task, found in track(
-        _each(model, rows, collator, batch_size), "evaluating", len(rows), transient=True, disable=not progress
+        _each(model, rows, collator, batch_size, cache), "evaluating", len(rows), transient=True, disable=not progress
     ):
         nats[task] += found.sum().item()
         tokens[task] += len(found)
@@ -73,12 +82,13 @@ def evaluate(
 
 
 def _each(
-    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int
+    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int, cache: ActivationCache | None
 ) -> Iterator[tuple[str, Float[torch.Tensor, " tokens"]]]:
     """Task and response nats of each row; a MoPs model reads rows end to end, any other padded ones."""
     if isinstance(getattr(model, "base_model", None), MoPsModel):
         for group in by_budget([len(row.input_ids) for row in rows], BUDGET):
-            batch = {name: value.to(model.device) for name, value in pack([rows[i] for i in group]).items()}
+            given = pack([rows[i] for i in group]) if cache is None else cache.batch(group)
+            batch = {name: value.to(model.device) for name, value in given.items()}
             found = model.base_model.nats(batch).split(batch["lengths"].tolist())
             for i, each in zip(group, found, strict=True):
                 yield rows[i].category, each[:-1][torch.tensor(rows[i].labels[1:]) != IGNORED]

@@ -80,6 +80,22 @@ def fingerprint(model: Any, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
     return total.hexdigest()
 
 
+def of_base(base: Any, tokenizer: Any) -> str:
+    """What tells one frozen base with its tokenizer from any other, as 32 hexadecimal digits. Take it unadapted.
+
+    Content, not names, and no versions of libraries. Reads every weight once: about 1 GB/s for each core.
+    """
+    settings = _stable(base.config.to_dict())
+    total = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    weights = dict(sorted(base.state_dict().items()))
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(weights, pool.map(_digest, weights.values()), strict=True):
+            total.update(name.encode() + b"\0" + digest)
+    words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str)
+    total.update(words.encode())
+    return total.hexdigest()
+
+
 def _weights(below: nn.Module) -> dict[str, Tensor]:
     """By name, other injection layers' parameters left out. Buffers too: not all are in a state dict."""
     found = {**dict(below.named_buffers()), **below.state_dict()}

@@ -26,6 +26,7 @@ from smartmops.tuner.gate import by_expert
 from . import ranks
 from .activations import ActivationCache, free_memory
 from .baselines import MethodConfig, build
+from .evaluate import Evaluation, evaluate
 from .pretrain import (
     Embedder,
     GatePretraining,
@@ -51,7 +52,8 @@ class TaskConfig(MethodConfig, GatePretraining):
     limit: int | None = None  # use only so many examples, drawn at random (the paper: 5000)
     test_share: float = 0.1  # of each category
     batch_size: int = 16  # examples; of each process where a launcher started several
-    seed: int = 0
+    seed: int = 0  # of experts, gate and order
+    data_seed: int = 0  # of the draw and the split, so that runs of different seeds are tested on the same examples
     recovery_prompts: int = 0  # frozen prompts at the input, trained first
     recovery_steps: int = 20  # optimiser steps
     recovery_lr: float = 0.03
@@ -79,24 +81,37 @@ class Task:
     @classmethod
     def load(cls, config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
         """Read, split and encode the data, load the base unless given, train recovery prompts; says what was cut."""
+        train, test = splits(config.data, config.limit, config.test_share, config.data_seed)
+        _warn_of_calibration(config)
         if base is None:
             base, tokenizer = load_base(config.model, config.dtype)
-        train, test = splits(config.data, config.limit, config.test_share, config.seed)
-        _warn_of_calibration(config)
-        limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
-        collator = Collator(tokenizer)
-        encoded = [encode_all(part, tokenizer, limit) for part in (train, test)]
-        for name, part in zip(("train", "test"), encoded, strict=True):
-            console.print(f"{name}: {len(part.rows)} examples; {part.truncation}")
-        train, test = ([part[i] for i in e.kept] for part, e in zip((train, test), encoded, strict=True))
-        embedder = Embedder(config.embedder) if config.embedder else None
-        rows = [_embedded(e.rows, part, embedder) for e, part in zip(encoded, (train, test), strict=True)]
-        task = cls(base, tokenizer, rows[0], rows[1], train, test, collator, None, embedder, config.activations)
+        task = cls.of(base, tokenizer, train, test, config)
         if config.recovery_prompts:
             size = config.batch_size * ranks.world()
-            task.recovery = train_recovery(base, task.train, collator, config.recovery_prompts, config.recovery_steps,
-                                           config.recovery_lr, size, config.seed)  # fmt: skip
+            task.recovery = train_recovery(base, task.train, task.collator, config.recovery_prompts,
+                                           config.recovery_steps, config.recovery_lr, size, config.seed)  # fmt: skip
         return task
+
+    @classmethod
+    def of(
+        cls, base: Any, tokenizer: Any, train: Sequence[Example], test: Sequence[Example], config: TaskConfig
+    ) -> Task:
+        """Encode examples for a base; either part may be empty. What does not fit is left out, and said."""
+        limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
+        collator = Collator(tokenizer)
+        embedder = Embedder(config.embedder) if config.embedder else None
+        rows: list[list[Encoded]] = []
+        kept: list[list[Example]] = []
+        for name, part in (("train", train), ("test", test)):
+            if not part:
+                rows.append([])
+                kept.append([])
+                continue
+            encoding = encode_all(part, tokenizer, limit)
+            console.print(f"{name}: {len(encoding.rows)} examples; {encoding.truncation}")
+            kept.append([part[i] for i in encoding.kept])
+            rows.append(_embedded(encoding.rows, kept[-1], embedder))
+        return cls(base, tokenizer, rows[0], rows[1], kept[0], kept[1], collator, None, embedder, config.activations)
 
     def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
         """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""
@@ -120,19 +135,23 @@ class Task:
             initialise(model, self.train, self.collator, expert_of, seed)
         return model, names, accuracy
 
-    def cache(self, model: Any) -> ActivationCache | None:
-        """The lower half's results on the training split, computed once for all methods and seeds that share it."""
+    def cache(self, model: Any, rows: Sequence[Encoded] | None = None) -> ActivationCache | None:
+        """The lower half's results on the training split, computed once for all methods and seeds that share it.
+
+        Or on other rows of this task, such as the test split. None where it is off or does not fit the memory.
+        """
+        rows = self.train if rows is None else rows
         config = model.base_model.layer().configs["default"]
-        key = (config.injection_layer, config.num_recovery_prompts, config.gate_input, config.embedding_size)
+        key = (config.injection_layer, config.num_recovery_prompts, config.gate_input, config.embedding_size, id(rows))
         if key not in self.caches:
-            self.caches[key] = self._fill(model)
+            self.caches[key] = self._fill(model, rows)
         return self.caches[key]
 
-    def _fill(self, model: Any) -> ActivationCache | None:
+    def _fill(self, model: Any, rows: Sequence[Encoded]) -> ActivationCache | None:
         if self.activations == "off":
             return None
         if self.activations == "auto":
-            need, free = ranks.on_this_machine() * ActivationCache.size(model, self.train), free_memory()
+            need, free = ranks.on_this_machine() * ActivationCache.size(model, rows), free_memory()
             if free is not None and need > free / 4:
                 console.print(
                     f"activations would take {need / 2**30:.1f} GiB, over a quarter of the {free / 2**30:.1f} GiB of "
@@ -140,7 +159,12 @@ class Task:
                 )
                 return None
         folder = None if self.activations in ("auto", "memory") else Path(self.activations)
-        return ActivationCache.fill(model, self.train, folder)
+        return ActivationCache.fill(model, rows, folder)
+
+    def evaluate(self, model: Any, progress: bool = False) -> Evaluation:
+        """Perplexity on the test split; a MoPs model runs its upper half only, from the second time on."""
+        cache = self.cache(model, self.test) if isinstance(model.base_model, MoPsModel) else None
+        return evaluate(model, self.test, self.collator, progress=progress, cache=cache)
 
     def feed(self, model: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], dict[str, Any]]]:
         """A data set and its collator for `fit`: MoPs train on examples end to end, from the injection layer up."""
@@ -154,8 +178,10 @@ class Task:
         model.eval()
         layer = model.base_model.layer()
         config = layer.configs["default"]
+        cache = self.cache(model, self.test)
+        pooled = instructions(model, self.test) if cache is None else cache.pooled.to(model.device)
         with torch.no_grad():
-            weights = by_expert(layer.gate(instructions(model, self.test), "default"), config.num_experts)
+            weights = by_expert(layer.gate(pooled, "default"), config.num_experts)
         tasks = sorted({row.category for row in self.test})
         return {t: weights[[row.category == t for row in self.test]].mean(0).tolist() for t in tasks}
 
@@ -166,7 +192,7 @@ def _warn_of_calibration(config: TaskConfig) -> None:
     text = json.loads(record.read_text())["calibration"] if record.is_file() else None
     if not text or not text["sequences"] or text["data"] != config.data:
         return
-    split = {"seed": config.seed, "limit": config.limit, "test_share": config.test_share}
+    split = {"seed": config.data_seed, "limit": config.limit, "test_share": config.test_share}
     if text["split"] != split:
         console.print(
             f"{config.model} was calibrated on another split of {config.data} ({text['split']}, here {split}), so on "

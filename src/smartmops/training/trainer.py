@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -24,6 +24,9 @@ from .runs import Run, check_adapter
 from .task import Task, TaskConfig
 
 
+SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
+
+
 class Diverged(ValueError):
     """The loss is no longer a finite number; the model holds the last state whose loss was."""
 
@@ -34,7 +37,8 @@ class Schedule:
 
     steps: int = 1000  # optimiser steps
     batch_size: int = 16  # examples; of each process where a launcher started several
-    warmup_steps: int = 50  # optimiser steps; then linearly down to zero
+    lr_schedule: Literal["linear", "constant"] = "linear"  # down to zero, or level; both after the warm-up
+    warmup_steps: int = 50  # optimiser steps
     seed: int = 0
     log_every: int = 20  # optimiser steps
     save_every: int = 200  # optimiser steps between checkpoints a killed run resumes from
@@ -138,7 +142,7 @@ def fit(
         per_device_train_batch_size=schedule.batch_size,
         max_steps=schedule.steps,
         learning_rate=method.rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=SCHEDULERS[schedule.lr_schedule],
         warmup_steps=min(schedule.warmup_steps, schedule.steps // 5),
         logging_steps=schedule.log_every,
         logging_nan_inf_filter=False,

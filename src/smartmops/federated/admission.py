@@ -1,0 +1,78 @@
+"""What is refused before any training: settings that cannot work, and clients that do not belong. Reads no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from smartmops.training.runs import versions
+
+from .messages import VERSION, Failure, Hello, unpack
+
+DECIDING = ("torch", "transformers", "peft", "smartmops")  # packages whose versions decide the numbers
+
+
+def check_config(config: Any) -> None:
+    """What can be known of a `FederateConfig` before anything is loaded.
+
+    Raises:
+        ValueError: rounds, steps, quorum or clients are outside their limits, or privacy is asked for with what it
+            does not cover.
+    """
+    for name in ("rounds", "local_steps", "clients_per_round", "attempts", "eval_every", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: choose 1 or more")
+    asked, there = config.clients_per_round, config.clients
+    if config.clients_data is None and config.partition != "source" and asked > there:
+        raise ValueError(f"clients_per_round={asked}, but there are {there} clients: choose 1 to {there}")
+    if config.quorum is not None and not 1 <= config.quorum <= asked:
+        raise ValueError(f"quorum={config.quorum}, but {asked} clients are asked in a round: choose 1 to {asked}")
+    plain = config.aggregation == "fedavg" and not config.share_above and not config.server_steps
+    if config.noise_multiplier is not None and not plain:
+        raise ValueError(f"noise_multiplier={config.noise_multiplier} goes with plain averaging: leave aggregation, "
+                         "share_above and server_steps at their defaults")  # fmt: skip
+
+
+def admitted(found: Mapping[int, bytes], config: Any, base: str, experts: Sequence[str]) -> list[int]:
+    """Numbers of the clients that may be asked.
+
+    Args:
+        found: A packed `Hello` of each.
+        config: A `FederateConfig`.
+        base: Fingerprint of the server's base and tokenizer.
+        experts: Tasks that the gate was pretrained for; empty without a gate.
+
+    Raises:
+        ValueError: there are too few; or one has no examples, another base, other versions, or tasks that the gate was
+            not pretrained for.
+    """
+    hellos = {client: unpack(blob) for client, blob in sorted(found.items())}
+    if len(hellos) < config.clients_per_round:
+        raise ValueError(f"clients_per_round={config.clients_per_round}, but there are {len(hellos)} clients: choose 1 "
+                         f"to {len(hellos)}")  # fmt: skip
+    for hello in hellos.values():
+        if not isinstance(hello, Hello):
+            reason = hello.reason if isinstance(hello, Failure) else f"it sent a {type(hello).__name__} for a greeting"
+            raise ValueError(f"client {getattr(hello, 'client', '?')} cannot take part: {reason}")
+        if hello.examples < 1:
+            raise ValueError(f"client {hello.name!r} holds no examples: give it some, or leave it out")
+        if hello.base != base:
+            raise ValueError(f"client {hello.name!r} has another base model or tokenizer (fingerprint {hello.base}, "
+                             f"here {base}): load the same on both sides")  # fmt: skip
+        _check_versions(hello, config.allow_other_versions)
+        unknown = [task for task in hello.categories if task not in experts]
+        if experts and config.gate_pretraining == "labels" and unknown:
+            raise ValueError(f"client {hello.name!r} holds category {unknown[0]!r}, which the gate does not know (it "
+                             f"knows {', '.join(experts)}): name an expert for it with --expert-names, or choose "
+                             "--gate-pretraining clusters")  # fmt: skip
+    return list(hellos)
+
+
+def _check_versions(hello: Hello, allow: bool) -> None:
+    here = versions() | {"messages": str(VERSION)}
+    for name in ("messages", *DECIDING):
+        theirs = hello.versions.get(name)
+        if theirs != here[name] and (name == "messages" or not allow):
+            way_out = "" if name == "messages" else ", or accept it with --allow-other-versions"
+            raise ValueError(f"client {hello.name!r} runs {name} {theirs}, the server {here[name]}: install the same"
+                             + way_out)  # fmt: skip

@@ -1,0 +1,296 @@
+"""Replies in, the next round's arrays out.
+
+Knows named tensors and how much each expert was used. Knows no model and no network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .messages import Failure, Reply, unpack
+
+BETAS, TAU = (0.9, 0.99), 1e-3  # of FedAdam, as in Reddi et al. 2021
+JUDGES = 3  # updates it takes before one of them can be called too large
+
+
+@dataclass(kw_only=True)
+class AggregationConfig:
+    """How the clients' updates become one.
+
+    Raises:
+        ValueError: a number is outside its limits.
+    """
+
+    aggregation: Literal["fedavg", "uniform", "fedadam", "trimmed-mean", "median", "expert-weighted"] = "fedavg"
+    trim: float = 0.1  # trimmed-mean: share of clients left out at either end, for every number by itself
+    server_lr: float = 0.01  # fedadam: the server's rate
+    norm_limit: float = 10.0  # an update is refused whose norm is above so many times the round's median
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"trim={self.trim}: choose a share from 0 up to, but not, 0.5")
+        for name in ("server_lr", "norm_limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: choose a number above 0")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which trained arrays belong to experts: the rows of one expert after those of another."""
+
+    experts: int = 1
+    by_expert: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's admitted update.
+
+    Attributes:
+        delta: Float64 differences from what was sent; zero for experts that stayed at home.
+        norm: L2 norm of all of them together.
+    """
+
+    client: int
+    examples: int
+    mass: list[float] | None
+    loss: float
+    seconds: float
+    experts: list[int] | None
+    norm: float
+    delta: dict[str, Tensor] = field(repr=False)
+
+
+def check(config: AggregationConfig, layout: Layout) -> None:
+    """Whether the adapter can be averaged so.
+
+    Raises:
+        ValueError: expert-weighted averaging of an adapter without experts.
+    """
+    if config.aggregation == "expert-weighted" and layout.experts < 2:
+        raise ValueError("aggregation='expert-weighted' needs at least 2 experts, but this adapter has none: "
+                         "choose method mops, or another aggregation")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- admission
+def admit(
+    received: Iterable[tuple[int, bytes]],
+    sent: Mapping[str, Tensor],
+    asked: Mapping[int, int],
+    layout: Layout,
+    config: AggregationConfig,
+) -> tuple[list[Update], list[Failure]]:
+    """Good updates in the order of their clients, so that no sum depends on the order of arrival; and what was refused.
+
+    Raises nothing, whatever a client sends. A second answer of one client is refused, and the first stands.
+
+    Args:
+        received: Clients and their packed answers, as they came in.
+        sent: The trained arrays as clients received them.
+        asked: Clients that were asked, and the round each was asked for.
+        layout: Of the adapter.
+        config: `norm_limit`.
+    """
+    good: dict[int, Update] = {}
+    failures: list[Failure] = []
+    answered: set[int] = set()
+    for client, blob in received:
+        number = asked.get(client, 0)
+        try:
+            if client not in asked:
+                raise ValueError("was not asked")
+            if client in answered:
+                raise ValueError("answered twice; the first answer counts")
+            answered.add(client)
+            good[client] = _update(blob, client, number, sent, layout)
+        except (ValueError, TypeError, RuntimeError) as error:
+            failures.append(Failure(number, client, str(error)))
+    usual = median(update.norm for update in good.values()) if len(good) >= JUDGES else math.inf
+    for client, update in list(good.items()):
+        if update.norm > config.norm_limit * usual:
+            reason = (f"update of norm {update.norm:.3g}, the round's median is {usual:.3g} and the limit "
+                      f"{config.norm_limit:g} times that")  # fmt: skip
+            failures.append(Failure(asked[client], client, reason))
+            del good[client]
+    return [good[client] for client in sorted(good)], sorted(failures, key=lambda failure: failure.client)
+
+
+def _update(blob: bytes, client: int, number: int, sent: Mapping[str, Tensor], layout: Layout) -> Update:
+    reply = unpack(blob)
+    if isinstance(reply, Failure):
+        raise ValueError(reply.reason)
+    if not isinstance(reply, Reply):
+        raise ValueError(f"sent a {type(reply).__name__}, not a reply")
+    if (reply.round, reply.client) != (number, client):
+        raise ValueError(
+            f"answered round {reply.round} as client {reply.client}, asked was round {number} of client {client}"
+        )
+    if not _whole(reply.examples) or reply.examples < 1:
+        raise ValueError(f"examples={reply.examples!r}, not a number from 1")
+    for name in ("loss", "seconds"):
+        if not _real(getattr(reply, name)):
+            raise ValueError(f"{name}={getattr(reply, name)!r}, not a finite number")
+    _check_mass(reply.mass, layout)
+    _check_experts(reply.experts, layout)
+    if odd := sorted(sent.keys() ^ reply.arrays.keys()):
+        raise ValueError(f"array {odd[0]!r} is " + ("missing" if odd[0] in sent else "unknown"))
+    delta = {name: _delta(name, reply, sent[name], layout) for name in sorted(sent)}
+    norm = math.sqrt(sum(float(value.square().sum()) for value in delta.values()))
+    return Update(client, reply.examples, reply.mass, reply.loss, reply.seconds, reply.experts, norm, delta)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_mass(mass: object, layout: Layout) -> None:
+    if mass is None and layout.experts == 1:
+        return
+    if not isinstance(mass, list) or len(mass) != layout.experts:
+        raise ValueError(f"mass={mass!r}, not one gate weight for each of {layout.experts} experts")
+    if not all(_real(each) and each >= 0 for each in mass):
+        raise ValueError(f"mass={mass!r}, with a gate weight that is negative or not finite")
+
+
+def _check_experts(experts: object, layout: Layout) -> None:
+    if experts is None:
+        return
+    if not isinstance(experts, list) or not all(_whole(e) and 0 <= e < layout.experts for e in experts):
+        raise ValueError(f"experts={experts!r}, not numbers from 0 to {layout.experts - 1}")
+    if len(set(experts)) < len(experts):
+        raise ValueError(f"experts={experts!r}, one of them twice")
+
+
+def _delta(name: str, reply: Reply, sent: Tensor, layout: Layout) -> Tensor:
+    value, shape = reply.arrays[name], list(sent.shape)
+    split = name in layout.by_expert and reply.experts is not None
+    if split:
+        shape[0] = len(reply.experts or ()) * (shape[0] // layout.experts)
+    if list(value.shape) != shape:
+        raise ValueError(f"array {name!r} is of shape {list(value.shape)}, expected {shape}")
+    if value.dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"array {name!r} is of {value.dtype}, expected float32 or float16")
+    if not value.isfinite().all():
+        raise ValueError(f"array {name!r} has {int((~value.isfinite()).sum())} numbers that are not finite")
+    start = sent.double()
+    if not split:
+        return value.double() if reply.difference else value.double() - start
+    found = _experts(torch.zeros_like(start), layout.experts)
+    theirs = _experts(value.double(), len(reply.experts)) if reply.experts else value.double()
+    for at, expert in enumerate(reply.experts or ()):
+        own = _experts(start, layout.experts)[expert]
+        found[expert] = theirs[at] if reply.difference else theirs[at] - own
+    return found.flatten(0, 1)
+
+
+def _experts(array: Tensor, experts: int) -> Tensor:
+    """[experts, prompts of each, ...] of an array whose rows are those of one expert after another."""
+    return array.reshape(experts, len(array) // experts, *array.shape[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------- averaging
+class Aggregator:
+    """Keeps what an aggregation remembers between rounds."""
+
+    def __init__(self, config: AggregationConfig, layout: Layout) -> None:
+        check(config, layout)
+        self.config, self.layout = config, layout
+        self.moments: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """FedAdam's moments by `first/NAME` and `second/NAME`; empty otherwise."""
+        return {name: value.clone() for name, value in self.moments.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`."""
+        self.moments = {name: value.clone() for name, value in state.items()}
+
+    def step(self, arrays: Mapping[str, Tensor], updates: Sequence[Update]) -> dict[str, Tensor]:
+        """Arrays of the next round; sums are made in float64 and rounded once.
+
+        Every expert is combined over the clients that sent it; one that nobody sent stays as it is. One client alone
+        gives exactly its own arrays under all but FedAdam.
+        """
+        return (
+            {name: self._next(name, value, updates).float() for name, value in arrays.items()}
+            if updates
+            else dict(arrays)
+        )
+
+    def _next(self, name: str, value: Tensor, updates: Sequence[Update]) -> Tensor:
+        if name not in self.layout.by_expert:
+            return value.double() + self._moved(
+                name, [u.delta[name] for u in updates], [float(u.examples) for u in updates]
+            )
+        rows = _experts(value.double(), self.layout.experts)
+        moved = torch.zeros_like(rows)
+        for expert in range(self.layout.experts):
+            there = [u for u in updates if u.experts is None or expert in u.experts]
+            weights = [float(u.examples) for u in there]
+            if self.config.aggregation == "expert-weighted":
+                weights = [w * (u.mass or [])[expert] for w, u in zip(weights, there, strict=True)]
+            if sum(weights) > 0:
+                deltas = [_experts(u.delta[name], self.layout.experts)[expert] for u in there]
+                moved[expert] = self._combined(deltas, weights)
+        return value.double() + self._through_adam(name, moved.flatten(0, 1))
+
+    def _moved(self, name: str, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        return self._through_adam(name, self._combined(deltas, weights))
+
+    def _combined(self, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """One update of several: by weight, or number by number.
+
+        fedavg (McMahan et al. 2017): sum_k n_k delta_k / sum_k n_k. trimmed-mean, median: Yin et al. 2018.
+        """
+        kind = self.config.aggregation
+        if kind in ("trimmed-mean", "median"):
+            stacked = torch.stack(list(deltas)).sort(0).values
+            count = len(deltas)
+            cut = (count - 1) // 2 if kind == "median" else int(self.config.trim * count)
+            return stacked[cut : count - cut].mean(0)
+        if kind == "uniform":
+            weights = [1.0] * len(deltas)
+        total = math.fsum(weights)
+        found = torch.zeros_like(deltas[0])
+        for delta, weight in zip(deltas, weights, strict=True):
+            found += delta * (weight / total)
+        return found
+
+    def _through_adam(self, name: str, delta: Tensor) -> Tensor:
+        """FedAdam (Reddi et al. 2021, algorithm 2): the averaged update is what Adam takes for a gradient."""
+        if self.config.aggregation != "fedadam":
+            return delta
+        first = self.moments.get(f"first/{name}", torch.zeros_like(delta))
+        second = self.moments.get(f"second/{name}", torch.full_like(delta, TAU**2))
+        first = BETAS[0] * first + (1 - BETAS[0]) * delta
+        second = BETAS[1] * second + (1 - BETAS[1]) * delta.square()
+        self.moments |= {f"first/{name}": first, f"second/{name}": second}
+        return self.config.server_lr * first / (second.sqrt() + TAU)
+
+
+def drift(updates: Sequence[Update]) -> dict[str, float]:
+    """How far the clients of a round go, and how far apart: means of norm, and over pairs of cosine and L2 distance."""
+    if not updates:
+        return {}
+    flat = torch.stack([torch.cat([value.flatten() for value in u.delta.values()]) for u in updates])
+    gram = flat @ flat.T
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    found = {"norm_mean": float(norms.mean())}
+    if len(updates) > 1:
+        above = torch.ones_like(gram, dtype=torch.bool).triu(1)
+        scale = (norms[:, None] * norms[None, :]).clamp(min=1e-300)
+        apart = (norms[:, None].square() + norms[None, :].square() - 2 * gram).clamp(min=0).sqrt()
+        found["cosine_mean"] = float((gram / scale)[above].mean())
+        found["distance_mean"] = float(apart[above].mean())
+    return found

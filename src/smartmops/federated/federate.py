@@ -1,0 +1,292 @@
+"""`smartmops federate`: base, data and a transport in, run folder out.
+
+Knows how task, partition, adapter, rounds and run folder belong together. The default transport is plain calls: one
+frozen base and one activation cache serve the server and all clients of this process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.filesize import decimal
+from torch import Tensor
+
+from smartmops.compression.base import load_base
+from smartmops.data.example import Example
+from smartmops.data.partition import PartitionConfig, partition, read_clients
+from smartmops.training.evaluate import Evaluation, evaluate, samples
+from smartmops.training.fingerprint import of_base
+from smartmops.training.runs import Run
+from smartmops.training.task import Task, TaskConfig
+
+from .admission import admitted, check_config
+from .aggregation import AggregationConfig, Aggregator, Layout, check
+from .client import (
+    Worker,
+    adapter_words,
+    arrays_of,
+    split_by_expert,
+    train_locally,
+)
+from .messages import Local, Transport
+from .privacy import PrivacyConfig, Private
+from .rounds import RoundsConfig, Server, State
+
+console = Console()
+
+CENTRAL = {"mops": "mops", "fedprompt": "prompt-tuning", "fedlora": "lora"}  # what trains centrally under another name
+ENGINES = Literal["in-process", "flower-simulation"]
+
+
+@dataclass(kw_only=True)
+class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfig, PrivacyConfig):
+    """Train one adapter over clients whose data stay with them. DATA is partitioned, or the server's own."""
+
+    out: Path  # run folder
+    method: Literal["mops", "fedprompt", "fedlora"] = "mops"  # type: ignore[assignment]
+    batch_size: int = 1  # examples of a local step, as in the paper
+    clients_data: Path | None = None  # a folder with one JSONL per client; DATA is then the server's own
+    engine: ENGINES = "in-process"
+    actors: int = 2  # of Flower's simulation: processes that train clients, each with a model of its own
+    allow_other_versions: bool = False  # of torch, transformers, peft at a client
+    samples_per_task: int = 2  # answers of the frozen and the adapted model, side by side in the report
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
+
+    def __post_init__(self) -> None:
+        AggregationConfig.__post_init__(self)
+        PrivacyConfig.__post_init__(self)
+
+    def central(self) -> TaskConfig:
+        """The same adapter and data as `train` knows them."""
+        given = {f.name: getattr(self, f.name) for f in fields(TaskConfig)}
+        return TaskConfig(**given | {"method": CENTRAL[self.method]})
+
+    def local(self) -> Local:
+        """Of every client's training; the seed is filled in for each."""
+        central = self.central()
+        return Local(self.local_steps, self.batch_size, central.rate, self.gate_lr, 0, self.proximal,
+                     half=self.payload == "float16", share_above=self.share_above)  # fmt: skip
+
+
+class InProcess:
+    """Calls a worker of this process, client by client; who takes too long is found out once it is done."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def hello(self) -> dict[int, bytes]:
+        """Of every client, by number."""
+        return {client: self.worker.hello(client) for client in range(len(self.worker.names))}
+
+    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterable[tuple[int, bytes]]:
+        """One client after another."""
+        started = time.perf_counter()
+        for client, blob in jobs.items():
+            answer = self.worker.answer(blob)
+            if timeout is None or time.perf_counter() - started <= timeout:
+                yield client, answer
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class Holdings:
+    """The clients' rows, in one task over the server's base, and who holds which."""
+
+    task: Task
+    rows: list[list[int]]  # numbers of each client's rows in `task.train`
+    names: list[str]
+    table: dict[str, list[int]]  # examples of each category that each client holds
+
+
+def holdings_of(config: FederateConfig, task: Task) -> Holdings:
+    """Partition the server's training rows, or read one file per client.
+
+    Raises:
+        ValueError: a client holds no examples, or none that fits `max_length`.
+    """
+    if config.clients_data is None:
+        found = partition(task.train_examples, config, config.seed)
+        rows, names, table = found.holdings, found.names, found.table(task.train_examples)
+    else:
+        task = client_task(config, task.base, task.tokenizer, read_clients(config.clients_data))
+        names = sorted({example.source for example in read_clients(config.clients_data)})
+        rows = [[i for i, e in enumerate(task.train_examples) if e.source == name] for name in names]
+        categories = sorted({example.category for example in task.train_examples})
+        table = {c: [sum(task.train_examples[i].category == c for i in own) for own in rows] for c in categories}
+    if empty := [name for name, own in zip(names, rows, strict=True) if not own]:
+        raise ValueError(f"{len(empty)} of {len(names)} clients hold no examples (the first: {empty[0]}): choose fewer "
+                         "clients, a smaller skew, or more data")  # fmt: skip
+    return Holdings(task, rows, names, table)
+
+
+def client_task(config: TaskConfig, base: Any, tokenizer: Any, examples: Sequence[Example]) -> Task:
+    """A task that has rows to train on and none to test."""
+    return Task.of(base, tokenizer, examples, [], config)
+
+
+def worker_of(config: FederateConfig) -> Worker:
+    """All clients of a config in a process of their own, as Flower's simulation wants them."""
+    base, tokenizer = load_base(config.model, config.dtype)
+    fingerprint = of_base(base, tokenizer)
+    central = config.central()
+    central.recovery_prompts = 0  # they come with the adapter
+    task = Task.load(central, base, tokenizer)
+    found = holdings_of(config, task)
+    return Worker(found.task, found.rows, found.names, fingerprint)
+
+
+def federate(config: FederateConfig, connect: Callable[[FederateConfig], Transport] | None = None) -> dict[str, Any]:
+    """Train over clients, write the run folder; returns what `metrics.json` holds.
+
+    Args:
+        config: Everything `smartmops federate` takes.
+        connect: Makes the transport; None: the clients live in this process.
+
+    Raises:
+        FileExistsError: `out` holds a run already and `resume` is off.
+        ValueError: options, data, base or clients do not fit; the message names value, limit and way out.
+        QuorumLost: too few clients answered, again and again.
+    """
+    check_config(config)
+    run = Run.create(
+        config.out,
+        {"command": "federate", "arguments": asdict(config), "seed": config.seed, "base": config.model,
+         "data": config.data, "method": config.method},
+        config.resume,
+    )  # fmt: skip
+    if run.finished:
+        return run.read_metrics()
+    base, tokenizer = load_base(config.model, config.dtype)
+    fingerprint = of_base(base, tokenizer)
+    task = Task.load(config.central(), base, tokenizer)
+    held = holdings_of(config, task) if connect is None else None
+    frozen = evaluate(task.base, task.test, task.collator, progress=True)
+    model, names, accuracy = task.adapt(config.central(), config, config.seed)
+    layout = Layout(*split_by_expert(model))
+    check(config, layout)
+    if held is not None:
+        transport: Transport = InProcess(Worker(held.task, held.rows, held.names, fingerprint, model))
+    else:
+        assert connect is not None
+        transport = connect(config)
+    try:
+        members = admitted(transport.hello(), config, fingerprint, names if len(names) > 1 else [])
+        server = _server(config, task, model, layout, transport, members, fingerprint)
+        file = run.checkpoints / "round.safetensors"
+        state = State.load(file) or State(
+            0, {n: v.detach().cpu().float().clone() for n, v in arrays_of(model)[0].items()}
+        )
+        run.rewind(-1)  # a kill between checkpoint and log loses a row of the log, but never one of the checkpoint
+        for row in state.rows:
+            run.append_curve(row)
+
+        def keep(state: State) -> None:
+            state.save(file)
+            run.append_curve(state.rows[-1])
+
+        state = server.run(state, keep)
+    finally:
+        transport.close()
+    extra = {
+        "experts": names if layout.experts > 1 else [],
+        "gate_pretraining_accuracy": accuracy,
+        "clients": len(members),
+        "holdings": None if held is None else {"names": held.names, "table": held.table},
+    }
+    return _finish(config, run, task, model, state, frozen, extra)
+
+
+def _server(
+    config: FederateConfig,
+    task: Task,
+    model: Any,
+    layout: Layout,
+    transport: Transport,
+    members: Sequence[int],
+    base: str,
+) -> Server:
+    """The round loop with everything it asks of the model."""
+
+    def look(arrays: Mapping[str, Tensor]) -> tuple[Evaluation, dict[str, Any]]:
+        _take(model, arrays)
+        return task.evaluate(model), task.gates(model) if layout.experts > 1 else {}
+
+    def own(arrays: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+        _take(model, arrays)
+        rows, collate = task.feed(model)
+        local = replace(config.local(), steps=config.server_steps, seed=seed)
+        train_locally(model, lambda chosen: collate([rows[i] for i in chosen]), range(len(rows)), local)
+        return _given(model)
+
+    private = None
+    if config.noise_multiplier is not None:
+        private = Private(config, len(members), config.clients_per_round / len(members))
+    return Server(
+        config=config,
+        seed=config.seed,
+        local=config.local(),
+        adapter=adapter_words(model),
+        base=base,
+        constants={name: value.detach().cpu().clone() for name, value in arrays_of(model)[1].items()},
+        members=members,
+        layout=layout,
+        aggregator=Aggregator(config, layout),
+        transport=transport,
+        look=look,
+        own=own if config.server_steps else None,
+        private=private,
+    )
+
+
+def _given(model: Any) -> dict[str, Tensor]:
+    """Copies of the trained arrays of the server's model."""
+    return {name: value.detach().cpu().float().clone() for name, value in arrays_of(model)[0].items()}
+
+
+@torch.no_grad()
+def _take(model: Any, arrays: Mapping[str, Tensor]) -> None:
+    """Trained arrays into the server's model."""
+    own = arrays_of(model)[0]
+    for name, value in arrays.items():
+        own[name].copy_(value)
+
+
+def _finish(
+    config: FederateConfig, run: Run, task: Task, model: Any, state: State, frozen: Evaluation, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """Adapter, gates, samples and, last, the numbers."""
+    _take(model, state.arrays)
+    run.save_adapter(model.save_pretrained)
+    rows = state.rows
+    seen = [row for row in rows if "eval_perplexity" in row]
+    if names := extra.pop("experts"):
+        stages = {"before": seen[0], "during": seen[len(seen) // 2], "after": seen[-1]}
+        run.write_gates({"experts": names} | {stage: row["gates"] for stage, row in stages.items()})
+    if task.embedder is None and config.samples_per_task:
+        run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
+    keys = ("round", "bytes_up", "bytes_down", "clients_ok", "clients_failed", "loss", "drift", "mass", "epsilon",
+            "perplexity", "seconds")  # fmt: skip
+    metrics = {
+        "perplexity": seen[-1]["perplexity"],
+        "tokens": seen[-1]["tokens"],
+        "perplexity_frozen": frozen.metrics()["perplexity"],
+        "rounds": [{key: row[key] for key in keys if key in row} for row in rows],
+        "bytes_up": sum(row.get("bytes_up", 0) for row in rows),
+        "bytes_down": sum(row.get("bytes_down", 0) for row in rows),
+        "clients_failed": sum(row.get("clients_failed", 0) for row in rows),
+        "trainable_parameters": sum(value.numel() for value in state.arrays.values()),
+        **extra,
+    }
+    console.print(f"sent to clients {decimal(metrics['bytes_down'])}, received {decimal(metrics['bytes_up'])} in "
+                  f"{state.round} rounds; {metrics['clients_failed']} answers failed")  # fmt: skip
+    run.write_metrics(metrics)
+    return metrics

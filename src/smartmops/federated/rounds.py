@@ -1,0 +1,273 @@
+"""The round loop: who is asked, what their answers make of the adapter, what is logged, kept and resumed.
+
+Knows blobs, numbers and files. Every draw depends on seed, round and client alone, so a resumed run is the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smartmops.training.evaluate import Evaluation
+
+from .aggregation import Aggregator, Layout, Update, admit, drift
+from .messages import Failure, Job, Local, Transport, pack
+from .privacy import Private
+
+console = Console()
+
+
+class QuorumLost(RuntimeError):
+    """Too few clients answered, again and again. The last whole round is in the checkpoint."""
+
+
+@dataclass(kw_only=True)
+class RoundsConfig:
+    """How many rounds of what length, with whom."""
+
+    clients_per_round: int = 10
+    rounds: int = 20
+    local_steps: int = 250  # optimiser steps of a client in a round
+    quorum: int | None = None  # answers without which a round does not count; None: half of clients_per_round
+    attempts: int = 3  # times a round without a quorum is tried, each with other clients
+    timeout: float | None = None  # seconds a round waits for its clients
+    eval_every: int = 1  # rounds between evaluations; the last round is always evaluated
+    payload: Literal["float32", "float16"] = "float32"  # of what is sent, both ways
+    share_above: float = 0.0  # a client keeps experts at home whose mean gate weight is not above it
+    proximal: float = 0.0  # mu of FedProx; 0: FedAvg's plain local training
+    server_steps: int = 0  # optimiser steps on the server's own examples after every round
+
+
+@dataclass
+class State:
+    """All that a run needs to go on: after `round` rounds."""
+
+    round: int
+    arrays: dict[str, Tensor]  # trained ones, float32
+    server: dict[str, Tensor] = field(default_factory=dict)  # of the aggregation (FedAdam's moments)
+    private: dict[str, Any] | None = None  # what has been spent of privacy
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of every round so far, 0 included
+
+    def save(self, file: Path) -> None:
+        """Whole or not at all.
+
+        Raises:
+            OSError: it cannot be written, for one because the disk is full; what stood there still stands.
+        """
+        words = {"round": self.round, "private": self.private, "rows": self.rows}
+        tensors = {f"arrays/{n}": v for n, v in self.arrays.items()} | {
+            f"server/{n}": v for n, v in self.server.items()
+        }
+        beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            save_file(
+                {name: value.contiguous() for name, value in tensors.items()}, beside, {"state": json.dumps(words)}
+            )
+            with open(beside, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(beside, file)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"the checkpoint of round {self.round} cannot be written to {file} ({error}): make room "
+                          "and go on with --resume") from error  # fmt: skip
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, file: Path) -> State | None:
+        """What `save` wrote; None where there is nothing.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        if not file.is_file():
+            return None
+        opened: Any
+        try:
+            with safe_open(file, "pt") as opened:
+                words = json.loads(opened.metadata()["state"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}): remove it to start again from round 0") from error
+        kinds: dict[str, dict[str, Tensor]] = {"arrays": {}, "server": {}}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition("/")
+            kinds[kind][rest] = value
+        return cls(words["round"], kinds["arrays"], kinds["server"], words["private"], words["rows"])
+
+
+def chosen(seed: int, number: int, attempt: int, members: Sequence[int], count: int) -> list[int]:
+    """Clients of a round, drawn without replacement from (seed, round, attempt), in ascending order."""
+    rng = np.random.default_rng([seed, number, attempt])
+    return sorted(int(each) for each in rng.choice(np.asarray(members), min(count, len(members)), replace=False))
+
+
+def seed_of(seed: int, number: int, client: int) -> int:
+    """Of a client's local training in a round; client -1 is the server itself. Below 2^31."""
+    return int(np.random.SeedSequence([seed, number, client + 1]).generate_state(1)[0] >> 1)
+
+
+@dataclass
+class Outcome:
+    """One attempt at a round."""
+
+    updates: list[Update]
+    failures: list[Failure]
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass
+class Server:
+    """The round loop over one transport.
+
+    Attributes:
+        config: Of the rounds.
+        local: Of every client's training; each gets a seed of its own.
+        adapter: PEFT's config of the adapter.
+        base: Fingerprint of the frozen base.
+        constants: The adapter's tensors that nobody trains.
+        members: Clients that may be asked.
+        look: Evaluates trained arrays, and says what the gate does with them.
+        own: Trains arrays on the server's own examples, with a seed; None: there are none.
+    """
+
+    config: RoundsConfig
+    seed: int
+    local: Local
+    adapter: dict[str, Any]
+    base: str
+    constants: Mapping[str, Tensor]
+    members: Sequence[int]
+    layout: Layout
+    aggregator: Aggregator
+    transport: Transport
+    look: Callable[[Mapping[str, Tensor]], tuple[Evaluation, dict[str, Any]]]
+    own: Callable[[Mapping[str, Tensor], int], dict[str, Tensor]] | None = None
+    private: Private | None = None
+
+    @property
+    def quorum(self) -> int:
+        """Answers without which a round does not count."""
+        count = min(self.config.clients_per_round, len(self.members))
+        return -(-count // 2) if self.config.quorum is None else self.config.quorum
+
+    def run(self, state: State, keep: Callable[[State], None]) -> State:
+        """All rounds that are left; `keep` is called after each.
+
+        Raises:
+            QuorumLost: too few clients answered in every attempt at a round.
+            OSError: a checkpoint cannot be written.
+        """
+        self.aggregator.load(state.server)
+        if self.private is not None and state.private is not None:
+            self.private.load(state.private)
+        with Progress(transient=True) as bar:
+            line = bar.add_task("rounds", total=self.config.rounds, completed=state.round)
+            if not state.rows:
+                state.rows.append({"step": 0, "round": 0, **self._seen(state.arrays)})
+                keep(state)
+            while state.round < self.config.rounds:
+                if self.private is not None and not self.private.allows_another():
+                    console.print(
+                        f"privacy budget: another round would exceed it, so training ends after {state.round}"
+                    )
+                    break
+                self._round(state, bar, line)
+                keep(state)
+                bar.update(line, completed=state.round, description=_described(state.rows[-1]))
+        return state
+
+    def _round(self, state: State, bar: Progress, line: Any) -> None:
+        number, started = state.round + 1, time.perf_counter()
+        down, up, failures = 0, 0, list[Failure]()
+        for attempt in range(self.config.attempts):
+            found = self._attempt(state.arrays, number, attempt)
+            down, up = down + found.bytes_down, up + found.bytes_up
+            failures += found.failures
+            if self.private is not None or len(found.updates) >= self.quorum:
+                break
+            console.print(f"round {number}: {len(found.updates)} clients answered well, the quorum is {self.quorum} "
+                          f"(attempt {attempt + 1} of {self.config.attempts})")  # fmt: skip
+        else:
+            reasons = "; ".join(f"client {each.client}: {each.reason}" for each in failures[-3:])
+            raise QuorumLost(f"round {number}: fewer than {self.quorum} of {self.config.clients_per_round} clients "
+                             f"answered well in {self.config.attempts} attempts ({reasons}): see to the clients and "
+                             "go on with --resume, or lower --quorum")  # fmt: skip
+        state.arrays = self._combined(state.arrays, found.updates)
+        if self.own is not None:
+            state.arrays = self.own(state.arrays, seed_of(self.seed, number, -1))
+        state.round, state.server = number, self.aggregator.state()
+        row: dict[str, Any] = {"step": number, "round": number, "clients_ok": len(found.updates),
+                               "clients_failed": len(failures), "bytes_down": down, "bytes_up": up,
+                               "failures": [asdict(each) for each in failures]}  # fmt: skip
+        if self.private is None:
+            row |= _of_clients(found.updates)
+        else:  # what clients measured on their data is not covered by the noise
+            state.private = self.private.state()
+            row["epsilon"] = self.private.epsilon()
+        row["seconds"] = time.perf_counter() - started
+        if number % self.config.eval_every == 0 or number == self.config.rounds:
+            row |= self._seen(state.arrays)
+        state.rows.append(row)
+
+    def _combined(self, arrays: dict[str, Tensor], updates: list[Update]) -> dict[str, Tensor]:
+        if self.private is None:
+            return self.aggregator.step(arrays, updates)
+        moved = self.private.average([update.delta for update in updates], arrays)
+        return {name: value + moved[name] for name, value in arrays.items()}
+
+    def _attempt(self, arrays: dict[str, Tensor], number: int, attempt: int) -> Outcome:
+        if self.private is not None:
+            asked = [self.members[i] for i in self.private.sample()]
+        else:
+            asked = chosen(self.seed, number, attempt, self.members, self.config.clients_per_round)
+        half = self.config.payload == "float16"
+        sent = {name: value.half() if half else value for name, value in arrays.items()}
+        jobs = {client: self._job(sent, number, client) for client in asked}
+        answers = list(self.transport.exchange(jobs, self.config.timeout)) if jobs else []
+        received = {name: value.float() for name, value in sent.items()}
+        updates, failures = admit(answers, received, dict.fromkeys(asked, number), self.layout, self.aggregator.config)
+        answered = {client for client, _ in answers}
+        failures += [Failure(number, client, "no answer" + ("" if self.config.timeout is None else
+                                                            f" within {self.config.timeout:g} s"))
+                     for client in asked if client not in answered]  # fmt: skip
+        return Outcome(updates, failures, sum(map(len, jobs.values())), sum(len(blob) for _, blob in answers))
+
+    def _job(self, sent: Mapping[str, Tensor], number: int, client: int) -> bytes:
+        local = Local(**asdict(self.local) | {"seed": seed_of(self.seed, number, client)})
+        return pack(Job(number, client, local, self.adapter, self.base, {**sent, **self.constants}))
+
+    def _seen(self, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
+        found, gates = self.look(arrays)
+        assert math.isfinite(found.overall)
+        return {"eval_perplexity": found.overall, **found.metrics(), "gates": gates}
+
+
+def _of_clients(updates: Sequence[Update]) -> dict[str, Any]:
+    """What the round's clients report: loss in nats a token weighted by examples, use of experts, and drift."""
+    total = sum(update.examples for update in updates)
+    row: dict[str, Any] = {"loss": sum(u.loss * u.examples for u in updates) / total, "drift": drift(updates),
+                           "local_seconds": sum(u.seconds for u in updates)}  # fmt: skip
+    used = [(torch.tensor(u.mass, dtype=torch.float64), u.examples) for u in updates if u.mass is not None]
+    if used:
+        row["mass"] = (sum(mass * n for mass, n in used) / total).tolist()  # type: ignore[union-attr]
+    return row
+
+
+def _described(row: Mapping[str, Any]) -> str:
+    seen = f", perplexity {row['eval_perplexity']:.3f}" if "eval_perplexity" in row else ""
+    return f"round {row['round']}{seen}"

@@ -1,0 +1,193 @@
+"""A grid of cells: each one run under one config, finished once and never run again.
+
+Knows run folders and results files. A cell is claimed while it runs, so several processes can work on one grid.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from smartmops.compression.compress import CompressConfig, compress
+from smartmops.federated.federate import FederateConfig, federate
+from smartmops.training.runs import Run, write_text
+from smartmops.training.trainer import TrainConfig, train
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+console = Console()
+NOT_SETTINGS = ("out", "resume", "model", "data", "seed", "activations", "actors", "engine")  # of a run, in its results
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set and what tables call it."""
+
+    name: str
+    path: str  # DATA as `train` takes it
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen base, dense or compressed in the paper's notation: `dense`, `75%`, `7:8`, `int8`, `int8+75%`."""
+
+    name: str
+
+    def compression(self) -> dict[str, Any]:
+        """Settings for `CompressConfig`; empty for the dense base.
+
+        Raises:
+            ValueError: the name is none of these.
+        """
+        settings: dict[str, Any] = {}
+        for part in [] if self.name == "dense" else self.name.split("+"):
+            if part == "int8":
+                settings["int8"] = True
+            elif re.fullmatch(r"\d+:\d+", part):
+                settings["pattern"] = part
+            elif re.fullmatch(r"\d+(\.\d+)?%", part):
+                settings["sparsity"] = float(part[:-1]) / 100
+            else:
+                raise ValueError(f"base {self.name!r}: choose dense, a sparsity such as 75%, a pattern such as 7:8, "
+                                 "int8, or int8+75%")  # fmt: skip
+        return settings
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a table: which command, on what, with which settings."""
+
+    command: Literal["train", "federate"]
+    data: Data
+    base: Base
+    method: str  # as the table calls it
+    seed: int
+    settings: Mapping[str, Any] = field(hash=False)  # of `TrainConfig` or `FederateConfig`
+
+    @property
+    def key(self) -> str:
+        """Name of its run folder and results file: what a reader looks for, and a digest of all settings."""
+        decisive = {name: value for name, value in self.settings.items() if name not in NOT_SETTINGS}
+        words = json.dumps([self.command, decisive], sort_keys=True, default=str)
+        digest = blake2b(words.encode(), digest_size=4).hexdigest()
+        parts = [self.data.name, self.base.name, self.method, f"seed{self.seed}", digest]
+        return "_".join(re.sub(r"[^\w.+-]", "-", part) for part in parts)
+
+
+@dataclass
+class Grid:
+    """Where a grid lives, and on what it runs.
+
+    Attributes:
+        out: Holds `results/` (one JSON per cell), `runs/` and `bases/`.
+        model: MODEL, the dense base.
+        calibration: DATA or text that pruning is calibrated on; None: the training split of the cell's data.
+    """
+
+    out: Path
+    model: str
+    limit: int | None = None
+    calibration: str | None = None
+
+    @property
+    def results(self) -> Path:
+        """Folder of the finished cells' numbers."""
+        return self.out / "results"
+
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Cells that have no results yet, in the order given."""
+        return [cell for cell in cells if not (self.results / f"{cell.key}.json").is_file()]
+
+    def read(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
+        """Results of the finished ones among the cells."""
+        files = {cell: self.results / f"{cell.key}.json" for cell in cells}
+        return {cell: json.loads(file.read_text()) for cell, file in files.items() if file.is_file()}
+
+    def run(self, cells: Sequence[Cell], budget: float | None = None) -> list[Cell]:
+        """Run what is missing, in the order given; returns what is still missing then.
+
+        Args:
+            cells: The ones that say most first.
+            budget: Minutes; no cell is begun after them.
+        """
+        started = time.monotonic()
+        todo = self.missing(cells)
+        for number, cell in enumerate(todo, 1):
+            if budget is not None and time.monotonic() - started > 60 * budget:
+                break
+            with self._claim(cell) as claimed:
+                if claimed and self.missing([cell]):
+                    console.rule(f"{number} of {len(todo)}: {cell.key}")
+                    self._run(cell)
+        return self.missing(cells)
+
+    def _run(self, cell: Cell) -> None:
+        began = time.perf_counter()
+        folder = self.out / "runs" / cell.key
+        common: dict[str, Any] = {"model": self.base(cell), "data": cell.data.path, "out": folder, "seed": cell.seed,
+                                  "limit": self.limit, "resume": True}  # fmt: skip
+        given = common | dict(cell.settings)
+        metrics = train(TrainConfig(**given)) if cell.command == "train" else federate(FederateConfig(**given))
+        run = Run.open(folder)
+        settings = {k: v for k, v in run.config["arguments"].items() if k not in NOT_SETTINGS}
+        found = {
+            "command": cell.command, "data": cell.data.name, "base": cell.base.name, "method": cell.method,
+            "seed": cell.seed, "metrics": metrics, "gates": run.read_gates(), "settings": settings,
+            "versions": run.config["versions"], "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_text(self.results / f"{cell.key}.json", json.dumps(found, indent=1, default=str) + "\n")
+
+    def base(self, cell: Cell) -> str:
+        """MODEL of a cell: the dense base, or a folder that is compressed when it is first needed."""
+        settings = cell.base.compression()
+        if not settings:
+            return self.model
+        text = self.calibration or cell.data.path
+        name = re.sub(r"[^\w.+-]", "-", cell.base.name + ("" if self.calibration else f"_{cell.data.name}"))
+        folder = self.out / "bases" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f"{name}.lock"), wait=True):
+            if not (folder / "metrics.json").is_file():
+                compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=None if self.calibration
+                                        else self.limit, resume=True, **settings))  # fmt: skip
+        return str(folder)
+
+    @contextmanager
+    def _claim(self, cell: Cell) -> Iterator[bool]:
+        place = self.out / "runs"
+        place.mkdir(parents=True, exist_ok=True)
+        with _locked(place / f"{cell.key}.lock", wait=False) as claimed:
+            yield claimed
+
+
+@contextmanager
+def _locked(file: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process has the file to itself; a killed holder lets go."""
+    if fcntl is None:
+        yield True
+        return
+    with open(file, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def by_seed_first(make: Callable[[int], Iterable[Cell]], seeds: Sequence[int]) -> list[Cell]:
+    """All cells of the first seed, then those of the next: what a budget cuts off is spread, not a whole column."""
+    return [cell for seed in seeds for cell in make(seed)]

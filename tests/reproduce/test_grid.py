@@ -1,0 +1,152 @@
+"""A cell runs once; deleting its results runs it alone, with the same numbers; tables come back byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smartmops.reproduce import grid as module
+from smartmops.reproduce.grid import Base, Cell, Data, Grid, by_seed_first
+from smartmops.reproduce.reproduce import ReproduceConfig, cells_of, reproduce
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own file: 3 tasks, 200 lines."""
+    file = tmp_path_factory.mktemp("data") / "mine.jsonl"
+    tasks = ("apple", "banana", "cherry")
+    rows = [{"instruction": f"{tasks[i % 3]} number {i}.", "response": tasks[i % 3][0] * 4, "category": tasks[i % 3]}
+            for i in range(200)]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def config(base_folder: Path, mine: Path, tmp_path: Path) -> Callable[..., ReproduceConfig]:
+    def make(**changes: Any) -> ReproduceConfig:
+        settings: dict[str, Any] = {
+            "name": "table3", "model": str(base_folder), "data": (str(mine),), "out": tmp_path / "out", "seeds": (0,),
+            "bases": ("dense", "2:4"), "clients": 6, "clients_per_round": 2, "rounds": 2, "local_steps": 2, "limit": 0,
+            "eval_every": 1, "methods": ("fedprompt", "mops"),
+        }  # fmt: skip
+        return ReproduceConfig(**(settings | changes))
+
+    return make
+
+
+def stored(out: Path) -> dict[str, Any]:
+    return {file.name: json.loads(file.read_text()) for file in (out / "results").glob("*.json")}
+
+
+def test_deleting_one_result_runs_that_cell_alone_and_gives_the_same_numbers(
+    config: Callable[..., ReproduceConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config()
+    out = settings.out
+    assert out is not None
+    assert reproduce(settings) == {"cells": 4, "missing": 0}
+    before, page = stored(out), (out / "table3.md").read_bytes()
+    gone = sorted(before)[2]
+    (out / "results" / gone).unlink()
+    shutil.rmtree(out / "runs" / gone.removesuffix(".json"))
+    ran: list[Any] = []
+    real = module.federate
+    monkeypatch.setattr(module, "federate", lambda given: [ran.append(given), real(given)][1])
+    reproduce(settings)
+    assert len(ran) == 1 and ran[0].out.name == gone.removesuffix(".json")
+    again = stored(out)
+    assert again.keys() == before.keys()
+    assert again[gone]["metrics"]["perplexity"] == before[gone]["metrics"]["perplexity"]
+    assert (out / "table3.md").read_bytes() == page
+
+
+def test_deleted_tables_and_pictures_come_back_byte_for_byte(config: Callable[..., ReproduceConfig]) -> None:
+    settings = config(bases=("dense",))
+    out = settings.out
+    assert out is not None
+    reproduce(settings)
+    made = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    assert {"table3.md", "rounds_mine.png", "rounds_mine.svg"} <= made.keys()
+    for name in made:
+        (out / name).unlink()
+    reproduce(config(bases=("dense",), tables_only=True))
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == made
+
+
+def test_a_users_own_file_goes_through_every_name(config: Callable[..., ReproduceConfig]) -> None:
+    for name in ("table2", "figure5"):
+        methods = () if name == "figure5" else ("prompt-tuning", "mops")
+        settings = config(name=name, methods=methods, bases=("dense",), steps=3 if name == "table2" else None)
+        assert reproduce(settings)["missing"] == 0
+        text = (settings.out / f"{name}.md").read_text()  # type: ignore[operator]
+        assert "mine" in text and "not run" not in text
+
+
+def test_a_budget_ends_the_grid_and_the_next_call_goes_on(config: Callable[..., ReproduceConfig]) -> None:
+    settings = config(bases=("dense",), budget=0.0)
+    assert reproduce(settings) == {"cells": 2, "missing": 2}
+    assert "not run" in (settings.out / "table3.md").read_text() or not stored(settings.out)  # type: ignore[operator]
+    assert reproduce(config(bases=("dense",)))["missing"] == 0
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(config: Callable[..., ReproduceConfig]) -> None:
+    settings = config(bases=("dense",), methods=("mops",))
+    assert settings.out is not None
+    grid = Grid(settings.out, settings.model)
+    (cell,) = cells_of(settings)
+    with grid._claim(cell) as claimed:
+        assert claimed
+        assert grid.run([cell]) == [cell]
+    assert grid.run([cell]) == []
+
+
+def test_a_setting_that_changes_is_another_cell() -> None:
+    def cell(**settings: Any) -> Cell:
+        return Cell("train", Data("mine", "x.jsonl"), Base("7:8"), "mops", 1, settings)
+
+    assert cell(steps=3).key == cell(steps=3).key
+    assert cell(steps=3).key != cell(steps=4).key
+    assert cell().key.startswith("mine_7-8_mops_seed1_")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("dense", {}), ("75%", {"sparsity": 0.75}), ("7:8", {"pattern": "7:8"}), ("int8", {"int8": True}),
+     ("int8+90%", {"int8": True, "sparsity": 0.9})],
+)  # fmt: skip
+def test_bases_are_named_as_in_the_paper(name: str, settings: dict[str, Any]) -> None:
+    assert Base(name).compression() == settings
+
+
+def test_unknown_bases_and_methods_are_named(config: Callable[..., ReproduceConfig]) -> None:
+    with pytest.raises(ValueError, match="base 'tiny%': choose dense"):
+        reproduce(config(bases=("tiny%",)))
+    with pytest.raises(ValueError, match="--methods magic: table3 knows fedprompt"):
+        reproduce(config(methods=("magic",)))
+
+
+def test_a_budget_cuts_seeds_not_columns() -> None:
+    def make(seed: int) -> list[Cell]:
+        return [Cell("train", Data("d", "d"), Base("dense"), method, seed, {}) for method in ("a", "b")]
+
+    assert [(c.seed, c.method) for c in by_seed_first(make, (0, 1))] == [(0, "a"), (0, "b"), (1, "a"), (1, "b")]
