@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "federated"))
 AT_RANDOM = {"30 % of answers lost": "killed", "30 % of answers NaN": "NaN"}
 SETTING: dict[str, Any] = {
-    "model": "tiny", "data": "office", "clients": 20, "clients_per_round": 5, "rounds": 20, "local_steps": 10, "batch_size": 4,
+    "model": "tiny", "data": "office", "clients": 20, "clients_per_round": 5, "rounds": 20, "local_steps": 5, "batch_size": 2,
     "prompt_lr": 0.3, "samples_per_task": 0,
 }  # fmt: skip
 

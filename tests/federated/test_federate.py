@@ -192,6 +192,14 @@ def test_clients_can_bring_files_of_their_own(config: Make, clients_folder: Path
     assert metrics["perplexity"]["overall"] < metrics["rounds"][0]["perplexity"]["overall"]
 
 
+def test_clients_without_examples_can_be_left_out(config: Make) -> None:
+    metrics = federate(config(clients=60, skew=30.0, skip_empty=True))
+    assert 3 <= metrics["clients"] < 60
+    held = metrics["holdings"]
+    assert len(held["names"]) == metrics["clients"]
+    assert all(sum(counts[n] for counts in held["table"].values()) > 0 for n in range(metrics["clients"]))
+
+
 def test_the_server_trains_on_its_own_examples_between_rounds(config: Make, tmp_path: Path) -> None:
     alone = federate(config(out=tmp_path / "alone", local_steps=1))
     helped = federate(config(out=tmp_path / "helped", local_steps=1, server_steps=20))

@@ -53,6 +53,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
     method: Literal["mops", "fedprompt", "fedlora"] = "mops"  # type: ignore[assignment]
     batch_size: int = 1  # examples of a local step, as in the paper
     clients_data: Path | None = None  # a folder with one JSONL per client; DATA is then the server's own
+    skip_empty: bool = False  # leave clients without examples out, instead of refusing to start
     engine: ENGINES = "in-process"
     actors: int = 2  # of Flower's simulation: processes that train clients, each with a model of its own
     allow_other_versions: bool = False  # of torch, transformers, peft at a client
@@ -122,10 +123,13 @@ def holdings_of(config: FederateConfig, task: Task) -> Holdings:
         rows = [[i for i, e in enumerate(task.train_examples) if e.source == name] for name in names]
         categories = sorted({example.category for example in task.train_examples})
         table = {c: [sum(task.train_examples[i].category == c for i in own) for own in rows] for c in categories}
-    if empty := [name for name, own in zip(names, rows, strict=True) if not own]:
-        raise ValueError(f"{len(empty)} of {len(names)} clients hold no examples (the first: {empty[0]}): choose fewer "
-                         "clients, a smaller skew, or more data")  # fmt: skip
-    return Holdings(task, rows, names, table)
+    some = [number for number, own in enumerate(rows) if own]
+    if len(some) < len(rows) and not config.skip_empty:
+        first = next(name for name, own in zip(names, rows, strict=True) if not own)
+        raise ValueError(f"{len(rows) - len(some)} of {len(names)} clients hold no examples (the first: {first}): "
+                         "choose fewer clients, a smaller skew, more data, or --skip-empty")  # fmt: skip
+    table = {category: [counts[n] for n in some] for category, counts in table.items()}
+    return Holdings(task, [rows[n] for n in some], [names[n] for n in some], table)
 
 
 def client_task(config: TaskConfig, base: Any, tokenizer: Any, examples: Sequence[Example]) -> Task:

@@ -23,7 +23,6 @@ from .evaluate import Evaluation, samples
 from .runs import Run, check_adapter
 from .task import Task, TaskConfig
 
-
 SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
 
 
