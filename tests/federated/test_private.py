@@ -123,10 +123,10 @@ def test_a_budget_for_less_than_one_round_and_a_loose_delta_are_told() -> None:
 def test_a_private_federation_ends_at_its_budget_and_says_nothing_of_clients(
     config: Callable[..., FederateConfig],
 ) -> None:
-    settings = config(rounds=12, noise_multiplier=3.0, clip_norm=0.5, delta=1e-2, epsilon_budget=1.5)
+    settings = config(rounds=12, noise_multiplier=3.0, clip_norm=0.5, delta=1e-2, epsilon_budget=0.8)
     metrics = federate(settings)
     rounds = metrics["rounds"][1:]
-    assert 1 <= len(rounds) < 12 and all(row["epsilon"] <= 1.5 for row in rounds)
+    assert 1 <= len(rounds) < 12 and all(row["epsilon"] <= 0.8 for row in rounds)
     assert [row["epsilon"] for row in rounds] == sorted(row["epsilon"] for row in rounds)
     assert not {"loss", "drift", "mass"} & set().union(*rounds)
     again = federate(replace(settings, resume=True))
