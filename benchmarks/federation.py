@@ -29,7 +29,7 @@ def one(clients: int) -> dict[str, Any]:
     from smartmops.federated.federate import FederateConfig, federate
 
     draw = random.Random(0)
-    words = "the answer of this question is a name for some text about sound and stone in reply to it".split()
+    words = ["the", "answer", "of", "this", "question", "is", "a", "name", "for", "some", "text", "about", "sound", "and", "stone", "in", "reply", "to", "it"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "made_up.jsonl"
         with open(file, "w") as out:

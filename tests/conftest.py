@@ -28,13 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
-TINY = {
-    "tuner",
-    "compression",
-    "federated",
-    "flower",
-    "reproduce",
-}  # rooms whose models are so small that a second thread only costs
+# Rooms whose models are so small that a second thread only costs.
+TINY = {"tuner", "compression", "federated", "flower", "deployment", "reproduce"}
 torch.set_num_threads(THREADS)
 settings.register_profile("smartmops", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("smartmops")

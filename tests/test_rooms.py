@@ -17,6 +17,7 @@ ROOMS = (
     "training",
     "federated",
     "flower",
+    "deployment",
     "analysis",
     "reproduce",
     "bench_sides",

@@ -19,7 +19,7 @@ from smartmops.data.tasks import splits
 from smartmops.federated.federate import FederateConfig, federate
 
 HERE = Path(__file__).parent
-RATES = (0.1, 0.3, 1.0)
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 SETTING: dict[str, Any] = {
     "clients": 100, "clients_per_round": 10, "rounds": 10, "local_steps": 10, "batch_size": 1, "max_length": 256,
     "eval_every": 10, "samples_per_task": 0, "seed": 100, "test_share": 0.1,

@@ -19,8 +19,12 @@ from transformers.utils.logging import disable_progress_bar
 from smartmops.bench import bench
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.data.example import Example
+from smartmops.deployment.client import ClientConfig, federate_client
+from smartmops.deployment.keys import KeysConfig, make_keys
+from smartmops.deployment.server import ServerConfig, federate_server
 from smartmops.federated.federate import FederateConfig, federate
 from smartmops.federated.rounds import QuorumLost
+from smartmops.flower.simulation import simulate
 from smartmops.reproduce.reproduce import reproduce
 from smartmops.training.baselines import Method, load_run
 from smartmops.training.compare import CompareConfig, compare
@@ -78,19 +82,32 @@ def train_command(config: TrainConfig) -> dict[str, Any]:
 
 def federate_command(config: FederateConfig) -> dict[str, Any]:
     """Train one adapter over clients whose data stay with them, and write a run folder."""
-    if config.engine == "flower-simulation":
-        from smartmops.flower.simulation import simulate
-
-        metrics = simulate(config)
-    else:
-        metrics = federate(config)
+    metrics = simulate(config) if config.engine == "flower-simulation" else federate(config)
+    _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     if metrics["holdings"] and find_spec("matplotlib"):
         from smartmops.analysis.holdings import save_holdings
 
         save_holdings(metrics["holdings"]["table"], metrics["holdings"]["names"], config.out / "holdings.png")
         console.print(f"who holds what: {config.out / 'holdings.png'}")
+    return metrics
+
+
+def federate_server_command(config: ServerConfig) -> dict[str, Any]:
+    """Train one adapter over clients on other machines, each running `smartmops federate-client`."""
+    metrics = federate_server(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     return metrics
+
+
+def federate_client_command(config: ClientConfig) -> None:
+    """Train on the data of this machine whenever the server asks; the data stay here."""
+    if status := federate_client(config):
+        sys.exit(status)
+
+
+def federate_keys_command(config: KeysConfig) -> None:
+    """Make the keys and certificates of a real federation."""
+    make_keys(config)
 
 
 @dataclass
@@ -206,6 +223,9 @@ COMMANDS: dict[str, Any] = {
     "train": train_command,
     "compare": compare,
     "federate": federate_command,
+    "federate-keys": federate_keys_command,
+    "federate-server": federate_server_command,
+    "federate-client": federate_client_command,
     "evaluate": evaluate_command,
     "inspect": inspect_command,
     "report": report_command,

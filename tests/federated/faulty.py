@@ -66,6 +66,7 @@ FAULTS: dict[str, Fault] = {
     "answer to another round": late,
     "damaged": lambda reply: [pack(reply)[:-7]],
     "answered twice": twice,
+    "oversized": lambda reply: [pack(replace(reply, arrays=reply.arrays | {"more": torch.zeros(1 << 20)}))],
 }
 
 

@@ -24,7 +24,7 @@ Make = Callable[..., FederateConfig]
 REASONS = {
     "killed": "no answer", "NaN": "finite", "infinity": "finite", "wrong shape": r"\[6, 31\]", "missing array": "missing",
     "missing expert": r"\[3, 32\]", "1,000 times too large": "norm", "answer to another round": "round",
-    "damaged": "damaged", "answered twice": "twice",
+    "damaged": "damaged", "answered twice": "twice", "oversized": "the limit is",
 }  # fmt: skip
 
 

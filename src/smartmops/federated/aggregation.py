@@ -17,6 +17,7 @@ from torch import Tensor
 from .messages import Failure, Reply, unpack
 
 BETAS, TAU = (0.9, 0.99), 1e-3  # of FedAdam, as in Reddi et al. 2021
+WORDS = 1 << 20  # bytes that an answer may have beyond its arrays
 JUDGES = 3  # updates it takes before one of them can be called too large
 
 
@@ -101,6 +102,7 @@ def admit(
     good: dict[int, Update] = {}
     failures: list[Failure] = []
     answered: set[int] = set()
+    limit = WORDS + sum(4 * value.numel() for value in sent.values())  # float32 is the most that comes back
     for client, blob in received:
         number = asked.get(client, 0)
         try:
@@ -109,6 +111,8 @@ def admit(
             if client in answered:
                 raise ValueError("answered twice; the first answer counts")
             answered.add(client)
+            if len(blob) > limit:
+                raise ValueError(f"answered with {len(blob):,} bytes; the limit is {limit:,}")
             good[client] = _update(blob, client, number, sent, layout)
         except (ValueError, TypeError, RuntimeError) as error:
             failures.append(Failure(number, client, str(error)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,11 @@ from .grid import Base, Cell, Data, Grid, by_seed_first
 console = Console()
 
 Name = Literal["table2", "table3", "table5", "figure5"]
-FEDERATED = {"fedprompt": {}, "mops": {}, "mops-expert-weighted": {"method": "mops", "aggregation": "expert-weighted"}}
+FEDERATED: dict[str, dict[str, str]] = {
+    "fedprompt": {},
+    "mops": {},
+    "mops-expert-weighted": {"method": "mops", "aggregation": "expert-weighted"},
+}
 TITLES = {
     "table2": "Central training (paper, table 2)",
     "table3": "Federated training (paper, table 3)",
@@ -52,7 +56,7 @@ class ReproduceConfig:
     batch_size: int = 1  # examples
     max_length: int = 512  # tokens; longer examples lose the end of their context
     eval_every: int = 5  # rounds
-    prompt_lr: float | None = None  # None: the default of `train`
+    rates: dict[str, float] = field(default_factory=dict)  # Adam's for prompts, by method; else the default of `train`
     activations: str = "auto"  # as for `train`
     tables_only: bool = False  # run nothing, write pages from what is there
 
@@ -106,26 +110,28 @@ def _methods(config: ReproduceConfig, known: Sequence[str]) -> Sequence[str]:
     return config.methods or known
 
 
-def _common(config: ReproduceConfig) -> dict[str, Any]:
-    return {"batch_size": config.batch_size, "prompt_lr": config.prompt_lr, "activations": config.activations,
+def _common(config: ReproduceConfig, method: str) -> dict[str, Any]:
+    own = FEDERATED.get(method, {}).get("method", method)
+    rate = config.rates.get(method, config.rates.get(own))
+    return {"method": own, "batch_size": config.batch_size, "prompt_lr": rate, "activations": config.activations,
             "max_length": config.max_length, "samples_per_task": 0}  # fmt: skip
 
 
 def _central(config: ReproduceConfig, seed: int) -> Iterator[Cell]:
     steps = config.steps or config.rounds * config.clients_per_round * config.local_steps
-    settings = _common(config) | {"steps": steps, "save_every": max(steps // 10, 1), "log_every": max(steps // 50, 1)}
+    length = {"steps": steps, "save_every": max(steps // 10, 1), "log_every": max(steps // 50, 1)}
     for base in config.bases or ("dense", "90%", "85%", "75%", "7:8", "2:4"):
         for data in _datas(config):
             for method in _methods(config, ("prompt-tuning", "mops")):
-                yield Cell("train", data, Base(base), method, seed, settings | {"method": method})
+                yield Cell("train", data, Base(base), method, seed, _common(config, method) | length)
 
 
-def _rounds(config: ReproduceConfig) -> dict[str, Any]:
+def _rounds(config: ReproduceConfig, method: str) -> dict[str, Any]:
     clients = config.clients or (10 if config.name == "table5" else 100)
-    return _common(config) | {
+    return _common(config, method) | {
         "clients": clients, "clients_per_round": config.clients_per_round, "rounds": config.rounds,
         "local_steps": config.local_steps, "eval_every": config.eval_every,
-    }  # fmt: skip
+    } | FEDERATED.get(method, {})  # fmt: skip
 
 
 def _federated(config: ReproduceConfig, seed: int) -> Iterator[Cell]:
@@ -135,8 +141,7 @@ def _federated(config: ReproduceConfig, seed: int) -> Iterator[Cell]:
     for base in config.bases or own:
         for data in _datas(config):
             for method in _methods(config, known):
-                settings = _rounds(config) | {"method": method} | FEDERATED[method]
-                yield Cell("federate", data, Base(base), method, seed, settings)
+                yield Cell("federate", data, Base(base), method, seed, _rounds(config, method))
 
 
 def _gates(config: ReproduceConfig, seed: int) -> Iterator[Cell]:
@@ -144,7 +149,7 @@ def _gates(config: ReproduceConfig, seed: int) -> Iterator[Cell]:
     if seed == config.seeds[0]:
         for base in config.bases[:1] or ("dense",):
             for data in _datas(config):
-                yield Cell("federate", data, Base(base), "mops", seed, _rounds(config) | {"method": "mops"})
+                yield Cell("federate", data, Base(base), "mops", seed, _rounds(config, "mops"))
 
 
 def _page(config: ReproduceConfig, found: Sequence[dict[str, Any]], out: Path) -> Iterator[str]:
@@ -154,7 +159,7 @@ def _page(config: ReproduceConfig, found: Sequence[dict[str, Any]], out: Path) -
            "test split: mean ± standard deviation over seeds. A gain is the reduction of the baseline's perplexity, "
            "paired by seed; the paper's numbers are of Llama-7B, one run each.\n")  # fmt: skip
     if found:
-        yield _setting(found[0])
+        yield _setting(found)
     if config.name == "figure5":
         yield from _heatmaps(found, out)
         return
@@ -172,16 +177,17 @@ def _page(config: ReproduceConfig, found: Sequence[dict[str, Any]], out: Path) -
                 yield f"![Perplexity by round on {data}](rounds_{data}.png)\n"
 
 
-def _setting(result: dict[str, Any]) -> str:
-    s = result["settings"]
-    if result["command"] == "train":
+def _setting(found: Sequence[dict[str, Any]]) -> str:
+    s = found[0]["settings"]
+    if found[0]["command"] == "train":
         what = f"{s['steps']} steps of {s['batch_size']}"
     else:
         what = (f"{s['rounds']} rounds of {s['clients_per_round']} of {s['clients']} clients, {s['local_steps']} local "
                 f"steps of {s['batch_size']}, one part of each category {s['skew']:g} times the others")  # fmt: skip
-    rate = "the default" if s["prompt_lr"] is None else f"{s['prompt_lr']:g}"
-    return (f"{s['experts']} experts of {s['prompts_per_expert']} prompts; {what}; Adam's rate for prompts {rate}, for "
-            f"the gate {s['gate_lr']:g}.\n")  # fmt: skip
+    rates = {tables.NAMES.get(each["method"], each["method"]): each["settings"]["prompt_lr"] for each in found}
+    words = ", ".join(f"{name} {'as by default' if rate is None else f'{rate:g}'}" for name, rate in rates.items())
+    return (f"{s['experts']} experts of {s['prompts_per_expert']} prompts; {what}; examples of at most "
+            f"{s['max_length']} tokens. Adam's rates: gate {s['gate_lr']:g}, prompts of {words}.\n")  # fmt: skip
 
 
 def _heatmaps(found: Sequence[dict[str, Any]], out: Path) -> Iterator[str]:

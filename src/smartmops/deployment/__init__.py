@@ -1,0 +1,1 @@
+"""A real federation: keys, one server, clients on machines of their own, over Flower's network and TLS."""

@@ -1,0 +1,147 @@
+"""`smartmops federate-keys`: an authority of your own, the server's certificate, and one key pair for each client.
+
+Knows files and curves. What leaves this folder, and to whom, is said by its layout: `server/` goes to the server, each
+`clients/NAME/` to that client's machine, and `ca.key` to nobody.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+console = Console()
+
+
+@dataclass(kw_only=True)
+class KeysConfig:
+    """Keys of a federation. What is there already stays; a new client is added by naming it."""
+
+    out: Path = Path("keys")
+    clients: tuple[str, ...]  # names of the client machines
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1")  # names and addresses under which clients reach the server
+    days: int = 365  # that the server's certificate is valid
+
+
+def make_keys(config: KeysConfig) -> list[Path]:
+    """Write what is missing; returns the files written.
+
+    Raises:
+        ValueError: no clients are named, one twice, or by a name that is no file name; or no host.
+        ImportError: `cryptography` is missing.
+    """
+    _check(config)
+    written = []
+    if not (config.out / "ca.key").is_file():
+        written += _authority_and_server(config)
+    certificate = (config.out / "server" / "ca.crt").read_bytes()
+    for name in config.clients:
+        private = config.out / "clients" / name / "client.key"
+        if not private.is_file():
+            written += _node_key(private, config.out / "server" / "clients" / f"{name}.pub")
+            written.append(_write(private.with_name("ca.crt"), certificate))
+    console.print(f"{len(written)} files written to {config.out}: copy {config.out / 'server'} to the server, each "
+                  f"folder in {config.out / 'clients'} to that client, {config.out / 'ca.key'} nowhere")  # fmt: skip
+    return written
+
+
+def _check(config: KeysConfig) -> None:
+    if not config.clients:
+        raise ValueError("0 clients named: name at least one, such as --clients berlin paris")
+    if not config.hosts:
+        raise ValueError("0 hosts named: name what clients call the server, such as --hosts server.example.org")
+    for name in config.clients:
+        if not name or name.startswith(".") or set(name) & set("/\\\0"):
+            raise ValueError(f"client {name!r} is no file name: choose letters, digits, - and _")
+    if len(set(config.clients)) < len(config.clients):
+        raise ValueError(f"a client is named twice in {', '.join(config.clients)}: name each once")
+
+
+def _write(file: Path, content: bytes, secret: bool = False) -> Path:
+    """A secret file is nobody else's from its first moment on."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o644), "wb") as handle:
+        handle.write(content)
+    return file
+
+
+def _authority_and_server(config: KeysConfig) -> list[Path]:
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+    except ImportError as error:
+        raise ImportError("keys need cryptography: pip install 'smartmops[federated]'") from error
+
+    def named(words: str) -> Any:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, words)])
+
+    def begun(subject: Any, key: Any) -> Any:
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder().subject_name(subject).issuer_name(authority).public_key(key.public_key())
+            .serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(minutes=5))
+            .not_valid_after(now + timedelta(days=config.days))
+        )  # fmt: skip
+
+    def usage(**allowed: bool) -> Any:
+        every = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+                 "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")  # fmt: skip
+        return x509.KeyUsage(**dict.fromkeys(every, False) | allowed)
+
+    def pem(key: Any) -> bytes:
+        found: bytes = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                         serialization.NoEncryption())  # fmt: skip
+        return found
+
+    authority = named("smartmops federation")
+    ca, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    itself = x509.SubjectKeyIdentifier.from_public_key(ca.public_key())
+    root = (
+        begun(authority, ca).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage(key_cert_sign=True, crl_sign=True), critical=True).add_extension(itself, critical=False)
+        .sign(ca, hashes.SHA384())
+    )  # fmt: skip
+    # Flower's own processes on the server's machine come over loopback, whatever the clients call it.
+    hosts = dict.fromkeys([*config.hosts, "localhost", "127.0.0.1"])
+    leaf = (
+        begun(named(config.hosts[0]), server)
+        .add_extension(x509.SubjectAlternativeName([_alternative(x509, host) for host in hosts]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usage(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(itself), critical=False)
+        .sign(ca, hashes.SHA384())
+    )  # fmt: skip
+    place = config.out / "server"
+    return [
+        _write(config.out / "ca.key", pem(ca), secret=True),
+        _write(place / "ca.crt", root.public_bytes(serialization.Encoding.PEM)),
+        _write(place / "server.crt", leaf.public_bytes(serialization.Encoding.PEM)),
+        _write(place / "server.key", pem(server), secret=True),
+    ]
+
+
+def _alternative(x509: Any, host: str) -> Any:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _node_key(private: Path, public: Path) -> list[Path]:
+    """As Flower reads them: P-384 in OpenSSH's format."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
+                               serialization.NoEncryption())  # fmt: skip
+    shown = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return [_write(private, secret, secret=True), _write(public, shown + b"\n")]

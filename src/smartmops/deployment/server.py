@@ -1,0 +1,192 @@
+"""`smartmops federate-server`: the round loop here, a SuperLink of Flower beside it, clients somewhere over TLS.
+
+The model stays in this process: Flower's ServerApp is a relay that reaches it through a socket of this user's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from smartmops.federated.admission import check_config
+from smartmops.federated.federate import FederateConfig, federate
+from smartmops.federated.messages import Transport
+from smartmops.flower.simulation import QUIET
+from smartmops.flower.transport import OverFlower, OverSocket
+
+from .client import beside, forwarding, free_port
+from .front import Front, standing
+
+console = Console()
+TRAVELS = ("__init__.py", "app.py", "frames.py")  # of the room `flower`, in Flower's app bundle
+STARTING = 60.0  # seconds that Flower's own processes may take to come up
+
+APP = """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "smartmops-relay"
+version = "1.0.0"
+description = "Carries smartmops messages; the model is elsewhere."
+license = "Apache-2.0"
+dependencies = ["flwr"]
+
+[tool.flwr.app]
+publisher = "smartmops"
+
+[tool.flwr.app.components]
+serverapp = "relay.app:server"
+clientapp = "relay.app:client"
+
+[tool.flwr.app.config]
+socket = "{socket}"
+"""
+CONNECTION = """[superlink]
+default = "ours"
+
+[superlink.ours]
+address = "{address}"
+root-certificates = "{certificate}"
+"""
+
+
+@dataclass(kw_only=True)
+class ServerConfig(FederateConfig):
+    """The server of a real federation. DATA is the server's own: it is what perplexity is measured on."""
+
+    keys: Path  # the folder `server` that `federate-keys` made
+    clients: int  # clients to wait for
+    host: str = "0.0.0.0"
+    port: int = 9092
+    message_limit: int = 256  # MB that one message of a client may have
+    patience: float = 600.0  # seconds to wait for the clients
+
+
+def federate_server(config: ServerConfig) -> dict[str, Any]:
+    """`federate` over clients that run `smartmops federate-client`; the run folder is the same.
+
+    Raises:
+        ImportError: Flower is not installed.
+        ValueError: settings, keys or clients do not fit.
+        TimeoutError: too few clients came.
+        QuorumLost: too few answered, again and again.
+        ConnectionError: Flower did not start, or died.
+    """
+    _check(config)
+    home = config.out.parent / f".{config.out.name}.flower"
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="smartmops-") as folder, _superlink(config, home):
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.closing(listener):
+            listener.bind(f"{folder}/server")
+            os.chmod(f"{folder}/server", 0o600)
+            listener.listen(1)
+
+            def connect(given: FederateConfig) -> Transport:
+                return Deployed(config, home, Path(folder), listener)
+
+            own = {f.name: getattr(config, f.name) for f in fields(FederateConfig)}
+            metrics = federate(FederateConfig(**own), connect)
+    shutil.rmtree(home)
+    return metrics
+
+
+def _check(config: ServerConfig) -> None:
+    from importlib.util import find_spec
+
+    if not find_spec("flwr"):
+        raise ImportError("a real federation needs Flower: pip install 'smartmops[federated]'")
+    check_config(config)
+    for name in ("ca.crt", "server.crt", "server.key", "clients"):
+        if not (config.keys / name).exists():
+            raise ValueError(f"keys={str(config.keys)!r} has no {name}: give the folder `server` that `smartmops "
+                             "federate-keys` made")  # fmt: skip
+    known = len(list((config.keys / "clients").glob("*.pub")))
+    if known < config.clients:
+        raise ValueError(f"clients={config.clients}, but there are keys of {known} in {config.keys / 'clients'}: make "
+                         f"more with `smartmops federate-keys`, or choose 1 to {known}")  # fmt: skip
+
+
+@contextmanager
+def _superlink(config: ServerConfig, home: Path) -> Iterator[None]:
+    """Flower's server, the clients' keys registered with it."""
+    keys, port = config.keys.resolve(), free_port()
+    address, certificate = f"127.0.0.1:{port}", keys / "ca.crt"
+    (home / "config.toml").write_text(CONNECTION.format(address=address, certificate=certificate))
+    command = [
+        beside("flower-superlink"), "--host", "127.0.0.1", "--port", str(port), "--ssl-ca-certfile",
+        str(keys / "ca.crt"), "--ssl-certfile", str(keys / "server.crt"), "--ssl-keyfile", str(keys / "server.key"),
+        "--enable-supernode-auth", "--database", str(home.resolve() / "state.db"),
+        "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+    with open(home / "superlink.log", "ab") as log:
+        link = subprocess.Popen(command, env=_environment(home), stdout=log, stderr=log)
+    front = Front(f"https://{address}", certificate, 1_000_000 * config.message_limit)
+    with forwarding(link):
+        for key in sorted((keys / "clients").glob("*.pub")):
+            _registered(key, home, link)
+        with standing(front, config.host, config.port, keys / "server.crt", keys / "server.key"):
+            console.print(f"listening on {config.host}:{config.port} for {config.clients} clients; Flower's log is "
+                          f"{home / 'superlink.log'}")  # fmt: skip
+            yield
+
+
+def _environment(home: Path) -> dict[str, str]:
+    return os.environ | QUIET | {"FLWR_HOME": str(home.resolve())}
+
+
+def _registered(key: Path, home: Path, link: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + STARTING
+    while True:
+        found = _flwr(["supernode", "register", str(key), "--name", key.stem], home)
+        if found.returncode == 0 or "already" in found.stdout.lower():
+            return
+        if link.poll() is not None or time.monotonic() > end:
+            raise ConnectionError(f"Flower's SuperLink did not start or did not take the key {key}: see "
+                                  f"{home / 'superlink.log'} ({' '.join(found.stdout.split())[-300:]})")  # fmt: skip
+        time.sleep(0.5)
+
+
+def _flwr(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [beside("flwr"), *words], env=_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+class Deployed(OverFlower):
+    """Clients over the network, reached through the relay that Flower runs as its ServerApp."""
+
+    def __init__(self, config: ServerConfig, home: Path, folder: Path, listener: socket.socket) -> None:
+        bundle = folder / "relay-app"
+        (bundle / "relay").mkdir(parents=True)
+        for name in TRAVELS:
+            (bundle / "relay" / name).write_text((files("smartmops.flower") / name).read_text())
+        (bundle / "pyproject.toml").write_text(APP.format(socket=folder / "server"))
+        started = _flwr(["run", str(bundle), "ours"], home)
+        if started.returncode:
+            raise ConnectionError(f"Flower did not take the relay: {' '.join(started.stdout.split())[-300:]}")
+        listener.settimeout(STARTING)
+        try:
+            self.line, _ = listener.accept()
+        except TimeoutError as error:
+            raise ConnectionError(f"Flower did not start the relay: see {home / 'superlink.log'}") from error
+        self.line.settimeout(None)
+        super().__init__(OverSocket(self.line), config.clients, config.patience)
+
+    def close(self) -> None:
+        """The relay ends when its line does."""
+        self.line.close()

@@ -1,0 +1,1 @@
+"""Flower as the engine beyond one process: its messages, its relays, its simulation."""

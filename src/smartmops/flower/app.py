@@ -1,0 +1,73 @@
+"""What Flower runs on either side: relays between its messages and the process that holds the model.
+
+Flower starts a fresh process for every message, so nothing heavy may be imported here: the model stays in the process
+that listens at `socket`. This file and `frames.py` are all that the app bundle holds, and import Flower alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from .frames import connect, receive, send
+
+server = ServerApp()  # two statements: Flower looks for each by its own
+client = ClientApp()
+
+
+def ask(grid: Grid, kind: str, blobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes, str]]:
+    """Node, answer, and what went wrong ("" if nothing), as they come in; the silent are missing."""
+    sent = [Message(RecordDict({"blob": ConfigRecord({"blob": blob})}), node, kind) for node, blob in blobs.items()]
+    waiting = set(grid.push_messages(sent))
+    end = time.monotonic() + (timeout or 0)
+    while waiting and (timeout is None or time.monotonic() < end):
+        for reply in grid.pull_messages(waiting):
+            waiting.discard(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                yield reply.metadata.src_node_id, b"", f"Flower: {reply.error.reason}"
+            else:
+                yield reply.metadata.src_node_id, bytes(reply.content["blob"]["blob"]), ""
+        time.sleep(0.05)
+
+
+@server.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Do what the federating process says until it closes the connection."""
+    with connect(str(context.run_config["socket"])) as line:
+        while True:
+            try:
+                words, blobs = receive(line)
+            except ConnectionError:
+                return
+            if words["do"] == "nodes":
+                send(line, {"nodes": [str(node) for node in grid.get_node_ids()]})
+                continue
+            asked = dict(zip((int(node) for node in words["nodes"]), blobs, strict=True))
+            for node, blob, wrong in ask(grid, words["kind"], asked, words["timeout"]):
+                send(line, {"node": str(node), "wrong": wrong}, [blob])
+            send(line, {"done": True})
+
+
+def _forward(message: Message, context: Context, kind: str) -> Message:
+    blob: Any = message.content["blob"]["blob"] if "blob" in message.content else b""
+    with connect(str(context.node_config["socket"])) as line:
+        send(line, {"kind": kind}, [bytes(blob)])
+        _, (answer,) = receive(line)
+    return Message(RecordDict({"blob": ConfigRecord({"blob": answer})}), reply_to=message)
+
+
+@client.query()
+def hello(message: Message, context: Context) -> Message:
+    """Who is there."""
+    return _forward(message, context, "query")
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    """A round of local training."""
+    return _forward(message, context, "train")

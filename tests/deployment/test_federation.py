@@ -1,0 +1,242 @@
+"""A real federation on loopback: a SuperLink, SuperNodes, TLS, node keys. The same arrays as plain calls, and who is refused.
+
+Only the models are this process's own: a client is its worker and a real SuperNode beside it.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from safetensors.torch import load_file
+
+from smartmops.deployment import client as client_module
+from smartmops.deployment.client import ClientConfig, federate_client, forwarding, free_port, serving, supernode
+from smartmops.deployment.keys import KeysConfig, make_keys
+from smartmops.deployment.server import ServerConfig, _superlink, federate_server
+from smartmops.federated.federate import FederateConfig, federate
+from smartmops.federated.messages import Reply, pack, unpack
+
+Make = Callable[..., FederateConfig]
+Change = Callable[[str, bytes, bytes], bytes]  # kind, job and honest answer in, what is sent out
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    make_keys(KeysConfig(out=folder, clients=("both", "only_a", "only_b")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Path:
+    """Keys nobody registered, with the right authority."""
+    folder = tmp_path_factory.mktemp("strangers")
+    make_keys(KeysConfig(out=folder, clients=("mallory",)))
+    own = folder / "clients" / "mallory"
+    (own / "ca.crt").write_bytes((keys / "server" / "ca.crt").read_bytes())
+    return own
+
+
+@contextmanager
+def client(config: ClientConfig, folder: Path, change: Change | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    worker = client_module.worker_of_file(config)
+    path = str(folder / f"{config.data.stem}.socket")
+
+    def answer(kind: str, blob: bytes) -> bytes:
+        honest = client_module._said(worker, kind, blob)
+        return honest if change is None else change(kind, blob, honest)
+
+    with serving(path, answer), forwarding(node := supernode(config, path)):
+        yield node
+
+
+@pytest.fixture
+def federation(
+    config: Make, clients_folder: Path, keys: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs a deployed federation over the three files; `changes` says who lies, and how."""
+    sockets = tmp_path_factory.mktemp("s")
+    with ExitStack() as stack:
+
+        def run(changes: dict[str, Change] | None = None, **settings: Any) -> dict[str, Any]:
+            plain = config(clients_data=clients_folder, out=tmp_path / "deployed", **settings)
+            given = {f.name: getattr(plain, f.name) for f in fields(FederateConfig)}
+            server = ServerConfig(**given | {"keys": keys / "server", "clients": 3, "host": "127.0.0.1",
+                                             "port": free_port(), "clients_data": None})  # fmt: skip
+            for file in sorted(clients_folder.glob("*.jsonl")):
+                own = ClientConfig(model=plain.model, data=file, server=f"localhost:{server.port}",
+                                   keys=keys / "clients" / file.stem, max_length=plain.max_length)  # fmt: skip
+                stack.enter_context(client(own, sockets, (changes or {}).get(file.stem)))
+            return federate_server(server)
+
+        yield run
+
+
+@pytest.mark.slow
+def test_a_federation_over_tls_ends_with_the_bits_of_plain_calls(
+    federation: Callable[..., dict[str, Any]], config: Make, clients_folder: Path, tmp_path: Path
+) -> None:
+    found = federation(rounds=2)
+    plain = federate(config(clients_data=clients_folder, out=tmp_path / "plain", rounds=2))
+    wanted = load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors")
+    arrays = load_file(tmp_path / "deployed" / "adapter" / "adapter_model.safetensors")
+    assert wanted.keys() == arrays.keys() and all(torch.equal(wanted[name], arrays[name]) for name in wanted)
+    assert (found["clients"], found["clients_failed"]) == (3, 0)
+    assert found["perplexity"] == plain["perplexity"]
+
+
+@pytest.mark.slow
+def test_the_round_goes_on_without_who_sends_too_much_or_an_old_answer(
+    federation: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    kept: list[bytes] = []
+
+    def oversized(kind: str, job: bytes, honest: bytes) -> bytes:
+        reply = unpack(honest)
+        return pack(replace(reply, arrays={"x": torch.zeros(1 << 22)})) if isinstance(reply, Reply) else honest
+
+    def replayed(kind: str, job: bytes, honest: bytes) -> bytes:
+        kept.extend([honest] if kind == "train" else [])
+        return kept[0] if kept else honest
+
+    found = federation({"only_a": oversized, "only_b": replayed}, rounds=2, quorum=1)
+    assert [row["clients_failed"] for row in found["rounds"][1:]] == [1, 2]
+    curves = (tmp_path / "deployed" / "curves.jsonl").read_text()
+    assert "bytes; the limit is" in curves and "answered round 1" in curves
+
+
+@pytest.fixture(scope="module")
+def link(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A SuperLink behind its front; yields the port."""
+    port = free_port()
+    settings = ServerConfig(
+        model="tiny", data="office", out=Path("unused"), keys=keys / "server", clients=3, clients_per_round=3,
+        host="127.0.0.1", port=port, message_limit=1,
+    )  # fmt: skip
+    with _superlink(settings, tmp_path_factory.mktemp("home")):
+        yield port
+
+
+def signed(key: Path, seconds_ago: float = 0.0) -> dict[str, str]:
+    """Headers as a SuperNode makes them."""
+    from flwr.supercore.date import now
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+
+    private = load_ssh_private_key((key / "client.key").read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    when = (now() - timedelta(seconds=seconds_ago)).isoformat()
+    return {
+        "flwr-public-key": b64encode(public_key_to_bytes(private.public_key())).decode(), "flwr-timestamp": when,
+        "flwr-signature": b64encode(sign_message(private, when.encode())).decode(),
+        "content-type": "application/protobuf", "accept": "application/protobuf",
+    }  # fmt: skip
+
+
+def activation(key: Path) -> bytes:
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    private = load_ssh_private_key((key / "client.key").read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    request = ActivateNodeRequest(public_key=public_key_to_bytes(private.public_key()), heartbeat_interval=30.0)
+    return bytes(request.SerializeToString())
+
+
+@pytest.fixture
+def post(link: int, keys: Path) -> Iterator[Callable[..., httpx.Response]]:
+    context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
+    with httpx.Client(verify=context, base_url=f"https://localhost:{link}", timeout=30) as session:
+        yield lambda path, content, headers: session.post(path, content=content, headers=headers)
+
+
+ACTIVATE = "/v1/fleet/activate-node"
+
+
+@pytest.mark.slow
+def test_who_has_the_key_is_let_in_and_nobody_else(
+    post: Callable[..., httpx.Response], keys: Path, stranger: Path
+) -> None:
+    own = keys / "clients" / "both"
+    assert post(ACTIVATE, activation(own), signed(own)).status_code == 200
+    assert post(ACTIVATE, activation(stranger), signed(stranger)).status_code == 412  # a key, but nobody's
+    assert post(ACTIVATE, activation(own), signed(stranger)).status_code == 401  # another's name, one's own key
+    forged = signed(stranger) | {"flwr-public-key": signed(own)["flwr-public-key"]}
+    assert post(ACTIVATE, activation(own), forged).status_code == 401
+    nothing = {k: v for k, v in signed(own).items() if not k.startswith("flwr")}
+    assert post(ACTIVATE, activation(own), nothing).status_code == 401  # no key
+
+
+@pytest.mark.slow
+def test_a_request_is_taken_once(post: Callable[..., httpx.Response], keys: Path) -> None:
+    own = keys / "clients" / "only_a"
+    headers, body = signed(own), activation(own)
+    assert post(ACTIVATE, body, headers).status_code == 200
+    assert post(ACTIVATE, body, headers).status_code == 401
+    assert post(ACTIVATE, body, signed(own, seconds_ago=400)).status_code == 401  # recorded before the server was up
+
+
+@pytest.mark.slow
+def test_what_is_too_large_is_refused(post: Callable[..., httpx.Response], keys: Path) -> None:
+    own = keys / "clients" / "both"
+    assert post("/v1/fleet/push-messages", bytes(1_000_001), signed(own)).status_code == 413
+
+
+@pytest.mark.slow
+def test_operators_calls_do_not_come_through(post: Callable[..., httpx.Response], keys: Path) -> None:
+    for path in (
+        "/v1/control/start-run",
+        "/v1/control/list-runs",
+        "/v1/runtime/get-nodes",
+        "/docs",
+        "/v1/fleet/../control/x",
+    ):
+        assert post(path, b"", signed(keys / "clients" / "both")).status_code == 404
+
+
+@pytest.mark.slow
+def test_plaintext_and_a_foreign_authority_are_refused(link: int, stranger: Path, keys: Path) -> None:
+    with socket.create_connection(("localhost", link), 10) as line:
+        line.sendall(b"POST /v1/fleet/activate-node HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        answer = line.recv(100)
+    assert not answer.startswith(b"HTTP")
+    foreign = ssl.create_default_context(cafile=str(stranger.parents[1] / "server" / "ca.crt"))
+    with pytest.raises(httpx.ConnectError, match="certificate"):
+        httpx.post(f"https://localhost:{link}{ACTIVATE}", verify=foreign, content=b"")
+
+
+@pytest.mark.slow
+def test_a_client_with_an_unknown_key_ends_with_an_error(
+    link: int, stranger: Path, base_folder: Path, clients_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "ATTEMPTS", 1)
+    settings = ClientConfig(model=str(base_folder), data=clients_folder / "both.jsonl", keys=stranger,
+                            server=f"localhost:{link}", max_length=96)  # fmt: skip
+    assert federate_client(settings) != 0
+
+
+def test_bad_settings_are_refused_before_any_model_is_loaded(keys: Path, tmp_path: Path) -> None:
+    own = keys / "clients" / "both"
+    for server in ("localhost", "localhost:", ":9092", "localhost:99999"):
+        with pytest.raises(ValueError, match="give HOST:PORT"):
+            federate_client(ClientConfig(model="tiny", data=tmp_path / "x.jsonl", keys=own, server=server))
+    with pytest.raises(ValueError, match=r"has no client\.key"):
+        federate_client(ClientConfig(model="tiny", data=tmp_path / "x.jsonl", keys=tmp_path, server="localhost:1"))
+    given: dict[str, Any] = {"model": "tiny", "data": "office", "out": tmp_path / "run"}
+    with pytest.raises(ValueError, match=r"has no ca\.crt"):
+        federate_server(ServerConfig(**given, keys=tmp_path, clients=3, clients_per_round=3))
+    with pytest.raises(ValueError, match="clients=9, but there are keys of 3"):
+        federate_server(ServerConfig(**given, keys=keys / "server", clients=9, clients_per_round=3))

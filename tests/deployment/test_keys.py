@@ -1,0 +1,53 @@
+"""Keys: who may read what, what they certify, and that nothing there is overwritten."""
+
+from __future__ import annotations
+
+import stat
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
+
+from smartmops.deployment.keys import KeysConfig, make_keys
+
+
+def test_secret_files_are_their_owners_alone_and_the_authority_signed_the_server(tmp_path: Path) -> None:
+    written = make_keys(KeysConfig(out=tmp_path, clients=("berlin",), hosts=("fed.example.org", "10.0.0.7")))
+    secret = {file for file in written if file.suffix == ".key"}
+    assert {file.name for file in secret} == {"ca.key", "server.key", "client.key"}
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in secret)
+    authority = x509.load_pem_x509_certificate((tmp_path / "server" / "ca.crt").read_bytes())
+    server = x509.load_pem_x509_certificate((tmp_path / "server" / "server.crt").read_bytes())
+    server.verify_directly_issued_by(authority)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
+    assert names.get_values_for_type(x509.IPAddress) == [ip_address("10.0.0.7"), ip_address("127.0.0.1")]
+    key = load_pem_private_key((tmp_path / "server" / "server.key").read_bytes(), None)
+    assert key.public_key() == server.public_key()
+    private = load_ssh_private_key((tmp_path / "clients" / "berlin" / "client.key").read_bytes(), None)
+    assert load_ssh_public_key((tmp_path / "server" / "clients" / "berlin.pub").read_bytes()) == private.public_key()
+    assert (tmp_path / "clients" / "berlin" / "ca.crt").read_bytes() == (tmp_path / "server" / "ca.crt").read_bytes()
+
+
+def test_a_client_is_added_later_and_nothing_else_changes(tmp_path: Path) -> None:
+    before = {file: file.read_bytes() for file in make_keys(KeysConfig(out=tmp_path, clients=("berlin",)))}
+    added = make_keys(KeysConfig(out=tmp_path, clients=("berlin", "paris")))
+    assert sorted(file.name for file in added) == ["ca.crt", "client.key", "paris.pub"]
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clients": ()}, "0 clients named"),
+        ({"clients": ("a", "a")}, "named twice"),
+        ({"clients": ("../a",)}, "no file name"),
+        ({"clients": ("a",), "hosts": ()}, "0 hosts named"),
+    ],
+)
+def test_bad_names_are_refused_before_anything_is_written(tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_keys(KeysConfig(out=tmp_path / "keys", **settings))
+    assert not (tmp_path / "keys").exists()

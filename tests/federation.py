@@ -1,0 +1,69 @@
+"""Fixtures: a base of 4 layers, two tasks as JSONL, three clients' files, and a short federation over them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from smartmops.federated.federate import FederateConfig
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    return [
+        {"instruction": f"{word} number {i}.", "response": word[0].upper() * 4, "category": word[0]}
+        for i in range(count)
+        for word in ("apple", "banana")
+    ]
+
+
+def write(file: Path, found: list[dict[str, str]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return file
+
+
+@pytest.fixture(scope="session")
+def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 examples: answers of task "a" are all A, those of task "b" all B."""
+    return write(tmp_path_factory.mktemp("data") / "two.jsonl", rows(60))
+
+
+@pytest.fixture(scope="session")
+def clients_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clients' files: one has both tasks, the others one each."""
+    folder, found = tmp_path_factory.mktemp("clients"), rows(12)
+    write(folder / "both.jsonl", found[:8])
+    write(folder / "only_a.jsonl", [row for row in found[8:] if row["category"] == "a"])
+    write(folder / "only_b.jsonl", [row for row in found[8:] if row["category"] == "b"])
+    return folder
+
+
+@pytest.fixture
+def config(base_folder: Path, two_tasks: Path, tmp_path: Path) -> Callable[..., FederateConfig]:
+    def make(**changes: Any) -> FederateConfig:
+        settings: dict[str, Any] = {
+            "model": str(base_folder), "data": str(two_tasks), "out": tmp_path / "run", "experts": 2,
+            "prompts_per_expert": 3, "clients": 5, "clients_per_round": 3, "rounds": 3, "local_steps": 4, "batch_size": 2,
+            "skew": 3.0, "max_length": 96, "gate_pretraining_steps": 20, "samples_per_task": 0,
+        }  # fmt: skip
+        return FederateConfig(**(settings | changes))
+
+    return make

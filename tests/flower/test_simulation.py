@@ -1,0 +1,40 @@
+"""Flower's simulation against plain calls: the same arrays, whatever the number of actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smartmops.federated.federate import FederateConfig, federate
+from smartmops.flower.simulation import clients_of, simulate
+
+Make = Callable[..., FederateConfig]
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_a_simulation_ends_with_the_bits_of_plain_calls(config: Make, tmp_path: Path, actors: int) -> None:
+    settings = config(rounds=2, out=tmp_path / "plain")
+    plain = federate(settings)
+    found = simulate(replace(settings, out=tmp_path / "flower", engine="flower-simulation", actors=actors))
+    wanted = load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors")
+    arrays = load_file(tmp_path / "flower" / "adapter" / "adapter_model.safetensors")
+    assert wanted.keys() == arrays.keys() and all(torch.equal(wanted[name], arrays[name]) for name in wanted)
+    assert found["perplexity"] == plain["perplexity"]
+    assert found["bytes_down"] == plain["bytes_down"]
+
+
+def test_errors_come_through_as_they_are(config: Make) -> None:
+    with pytest.raises(ValueError, match="actors=0, but this machine has"):
+        simulate(config(engine="flower-simulation", actors=0))
+    with pytest.raises(ValueError, match="clients_per_round=9, but there are 5 clients"):
+        simulate(config(engine="flower-simulation", actors=1, clients_per_round=9))
+
+
+def test_clients_are_counted_as_the_partition_names_them(config: Make, clients_folder: Path) -> None:
+    assert clients_of(config(clients=7)) == 7
+    assert clients_of(config(clients_data=clients_folder)) == 3
