@@ -80,9 +80,11 @@ def federation(
             for file in sorted(clients_folder.glob("*.jsonl")):
                 own = ClientConfig(model=plain.model, data=file, server=f"localhost:{server.port}",
                                    keys=keys / "clients" / file.stem, max_length=plain.max_length)  # fmt: skip
-                stack.enter_context(client(own, sockets, (changes or {}).get(file.stem)))
+                nodes[file.stem] = stack.enter_context(client(own, sockets, (changes or {}).get(file.stem)))
             return federate_server(server)
 
+        nodes: dict[str, subprocess.Popen[bytes]] = {}
+        run.nodes = nodes  # type: ignore[attr-defined]
         yield run
 
 
@@ -117,6 +119,21 @@ def test_the_round_goes_on_without_who_sends_too_much_or_an_old_answer(
     assert [row["clients_failed"] for row in found["rounds"][1:]] == [1, 2]
     curves = (tmp_path / "deployed" / "curves.jsonl").read_text()
     assert "bytes; the limit is" in curves and "answered round 1" in curves
+
+
+@pytest.mark.slow
+def test_the_round_goes_on_without_a_client_that_is_killed_in_the_middle_of_it(
+    federation: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    def killed(kind: str, job: bytes, honest: bytes) -> bytes:
+        if kind == "train":
+            nodes["only_a"].kill()
+        return honest
+
+    nodes = federation.nodes  # type: ignore[attr-defined]
+    found = federation({"only_a": killed}, rounds=2, quorum=2, timeout=20.0)
+    assert [(row["clients_ok"], row["clients_failed"]) for row in found["rounds"][1:]] == [(2, 1), (2, 1)]
+    assert "no answer within 20 s" in (tmp_path / "deployed" / "curves.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +214,23 @@ def test_what_is_too_large_is_refused(post: Callable[..., httpx.Response], keys:
 
 @pytest.mark.slow
 def test_operators_calls_do_not_come_through(post: Callable[..., httpx.Response], keys: Path) -> None:
-    for path in (
-        "/v1/control/start-run",
-        "/v1/control/list-runs",
-        "/v1/runtime/get-nodes",
-        "/docs",
-        "/v1/fleet/../control/x",
-    ):
+    for path in ("/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/get-nodes", "/docs", "/health"):
         assert post(path, b"", signed(keys / "clients" / "both")).status_code == 404
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", ["/v1/fleet/../control/list-runs", "/v1/fleet/%2e%2e/control/list-runs", "/v1/fleet//x"]
+)
+def test_no_path_leads_around_the_front(link: int, keys: Path, path: str) -> None:
+    context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
+    head = "".join(f"{name}: {value}\r\n" for name, value in signed(keys / "clients" / "both").items())
+    with (
+        socket.create_connection(("localhost", link), 10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as line,
+    ):
+        line.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n{head}Content-Length: 0\r\n\r\n".encode())
+        assert b" 404 " in line.recv(100)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ refuses what is too large, and a signed request that was seen before.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 import threading
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NODES = "/v1/fleet/"  # paths of Flower's calls for nodes
+NODES = re.compile(r"/v1/fleet/[a-z-]+")  # whole paths of Flower's calls for nodes: no dots, no escapes
 SIGNATURE = "flwr-signature"  # header of a node's signature of the time
 REMEMBERED = 900.0  # seconds; Flower takes signatures that are 5 minutes old
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length", "content-encoding", "te",
@@ -52,7 +53,7 @@ class Front:
     async def _answer(self, request: Any) -> Any:
         from starlette.responses import Response
 
-        if request.method != "POST" or not request.url.path.startswith(NODES):
+        if request.method != "POST" or not NODES.fullmatch(request.url.path):
             return Response("not for nodes", 404)
         body = bytearray()
         async for part in request.stream():
@@ -105,9 +106,8 @@ def standing(front: Front, host: str, port: int, certificate: Path, key: Path) -
 
     config = uvicorn.Config(front, host=host, port=port, ssl_certfile=str(certificate), ssl_keyfile=str(key),
                             log_level="critical", lifespan="off", access_log=False)  # fmt: skip
-    with socket.create_server(
-        (host, port)
-    ) as listener:  # not uvicorn's own, which ends the process when a port is taken
+    # Made here: uvicorn's own way would end this whole process where a port is taken.
+    with socket.create_server((host, port)) as listener:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
         thread.start()

@@ -22,16 +22,19 @@ client = ClientApp()
 
 def ask(grid: Grid, kind: str, blobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes, str]]:
     """Node, answer, and what went wrong ("" if nothing), as they come in; the silent are missing."""
-    sent = [Message(RecordDict({"blob": ConfigRecord({"blob": blob})}), node, kind) for node, blob in blobs.items()]
-    waiting = set(grid.push_messages(sent))
+    asked: dict[str, int] = {}  # one by one, for what Flower itself says about a dead node does not name the node
+    for node, blob in blobs.items():
+        message = Message(RecordDict({"blob": ConfigRecord({"blob": blob})}), node, kind)
+        asked |= dict.fromkeys(grid.push_messages([message]), node)
     end = time.monotonic() + (timeout or 0)
-    while waiting and (timeout is None or time.monotonic() < end):
-        for reply in grid.pull_messages(waiting):
-            waiting.discard(reply.metadata.reply_to_message_id)
+    while asked and (timeout is None or time.monotonic() < end):
+        for reply in grid.pull_messages(list(asked)):
+            if (known := asked.pop(reply.metadata.reply_to_message_id, None)) is None:
+                continue
             if reply.has_error():
-                yield reply.metadata.src_node_id, b"", f"Flower: {reply.error.reason}"
+                yield known, b"", f"Flower: {reply.error.reason}"
             else:
-                yield reply.metadata.src_node_id, bytes(reply.content["blob"]["blob"]), ""
+                yield known, bytes(reply.content["blob"]["blob"]), ""
         time.sleep(0.05)
 
 
