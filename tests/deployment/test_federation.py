@@ -29,6 +29,7 @@ from smartmops.deployment.keys import KeysConfig, make_keys
 from smartmops.deployment.server import ServerConfig, _superlink, federate_server
 from smartmops.federated.federate import FederateConfig, federate
 from smartmops.federated.messages import Reply, pack, unpack
+from smartmops.federated.rounds import State
 
 Make = Callable[..., FederateConfig]
 Change = Callable[[str, bytes, bytes], bytes]  # kind, job and honest answer in, what is sent out
@@ -69,17 +70,19 @@ def federation(
     config: Make, clients_folder: Path, keys: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a deployed federation over the three files; `changes` says who lies, and how."""
-    sockets = tmp_path_factory.mktemp("s")
+    sockets, port = tmp_path_factory.mktemp("s"), free_port()
     with ExitStack() as stack:
 
         def run(changes: dict[str, Change] | None = None, **settings: Any) -> dict[str, Any]:
             plain = config(clients_data=clients_folder, out=tmp_path / "deployed", **settings)
             given = {f.name: getattr(plain, f.name) for f in fields(FederateConfig)}
             server = ServerConfig(**given | {"keys": keys / "server", "clients": 3, "host": "127.0.0.1",
-                                             "port": free_port(), "clients_data": None})  # fmt: skip
+                                             "port": port, "clients_data": None})  # fmt: skip
             for file in sorted(clients_folder.glob("*.jsonl")):
                 own = ClientConfig(model=plain.model, data=file, server=f"localhost:{server.port}",
                                    keys=keys / "clients" / file.stem, max_length=plain.max_length)  # fmt: skip
+                if file.stem in nodes:
+                    continue
                 nodes[file.stem] = stack.enter_context(client(own, sockets, (changes or {}).get(file.stem)))
             return federate_server(server)
 
@@ -99,6 +102,33 @@ def test_a_federation_over_tls_ends_with_the_bits_of_plain_calls(
     assert wanted.keys() == arrays.keys() and all(torch.equal(wanted[name], arrays[name]) for name in wanted)
     assert (found["clients"], found["clients_failed"]) == (3, 0)
     assert found["perplexity"] == plain["perplexity"]
+
+
+@pytest.mark.slow
+def test_a_killed_server_goes_on_with_the_same_clients_to_the_same_bits(
+    federation: Callable[..., dict[str, Any]], config: Make, clients_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    class Killed(BaseException):
+        """As kill -9."""
+
+    save = State.save
+
+    def killed(state: State, file: Path) -> None:
+        if state.round == 2:
+            raise Killed
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "save", killed)
+        with pytest.raises(Killed):
+            federation(rounds=2)
+    found = federation(rounds=2, resume=True)
+    plain = federate(config(clients_data=clients_folder, out=tmp_path / "plain", rounds=2))
+    wanted = load_file(tmp_path / "plain" / "adapter" / "adapter_model.safetensors")
+    arrays = load_file(tmp_path / "deployed" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(wanted[name], arrays[name]) for name in wanted)
+    assert found["clients_failed"] == 0 and found["perplexity"] == plain["perplexity"]
 
 
 @pytest.mark.slow

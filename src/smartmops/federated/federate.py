@@ -42,6 +42,7 @@ from .rounds import RoundsConfig, Server, State
 console = Console()
 
 CENTRAL = {"mops": "mops", "fedprompt": "prompt-tuning", "fedlora": "lora"}  # what trains centrally under another name
+METHODS = "mops; fedprompt: the same prompts in one group, without a gate; fedlora: LoRA"
 ENGINES = Literal["in-process", "flower-simulation"]
 
 
@@ -50,7 +51,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
     """Train one adapter over clients whose data stay with them. DATA is partitioned, or the server's own."""
 
     out: Path  # run folder
-    method: Literal["mops", "fedprompt", "fedlora"] = "mops"  # type: ignore[assignment]
+    method: Annotated[Literal["mops", "fedprompt", "fedlora"], tyro.conf.arg(help=METHODS)] = "mops"  # type: ignore[assignment]
     batch_size: int = 1  # examples of a local step, as in the paper
     clients_data: Path | None = None  # a folder with one JSONL per client; DATA is then the server's own
     skip_empty: bool = False  # leave clients without examples out, instead of refusing to start
