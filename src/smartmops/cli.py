@@ -30,6 +30,7 @@ from smartmops.training.baselines import Method, load_run
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import answer, evaluate
 from smartmops.training.pretrain import Embedder
+from smartmops.training.selection import TOLD
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig, train
 from smartmops.tuner.gate import by_expert
@@ -124,6 +125,9 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a run; the numbers are also written to RUN/evaluation.json."""
     model, tokenizer, run = load_run(config.run)
     arguments = run.config["arguments"]
+    if arguments.get("method") in TOLD:
+        raise ValueError(f"method {arguments['method']!r} is told which expert to use: it is a mark for tables, "
+                         f"and its perplexity is in {config.run / 'metrics.json'}")  # fmt: skip
     again = TrainConfig(
         model="given", out=config.run, data=config.data or arguments["data"],
         data_seed=arguments.get("data_seed", arguments["seed"]),

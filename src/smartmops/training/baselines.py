@@ -14,7 +14,12 @@ from smartmops.tuner import MoPsConfig
 
 from .runs import Run, check_adapter
 
-Method = Literal["mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3"]
+Method = Literal[
+    "mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3", "uniform-gate", "oracle", "nearest-cluster", "top-1"
+]
+# The same experts under other gates: even weights; the true task; the nearest centre; the highest weight alone.
+OTHER_GATES = ("uniform-gate", "oracle", "nearest-cluster", "top-1")
+OURS = ("mops", "prompt-tuning", *OTHER_GATES)  # that enter at the injection layer
 
 # Adam's rates for hundreds of steps (experiments/office/tuning.json); a few dozen steps want ten times as much.
 PROMPT_RATE = {"hidden_states": 0.3, "random": 0.03}
@@ -37,9 +42,11 @@ class MethodConfig:
     gate_hidden_size: int = 64
     gate_temperature: float = 1.0
     gate_top_k: int | None = None
+    gate_renormalise: bool = True  # False: the weights that gate_top_k leaves do not sum to one
     keep_recovery_prompts: bool = True
     lora_rank: int = 2  # rank r and alpha as in the paper's appendix E
     lora_alpha: int = 32
+    lora_from: int = 0  # first decoder layer (from 0) with LoRA; at the injection layer it costs MoPs' memory
     prompt_lr: float | None = None  # Adam's rate for prompts (and for LoRA, IA3); None: the tuned default of the method
     gate_lr: float = 1e-3
     embedder: str | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
@@ -51,12 +58,16 @@ class MethodConfig:
             return self.prompt_lr
         return OTHER_RATE.get(self.method, PROMPT_RATE[self.init])
 
+    def _excluded(self) -> str | None:
+        """Names of modules below `lora_from`, as a regular expression."""
+        return rf".*\.({'|'.join(map(str, range(self.lora_from)))})\..*" if self.lora_from else None
+
     def peft(self, recovery_prompts: int = 0, embedding_size: int | None = None) -> PeftConfig:
         """The PEFT config of the method; ungated prompts are one expert with all K prompts, at the same layer."""
         prompts = self.experts * self.prompts_per_expert
         if self.method == "lora":
             return LoraConfig(task_type="CAUSAL_LM", r=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=0.05,
-                              target_modules=["q_proj", "v_proj"])  # fmt: skip
+                              target_modules=["q_proj", "v_proj"], exclude_modules=self._excluded())  # fmt: skip
         if self.method == "ia3":
             return IA3Config(task_type="CAUSAL_LM")
         if self.method == "input-prompt-tuning":
@@ -72,6 +83,7 @@ class MethodConfig:
         }
         if self.method == "prompt-tuning":
             return MoPsConfig(num_experts=1, prompts_per_expert=prompts, expert_attention="causal", **shared)
+        one = self.method in ("oracle", "nearest-cluster", "top-1")
         return MoPsConfig(
             num_experts=self.experts,
             prompts_per_expert=self.prompts_per_expert,
@@ -80,7 +92,8 @@ class MethodConfig:
             gate_granularity=self.gate_granularity,
             gate_hidden_size=self.gate_hidden_size,
             gate_temperature=self.gate_temperature,
-            gate_top_k=self.gate_top_k,
+            gate_top_k=1 if one else self.gate_top_k,
+            gate_renormalise=self.gate_renormalise and self.method != "top-1",
             expert_attention=self.expert_attention,
             embedding_size=embedding_size,
             embedder=self.embedder,
@@ -105,7 +118,7 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
 
 def build(base: Any, config: MethodConfig, recovery: torch.Tensor | None = None, width: int | None = None) -> Any:
     """The base with a fresh adapter of the method; `recovery` [R, hidden] are frozen prompts at the input."""
-    count = 0 if recovery is None or config.method not in ("mops", "prompt-tuning") else len(recovery)
+    count = 0 if recovery is None or config.method not in OURS else len(recovery)
     model = get_peft_model(base, config.peft(count, width))
     if count and recovery is not None:
         model.base_model.layer().mops_recovery["default"].data.copy_(recovery)

@@ -100,6 +100,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 def _one(task: Task, config: CompareConfig, name: str, run: Run) -> Evaluation:
     """Adapt, train, evaluate one method under one seed; the first seed's MoPs leaves adapter, gates and samples."""
+    shared, task = task, task.told(config, config.seed)
     model, names, accuracy = task.adapt(config, config, config.seed)
     kept = config.method == "mops" and config.seed == config.seeds[0]
     before = task.gates(model) if kept else {}
@@ -116,7 +117,7 @@ def _one(task: Task, config: CompareConfig, name: str, run: Run) -> Evaluation:
         if config.samples_per_task:
             run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
     base = model.base_model.unload() if config.method != "input-prompt-tuning" else model.base_model
-    task.base = base.requires_grad_(False).eval()
+    shared.base = base.requires_grad_(False).eval()
     shutil.rmtree(folder, ignore_errors=True)
     return result
 

@@ -25,7 +25,7 @@ from smartmops.tuner.gate import by_expert
 
 from . import ranks
 from .activations import ActivationCache, free_memory
-from .baselines import MethodConfig, build
+from .baselines import OURS, MethodConfig, build
 from .evaluate import Evaluation, evaluate
 from .pretrain import (
     Embedder,
@@ -36,7 +36,8 @@ from .pretrain import (
     pretrain_gate,
     standardise,
     train_recovery,
-)  # fmt: skip
+)
+from .selection import TOLD, level, told, wire
 
 console = Console()
 
@@ -116,24 +117,50 @@ class Task:
     def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
         """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""
         set_seed(seed)
-        width = self.embedder.width if self.embedder and method.method == "mops" else None
-        model = build(self.base, method, self.recovery, width)
-        if method.method not in ("mops", "prompt-tuning"):
+        width = self.embedder.width if self.embedder and method.method in ("mops", "uniform-gate", "top-1") else None
+        model = build(self.base, method, self.recovery, method.experts if method.method in TOLD else width)
+        if method.method not in OURS:
             return model, [], None
-        config = model.base_model.layer().configs["default"]
         names, expert_of, accuracy = ["all"], [0] * len(self.train), None
-        if config.num_experts > 1:
-            cache = self.cache(model)
-            pooled = instructions(model, self.train) if cache is None else cache.pooled.to(model.device)
-            standardise(model, pooled)
-            how = gate.gate_pretraining if gate.gate_pretraining != "none" else "clusters"
-            expert_of, names = assign(self.train, pooled, config.num_experts, how, seed, gate.expert_names)
-            if gate.gate_pretraining != "none":
-                accuracy = pretrain_gate(model, pooled, torch.tensor(expert_of), gate)
-            config.expert_names = names
+        if model.base_model.layer().configs["default"].num_experts > 1:
+            expert_of, names, accuracy = self._gate(model, method, gate, seed)
         if method.init == "hidden_states":
             initialise(model, self.train, self.collator, expert_of, seed)
         return model, names, accuracy
+
+    def _gate(
+        self, model: Any, method: MethodConfig, gate: GatePretraining, seed: int
+    ) -> tuple[list[int], list[str], float | None]:
+        """Make the gate what the method wants; the expert each example is meant for, their names, the accuracy."""
+        config, accuracy = model.base_model.layer().configs["default"], None
+        cache = self.cache(model)
+        pooled = instructions(model, self.train) if cache is None else cache.pooled.to(model.device)
+        if method.method in TOLD:
+            wire(model)
+            expert_of, names = pooled.argmax(-1).tolist(), [f"cluster {i}" for i in range(config.num_experts)]
+            if method.method == "oracle":
+                _, names = assign(self.train, pooled, config.num_experts, "labels", seed)
+        else:
+            standardise(model, pooled)
+            how = gate.gate_pretraining if gate.gate_pretraining != "none" else "clusters"
+            expert_of, names = assign(self.train, pooled, config.num_experts, how, seed, gate.expert_names)
+            if method.method == "uniform-gate":
+                level(model)
+            elif gate.gate_pretraining != "none" and method.method != "top-1":
+                accuracy = pretrain_gate(model, pooled, torch.tensor(expert_of), gate)
+        config.expert_names = names
+        return expert_of, names, accuracy
+
+    def told(self, method: MethodConfig, seed: int) -> Task:
+        """This task, or where the method's gate is told what to choose, one whose rows say it.
+
+        Raises:
+            ValueError: more tasks than experts, or a test task that training never saw.
+        """
+        if method.method not in TOLD:
+            return self
+        train, test = told(self.base, self.train, self.test, method, seed)
+        return replace(self, train=train, test=test, caches={})
 
     def cache(self, model: Any, rows: Sequence[Encoded] | None = None) -> ActivationCache | None:
         """The lower half's results on the training split, computed once for all methods and seeds that share it.

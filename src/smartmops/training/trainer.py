@@ -21,6 +21,7 @@ from . import ranks
 from .baselines import MethodConfig, parameter_groups
 from .evaluate import Evaluation, samples
 from .runs import Run, check_adapter
+from .selection import TOLD
 from .task import Task, TaskConfig
 
 SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
@@ -196,6 +197,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return metrics
     task = Task.load(config)
     frozen = ranks.evaluate_together(task.base, task.test, task.collator, progress=True)
+    task = task.told(config, config.seed)
     model, names, accuracy = task.adapt(config, config, config.seed)
     gated = len(names) > 1
     before = task.gates(model) if gated else {}
@@ -223,7 +225,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     def finish() -> None:
         if gated:
             run.write_gates({"experts": names, "before": before, "after": task.gates(model)})
-        if task.embedder is None and config.samples_per_task and config.method != "input-prompt-tuning":
+        speaks = task.embedder is None and config.method not in ("input-prompt-tuning", *TOLD)
+        if speaks and config.samples_per_task:
             run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
         run.write_metrics(metrics)
 

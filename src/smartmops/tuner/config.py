@@ -36,6 +36,7 @@ class MoPsConfig(PeftConfig):
     gate_hidden_size: int = 64
     gate_temperature: float = 1.0
     gate_top_k: int | None = None  # only the k highest gate weights stay, renormalised; None: all
+    gate_renormalise: bool = True  # whether the weights that `gate_top_k` leaves sum to one; False: they stay (SMoP)
     gate_target: str = "attention"  # "hidden_states" is Algorithm 1 to the letter
     gate_input: str = "instruction"  # "sequence" (Algorithm 1) also reads the response, which leaks
     gate_granularity: str = "expert"  # "prompt": one gate weight per prompt

@@ -23,17 +23,23 @@ def log_gate(
     w_out: Float[Tensor, "groups d_g"],
     temperature: float = 1.0,
     top_k: int | None = None,
+    renormalise: bool = True,
 ) -> Float[Tensor, "batch groups"]:
     """log g, with g = softmax(W_ff2 relu(W_ff1 a) / T) and a the standardised mean embedding (natural log).
 
-    With `top_k`, all but the k highest weights are zero (log: the lowest float) and the rest sum to one.
+    With `top_k`, all but the k highest weights are zero (log: the lowest float). The rest sum to one, or, without
+    `renormalise`, keep the weights they had: a gate that keeps one expert then still has a gradient, as in SMoP (Choi
+    et al. 2023).
     """
     scores = ((pooled - mean) / scale) @ w_in.T
     scores = torch.relu(scores) @ w_out.T / temperature
     if top_k is not None and top_k < scores.shape[-1]:
         highest = scores.topk(top_k, -1).indices
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, highest, True)
-        scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+        lowest = torch.finfo(scores.dtype).min
+        if not renormalise:
+            return torch.log_softmax(scores, -1).masked_fill(~keep, lowest)
+        scores = scores.masked_fill(~keep, lowest)
     return torch.log_softmax(scores, -1)
 
 

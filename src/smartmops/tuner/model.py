@@ -95,7 +95,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
             getattr(self, name)[adapter].to(torch.float32)
             for name in ("mops_gate_mean", "mops_gate_scale", "mops_gate_in", "mops_gate_out")
         )
-        return gate.log_gate(pooled, mean, scale, w_in, w_out, config.gate_temperature, config.gate_top_k)
+        how = (config.gate_temperature, config.gate_top_k, config.gate_renormalise)
+        return gate.log_gate(pooled, mean, scale, w_in, w_out, *how)
 
     def gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
         """Gate weights, summing to one over the groups, for pooled inputs."""
