@@ -161,9 +161,10 @@ def test_the_round_goes_on_without_a_client_that_is_killed_in_the_middle_of_it(
         return honest
 
     nodes = federation.nodes  # type: ignore[attr-defined]
-    found = federation({"only_a": killed}, rounds=2, quorum=2, timeout=20.0)
-    assert [(row["clients_ok"], row["clients_failed"]) for row in found["rounds"][1:]] == [(2, 1), (2, 1)]
-    assert "no answer within 20 s" in (tmp_path / "deployed" / "curves.jsonl").read_text()
+    # Flower's own polling takes 9 to 13 s of a round, on a busy machine more: the others must not be late too.
+    found = federation({"only_a": killed}, rounds=1, quorum=2, timeout=45.0)
+    assert [(row["clients_ok"], row["clients_failed"]) for row in found["rounds"][1:]] == [(2, 1)]
+    assert "no answer within 45 s" in (tmp_path / "deployed" / "curves.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")

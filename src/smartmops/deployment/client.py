@@ -157,7 +157,14 @@ def supernode(config: ClientConfig, path: str) -> subprocess.Popen[bytes]:
     ]  # fmt: skip
     if config.max_wait is not None:
         command += ["--max-wait-time", str(config.max_wait)]
-    return subprocess.Popen(command, env=os.environ | QUIET | {"FLWR_HOME": str(Path(path).parent / "flower")})
+    return subprocess.Popen(command, env=surroundings(Path(path).parent / "flower"))
+
+
+def surroundings(home: Path) -> dict[str, str]:
+    """The environment of Flower's programs: they keep what they know in `home`, and look for one another on PATH."""
+    own = str(Path(sys.executable).parent)  # on nobody's PATH where the virtual environment is not activated
+    path = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
+    return os.environ | QUIET | {"FLWR_HOME": str(home.resolve()), "PATH": path}
 
 
 def beside(program: str) -> str:

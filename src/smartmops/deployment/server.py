@@ -24,10 +24,9 @@ from rich.console import Console
 from smartmops.federated.admission import check_config
 from smartmops.federated.federate import FederateConfig, federate
 from smartmops.federated.messages import Transport
-from smartmops.flower.simulation import QUIET
 from smartmops.flower.transport import OverFlower, OverSocket
 
-from .client import beside, forwarding, free_port
+from .client import beside, forwarding, free_port, surroundings
 from .front import Front, standing
 
 console = Console()
@@ -134,7 +133,7 @@ def _superlink(config: ServerConfig, home: Path) -> Iterator[None]:
         "--disable-runtime-dependency-installation",
     ]  # fmt: skip
     with open(home / "superlink.log", "ab") as log:
-        link = subprocess.Popen(command, env=_environment(home), stdout=log, stderr=log)
+        link = subprocess.Popen(command, env=surroundings(home), stdout=log, stderr=log)
     front = Front(f"https://{address}", certificate, 1_000_000 * config.message_limit)
     with forwarding(link):
         for key in sorted((keys / "clients").glob("*.pub")):
@@ -143,10 +142,6 @@ def _superlink(config: ServerConfig, home: Path) -> Iterator[None]:
             console.print(f"listening on {config.host}:{config.port} for {config.clients} clients; Flower's log is "
                           f"{home / 'superlink.log'}")  # fmt: skip
             yield
-
-
-def _environment(home: Path) -> dict[str, str]:
-    return os.environ | QUIET | {"FLWR_HOME": str(home.resolve())}
 
 
 def _registered(key: Path, home: Path, link: subprocess.Popen[bytes]) -> None:
@@ -163,7 +158,7 @@ def _registered(key: Path, home: Path, link: subprocess.Popen[bytes]) -> None:
 
 def _flwr(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [beside("flwr"), *words], env=_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [beside("flwr"), *words], env=surroundings(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
