@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smartmops.federated.federate import FederateConfig
+from smartmops.federated.federate import FederateConfig, federate
 
 
 @pytest.fixture(scope="session")
@@ -56,14 +56,30 @@ def clients_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def settings(base_folder: Path, two_tasks: Path, out: Path, changes: dict[str, Any]) -> FederateConfig:
+    given: dict[str, Any] = {
+        "model": str(base_folder), "data": str(two_tasks), "out": out, "experts": 2, "prompts_per_expert": 3,
+        "clients": 5, "clients_per_round": 3, "rounds": 3, "local_steps": 4, "batch_size": 2, "skew": 3.0,
+        "max_length": 96, "gate_pretraining_steps": 20, "samples_per_task": 0,
+    }  # fmt: skip
+    return FederateConfig(**(given | changes))
+
+
 @pytest.fixture
 def config(base_folder: Path, two_tasks: Path, tmp_path: Path) -> Callable[..., FederateConfig]:
-    def make(**changes: Any) -> FederateConfig:
-        settings: dict[str, Any] = {
-            "model": str(base_folder), "data": str(two_tasks), "out": tmp_path / "run", "experts": 2,
-            "prompts_per_expert": 3, "clients": 5, "clients_per_round": 3, "rounds": 3, "local_steps": 4, "batch_size": 2,
-            "skew": 3.0, "max_length": 96, "gate_pretraining_steps": 20, "samples_per_task": 0,
-        }  # fmt: skip
-        return FederateConfig(**(settings | changes))
+    return lambda **changes: settings(base_folder, two_tasks, tmp_path / "run", changes)
 
-    return make
+
+@pytest.fixture(scope="session")
+def once(base_folder: Path, two_tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The finished run folder of a federation, run once for all tests that compare with it."""
+    done: dict[str, Path] = {}
+
+    def run(**changes: Any) -> Path:
+        key = repr(sorted(changes.items()))
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("once") / "run"
+            federate(settings(base_folder, two_tasks, done[key], changes))
+        return done[key]
+
+    return run

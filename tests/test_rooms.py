@@ -19,6 +19,7 @@ ROOMS = (
     "flower",
     "deployment",
     "analysis",
+    "evidence",
     "reproduce",
     "bench_sides",
     "bench",

@@ -26,6 +26,7 @@ from smartmops.federated.federate import FederateConfig, federate
 from smartmops.federated.rounds import QuorumLost
 from smartmops.flower.simulation import simulate
 from smartmops.reproduce.reproduce import reproduce
+from smartmops.training.answers import questions, score
 from smartmops.training.baselines import Method, load_run
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import answer, evaluate
@@ -78,6 +79,8 @@ def train_command(config: TrainConfig) -> dict[str, Any]:
     """Adapt a frozen model to a data set and write a run folder."""
     metrics = train(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
+    if "answers" in metrics:
+        _print_answers(metrics["answers"])
     return metrics
 
 
@@ -113,12 +116,14 @@ def federate_keys_command(config: KeysConfig) -> None:
 
 @dataclass
 class EvaluateConfig:
-    """Perplexity of a run's adapter over response tokens, overall and per task."""
+    """Perplexity of a run's adapter over response tokens, overall and per task; answers where asked for."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
     data: str | None = None  # None: the test split of the data the run was trained on
     max_length: int | None = None  # tokens; None: as in training
     batch_size: int = 32
+    answers: int = 0  # examples of each task answered, frozen and adapted, and scored: ROUGE-L and exact match
+    answer_tokens: int = 48  # at which an answer ends that has not ended itself
 
 
 def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
@@ -136,10 +141,17 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
     )  # fmt: skip
     task = Task.load(again, model, tokenizer)
     rows = task.train + task.test if config.data else task.test
-    found = evaluate(model, rows, task.collator, config.batch_size, progress=True)
-    _print_perplexity({"adapted": found.metrics()["perplexity"]})
-    run.write_evaluation(found.metrics() | {"data": again.data})
-    return found.metrics()
+    examples = task.train_examples + task.test_examples if config.data else task.test_examples
+    metrics = evaluate(model, rows, task.collator, config.batch_size, progress=True).metrics()
+    _print_perplexity({"adapted": metrics["perplexity"]})
+    if config.answers:
+        asked = questions(model, tokenizer, examples, config.answers, config.answer_tokens)
+        metrics["answers"] = score(
+            model, tokenizer, [examples[i] for i in asked], [rows[i] for i in asked], config.answer_tokens
+        )
+        _print_answers(metrics["answers"])
+    run.write_evaluation(metrics | {"data": again.data})
+    return metrics
 
 
 @dataclass
@@ -218,6 +230,18 @@ def _print_perplexity(found: dict[str, dict[str, Any]]) -> None:
         table.add_row(task, *(f"{values['per_task'][task]:.2f}" for values in found.values()))
     table.add_section()
     table.add_row("overall", *(f"[bold]{values['overall']:.2f}[/bold]" for values in found.values()))
+    console.print(table)
+
+
+def _print_answers(found: dict[str, Any]) -> None:
+    """Tasks down, scores of the frozen and the adapted model across."""
+    sides = (("frozen", found["frozen"]), ("adapted", found))
+    scores = [side[key] for key in ("rouge_l", "exact_match") for _, side in sides]
+    table = Table("answers", "", *(f"{words}, {name}" for words in ("ROUGE-L", "exact match") for name, _ in sides))
+    for task, count in found["count"].items():
+        table.add_row(task, str(count), *(f"{each['per_task'][task]:.3f}" for each in scores))
+    table.add_section()
+    table.add_row("overall", str(sum(found["count"].values())), *(f"[bold]{s['overall']:.3f}[/bold]" for s in scores))
     console.print(table)
 
 

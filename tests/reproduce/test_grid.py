@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smartmops.reproduce import grid as module
-from smartmops.reproduce.grid import Base, Cell, Data, Grid, by_seed_first
-from smartmops.reproduce.reproduce import ReproduceConfig, cells_of, reproduce
+from smartmops.reproduce.grid import Base, Cell, Data, Grid
+from smartmops.reproduce.plan import datas_of
+from smartmops.reproduce.reproduce import ReproduceConfig, plan_of, reproduce
+from smartmops.reproduce.studies import STUDIES
+from smartmops.training.baselines import load_run
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def config(base_folder: Path, mine: Path, tmp_path: Path) -> Callable[..., Repro
         settings: dict[str, Any] = {
             "name": "table3", "model": str(base_folder), "data": (str(mine),), "out": tmp_path / "out", "seeds": (0,),
             "bases": ("dense", "2:4"), "clients": 6, "clients_per_round": 2, "rounds": 2, "local_steps": 2, "limit": 0,
-            "eval_every": 1, "methods": ("fedprompt", "mops"),
+            "eval_every": 1, "methods": ("fedprompt", "mops"), "tune": False, "max_length": 96,
         }  # fmt: skip
         return ReproduceConfig(**(settings | changes))
 
@@ -86,20 +93,77 @@ def test_deleted_tables_and_pictures_come_back_byte_for_byte(config: Callable[..
     assert out is not None
     reproduce(settings)
     made = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
-    assert {"table3.md", "rounds_mine.png", "rounds_mine.svg"} <= made.keys()
+    assert {"table3.md", "table3_rounds_mine.png", "table3_rounds_mine.svg"} <= made.keys()
     for name in made:
         (out / name).unlink()
     reproduce(config(bases=("dense",), tables_only=True))
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == made
 
 
-def test_a_users_own_file_goes_through_every_name(config: Callable[..., ReproduceConfig]) -> None:
-    for name in ("table2", "figure5"):
-        methods = () if name == "figure5" else ("prompt-tuning", "mops")
-        settings = config(name=name, methods=methods, bases=("dense",), steps=3 if name == "table2" else None)
-        assert reproduce(settings)["missing"] == 0
-        text = (settings.out / f"{name}.md").read_text()  # type: ignore[operator]
-        assert "mine" in text and "not run" not in text
+CENTRAL = {"methods": (), "bases": (), "steps": 3, "batch_size": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if name != "table6"])
+def test_a_users_own_file_goes_through_every_name(config: Callable[..., ReproduceConfig], name: str) -> None:
+    few = {"table2": ("2:4",), "table3": ("dense",), "table4": ("dense",), "table5": ("int8+2:4",), "figure6": ("2:4",)}
+    settings = config(name=name, **CENTRAL | {"bases": few.get(name, ())})
+    assert reproduce(settings)["missing"] == 0
+    text = (settings.out / f"{name}.md").read_text()  # type: ignore[operator]
+    assert "mine" in text and "not run" not in text.lower()
+    for picture in re.findall(r"\((\S+)\.png\)", text):
+        assert (settings.out / f"{picture}.png").stat().st_size and (settings.out / f"{picture}.svg").stat().st_size  # type: ignore[operator]
+
+
+def test_settings_are_chosen_on_a_part_of_the_training_split_and_the_best_is_used(
+    config: Callable[..., ReproduceConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = module.train
+    monkeypatch.setattr(module, "train", lambda given: [seen.append(given), real(given)][1])
+    settings = config(name="table2", methods=("mops",), bases=("2:4",), steps=3, tune=True)
+    assert reproduce(settings)["missing"] == 0
+    tries, (final,) = seen[:-1], seen[-1:]
+    assert all(each.validation for each in tries) and not final.validation and "bases" in str(final.model)
+    found = {r["settings"]["prompt_lr"]: r["metrics"]["perplexity"]["overall"]
+             for name, r in stored(settings.out).items() if "try" in name}  # type: ignore[arg-type]  # fmt: skip
+    assert len(found) == len(tries) == 4 and final.prompt_lr == min(found, key=lambda rate: found[rate])
+
+
+def test_a_given_rate_is_not_tried(config: Callable[..., ReproduceConfig]) -> None:
+    plan = plan_of(config(name="table2", methods=("mops",), tune=True, rates={"mops": 0.7}), "table2")
+    assert plan.tries() == [] and {cell.settings["prompt_lr"] for cell in plan.cells()} == {0.7}
+
+
+@pytest.mark.slow
+def test_mops_over_a_lora_train_on_the_merged_weights(config: Callable[..., ReproduceConfig]) -> None:
+    settings = config(name="table8", methods=("mops over lora",), bases=(), steps=3)
+    plan = plan_of(settings, "table8")
+    (cell,) = plan.cells()
+    assert cell.over is not None and cell.key != replace(cell, over=None).key
+    assert reproduce(settings)["missing"] == 0
+    (merged,) = [each for each in (settings.out / "bases").iterdir() if each.is_dir()]  # type: ignore[operator]
+    lora, tokenizer, _ = load_run(settings.out / "runs" / cell.over.key)  # type: ignore[operator]
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    tokens = tokenizer(["apple number 3."], return_tensors="pt")
+    torch.testing.assert_close(plain(**tokens).logits, lora(**tokens).logits)
+
+
+def test_a_second_process_waits_for_what_settings_depend_on(config: Callable[..., ReproduceConfig]) -> None:
+    settings = config(name="table2", methods=("mops",), bases=("dense",), steps=3, tune=True)
+    plan = plan_of(settings, "table2")
+    first = plan.tries()[0]
+    with ThreadPoolExecutor() as pool, plan.grid._claim(first):
+        waiting = pool.submit(plan.grid.run, [first], wait=True)
+        time.sleep(0.3)
+        assert not waiting.done()
+        plan.grid.results.mkdir(parents=True, exist_ok=True)
+        (plan.grid.results / f"{first.key}.json").write_text("{}")
+    assert waiting.result() == []
+
+
+def test_data_may_be_given_a_name() -> None:
+    assert datas_of(["a/b.jsonl", "mine=c/d.jsonl"]) == [Data("b", "a/b.jsonl"), Data("mine", "c/d.jsonl")]
 
 
 def test_a_budget_ends_the_grid_and_the_next_call_goes_on(config: Callable[..., ReproduceConfig]) -> None:
@@ -113,7 +177,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(config: Callable[..., Re
     settings = config(bases=("dense",), methods=("mops",))
     assert settings.out is not None
     grid = Grid(settings.out, settings.model)
-    (cell,) = cells_of(settings)
+    (cell,) = plan_of(settings, "table3").cells()
     with grid._claim(cell) as claimed:
         assert claimed
         assert grid.run([cell]) == [cell]
@@ -141,12 +205,10 @@ def test_bases_are_named_as_in_the_paper(name: str, settings: dict[str, Any]) ->
 def test_unknown_bases_and_methods_are_named(config: Callable[..., ReproduceConfig]) -> None:
     with pytest.raises(ValueError, match="base 'tiny%': choose dense"):
         reproduce(config(bases=("tiny%",)))
-    with pytest.raises(ValueError, match="--methods magic: table3 knows fedprompt"):
+    with pytest.raises(ValueError, match="--methods magic: choose from fedprompt, mops"):
         reproduce(config(methods=("magic",)))
 
 
-def test_a_budget_cuts_seeds_not_columns() -> None:
-    def make(seed: int) -> list[Cell]:
-        return [Cell("train", Data("d", "d"), Base("dense"), method, seed, {}) for method in ("a", "b")]
-
-    assert [(c.seed, c.method) for c in by_seed_first(make, (0, 1))] == [(0, "a"), (0, "b"), (1, "a"), (1, "b")]
+def test_a_budget_cuts_seeds_not_columns(config: Callable[..., ReproduceConfig]) -> None:
+    cells = plan_of(config(bases=("dense",), seeds=(0, 1)), "table3").cells()
+    assert [(c.seed, c.method) for c in cells] == [(0, "fedprompt"), (0, "mops"), (1, "fedprompt"), (1, "mops")]

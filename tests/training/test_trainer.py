@@ -53,7 +53,7 @@ def test_a_run_folder_holds_curves_gates_and_samples(config: Make) -> None:
     assert [row["step"] for row in rows if "eval_perplexity" in row] == [4, 8]
     gates = run.read_gates()
     assert gates is not None and gates["experts"] == ["a", "b"]
-    for when in ("before", "after"):
+    for when in ("before", "during", "after"):
         for weights in gates[when].values():
             assert sum(weights) == pytest.approx(1, abs=1e-5)
     assert gates["before"]["a"][0] > 0.9 and gates["before"]["b"][1] > 0.9, "labels pretrain the gate one to one"

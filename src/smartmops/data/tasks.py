@@ -181,15 +181,19 @@ def split(examples: Sequence[Example], test: float = 0.1, seed: int = 0) -> tupl
 
 
 def splits(
-    data: str | Path, limit: int | None = None, test: float = 0.1, seed: int = 0
+    data: str | Path, limit: int | None = None, test: float = 0.1, seed: int = 0, validation: bool = False
 ) -> tuple[list[Example], list[Example]]:
     """Training and test part of DATA, of which `limit` examples are drawn first: the split that every command makes.
+
+    With `validation` the training part is split again, and nothing of the test part is returned: what is chosen by it
+    was chosen without a look at the test.
 
     Raises:
         ValueError: As `read`, `sample` and `split`.
     """
     examples = read(data)
-    return split(examples if limit is None else sample(examples, limit, seed), test, seed)
+    train, held = split(examples if limit is None else sample(examples, limit, seed), test, seed)
+    return split(train, test, seed) if validation else (train, held)
 
 
 def sample(examples: Sequence[Example], n: int, seed: int = 0) -> list[Example]:

@@ -6,6 +6,7 @@ Knows run folders and results files. A cell is claimed while it runs, so several
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.federated.federate import FederateConfig, federate
+from smartmops.training.baselines import load_run
 from smartmops.training.runs import Run, write_text
 from smartmops.training.trainer import TrainConfig, train
 
@@ -28,7 +30,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 console = Console()
-NOT_SETTINGS = ("out", "resume", "model", "data", "seed", "activations", "actors", "engine")  # of a run, in its results
+NOT_SETTINGS = {"out", "resume", "model", "data", "seed", "activations", "actors", "engine", "save_every",
+                "log_every"}  # of a run, in its results  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,14 @@ class Cell:
     method: str  # as the table calls it
     seed: int
     settings: Mapping[str, Any] = field(hash=False)  # of `TrainConfig` or `FederateConfig`
+    over: Cell | None = None  # whose adapter is merged into the base first
 
     @property
     def key(self) -> str:
         """Name of its run folder and results file: what a reader looks for, and a digest of all settings."""
         decisive = {name: value for name, value in self.settings.items() if name not in NOT_SETTINGS}
-        words = json.dumps([self.command, decisive], sort_keys=True, default=str)
+        below = [self.over.key] if self.over else []
+        words = json.dumps([self.command, decisive, *below], sort_keys=True, default=str)
         digest = blake2b(words.encode(), digest_size=4).hexdigest()
         parts = [self.data.name, self.base.name, self.method, f"seed{self.seed}", digest]
         return "_".join(re.sub(r"[^\w.+-]", "-", part) for part in parts)
@@ -115,19 +120,19 @@ class Grid:
         files = {cell: self.results / f"{cell.key}.json" for cell in cells}
         return {cell: json.loads(file.read_text()) for cell, file in files.items() if file.is_file()}
 
-    def run(self, cells: Sequence[Cell], budget: float | None = None) -> list[Cell]:
+    def run(self, cells: Sequence[Cell], until: float = math.inf, wait: bool = False) -> list[Cell]:
         """Run what is missing, in the order given; returns what is still missing then.
 
         Args:
             cells: The ones that say most first.
-            budget: Minutes; no cell is begun after them.
+            until: On `time.monotonic`'s clock; no cell is begun later.
+            wait: For the cells that other processes are running, too.
         """
-        started = time.monotonic()
         todo = self.missing(cells)
         for number, cell in enumerate(todo, 1):
-            if budget is not None and time.monotonic() - started > 60 * budget:
+            if time.monotonic() > until:
                 break
-            with self._claim(cell) as claimed:
+            with self._claim(cell, wait) as claimed:
                 if claimed and self.missing([cell]):
                     console.rule(f"{number} of {len(todo)}: {cell.key}")
                     self._run(cell)
@@ -151,7 +156,9 @@ class Grid:
         write_text(self.results / f"{cell.key}.json", json.dumps(found, indent=1, default=str) + "\n")
 
     def base(self, cell: Cell) -> str:
-        """MODEL of a cell: the dense base, or a folder that is compressed when it is first needed."""
+        """MODEL of a cell: the dense base, or a folder that is compressed, or merged, when it is first needed."""
+        if cell.over:
+            return self._merged(cell.over)
         settings = cell.base.compression()
         if not settings:
             return self.model
@@ -165,11 +172,27 @@ class Grid:
                                         else self.limit, resume=True, **settings))  # fmt: skip
         return str(folder)
 
+    def _merged(self, below: Cell) -> str:
+        """The base of a cell with the adapter of its run merged into the weights."""
+        folder = self.out / "bases" / below.key
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f"{below.key}.lock"), wait=True):
+            if not (folder / "config.json").is_file():
+                run = self.out / "runs" / below.key
+                if not (run / "metrics.json").is_file():
+                    self._run(below)
+                model, tokenizer, _ = load_run(run)
+                unfinished = folder.with_name(f".{below.key}.tmp")
+                model.merge_and_unload().save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+                unfinished.rename(folder)
+        return str(folder)
+
     @contextmanager
-    def _claim(self, cell: Cell) -> Iterator[bool]:
+    def _claim(self, cell: Cell, wait: bool = False) -> Iterator[bool]:
         place = self.out / "runs"
         place.mkdir(parents=True, exist_ok=True)
-        with _locked(place / f"{cell.key}.lock", wait=False) as claimed:
+        with _locked(place / f"{cell.key}.lock", wait) as claimed:
             yield claimed
 
 

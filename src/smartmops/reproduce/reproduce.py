@@ -1,8 +1,9 @@
-"""`smartmops reproduce NAME`: which cells a table or figure needs, and the page that is written from their results."""
+"""`smartmops reproduce NAME`: runs what a table or figure still needs, then writes its page from the results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,40 +11,36 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from smartmops.evidence.page import markdown
 from smartmops.training.runs import write_text
 
-from . import figures, tables
-from .grid import Base, Cell, Data, Grid, by_seed_first
+from .grid import Base, Grid
+from .pages import page_of, skew_page
+from .plan import Plan, datas_of
+from .studies import STUDIES, Study
 
 console = Console()
 
-Name = Literal["table2", "table3", "table5", "figure5"]
-FEDERATED: dict[str, dict[str, str]] = {
-    "fedprompt": {},
-    "mops": {},
-    "mops-expert-weighted": {"method": "mops", "aggregation": "expert-weighted"},
-}
-TITLES = {
-    "table2": "Central training (paper, table 2)",
-    "table3": "Federated training (paper, table 3)",
-    "table5": "Federated training on int8 bases (paper, table 5)",
-    "figure5": "What the gate does before, during and after federated training (paper, figures 5 and 9 to 11)",
-}
+Name = Literal[
+    "all", "table2", "table3", "table4", "table5", "table6", "table8", "figure3", "figure4", "figure5", "figure6",
+    "ablation", "unseen", "answers", "interference",
+]  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class ReproduceConfig:
     """A table or figure of the paper on a model and data of your own, beside the paper's numbers.
 
-    Finished cells are kept as JSON under OUT/results and never run again; a killed grid goes on where it was.
+    Finished cells are kept as JSON under OUT/results and never run again; a killed grid goes on where it was, and
+    several processes may work on one grid. `all` goes through every name, and writes report.html.
     """
 
     name: Annotated[Name, tyro.conf.Positional]
     model: str = "tiny"  # MODEL, dense; it is compressed as the table asks
-    data: tuple[str, ...] = ("dolly", "superni")  # DATA, or NAME=DATA where a path says too little
+    data: tuple[str, ...] = ()  # DATA, or NAME=DATA; none given: the table's own (dolly, superni, or dolly alone)
     out: Path | None = None  # None: runs/reproduce
     bases: tuple[str, ...] = ()  # none given: the table's own
-    methods: tuple[str, ...] = ()  # none given: the table's own
+    methods: tuple[str, ...] = ()  # lines of the table; none given: all
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: float | None = None  # minutes; no cell is begun after them
     limit: int | None = 5000  # examples drawn from each data set; 0: all
@@ -52,11 +49,12 @@ class ReproduceConfig:
     clients_per_round: int = 10
     rounds: int = 20
     local_steps: int = 250  # optimiser steps of a client in a round
-    steps: int | None = None  # of central training; None: as many as all clients make together
+    steps: int | None = None  # of central training; None: 2 for every 5 that all clients make together, as in the paper
     batch_size: int = 1  # examples
     max_length: int = 512  # tokens; longer examples lose the end of their context
     eval_every: int = 5  # rounds
-    rates: dict[str, float] = field(default_factory=dict)  # Adam's for prompts, by method; else the default of `train`
+    tune: bool = True  # choose rates, and ranks of LoRA, on a part of the training split
+    rates: dict[str, float] = field(default_factory=dict)  # Adam's for prompts, by line: not chosen by validation then
     activations: str = "auto"  # as for `train`
     tables_only: bool = False  # run nothing, write pages from what is there
 
@@ -68,130 +66,75 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
         ValueError: data, base or method is unknown; the message names the way out.
     """
     out = config.out or Path("runs/reproduce")
-    limit = config.limit or None
-    grid = Grid(out, config.model, limit, config.calibration)
-    cells = cells_of(config)
-    for base in {cell.base for cell in cells}:
-        base.compression()
-    missing = grid.missing(cells) if config.tables_only else grid.run(cells, config.budget)
-    found = grid.read(cells)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / f"{config.name}.md", "\n".join(_page(config, list(found.values()), out)) + "\n")
-    console.print(f"{out / f'{config.name}.md'}: {len(found)} of {len(cells)} cells are there")
-    if missing:
-        console.print(f"missing: {', '.join(cell.key for cell in missing[:3])}{' ...' if len(missing) > 3 else ''}; "
-                      "the same command goes on with them")  # fmt: skip
-    return {"cells": len(cells), "missing": len(missing)}
+    until = math.inf if config.budget is None else time.monotonic() + 60 * config.budget
+    names = list(STUDIES) if config.name == "all" else [config.name]
+    plans = {name: plan_of(config, name) for name in names}
+    counts = {"cells": 0, "missing": 0}
+    for plan in plans.values():
+        for base in plan.names():
+            Base(base).compression()
+        if not config.tables_only:
+            _run(plan, until)
+    found = {name: list(plan.grid.read(plan.cells()).values()) for name, plan in plans.items()}
+    pages = [page_of(name, plan, found[name], out) for name, plan in plans.items()]
+    if config.name == "all":
+        pages.append(skew_page(found["table2"], found["table3"]))
+    for page in pages:
+        write_text(out / f"{page.name}.md", markdown(page) + "\n")
+    for name, plan in plans.items():
+        counts["cells"] += plan.count()
+        counts["missing"] += plan.count() - len(found[name])
+    console.print(f"{out}: {counts['cells'] - counts['missing']} of {counts['cells']} cells are there")
+    if counts["missing"]:
+        console.print("the same command goes on with those that are missing")
+    if config.name == "all":
+        from smartmops.evidence.html import write_html
+
+        write_html(pages, out, out / "report.html")
+    return counts
 
 
-def cells_of(config: ReproduceConfig) -> list[Cell]:
-    """All cells, those that say most first.
+def _run(plan: Plan, until: float) -> None:
+    """First what settings are chosen by, then the table itself."""
+    tries = plan.tries()
+    if plan.grid.run(tries, until):
+        plan.grid.run(tries, until, wait=True)
+    plan.grid.run(plan.cells(), until)
+
+
+def plan_of(config: ReproduceConfig, name: str) -> Plan:
+    """The cells of one table on this config's model and data.
 
     Raises:
         ValueError: a method is none of the table's.
     """
-    makers: dict[str, Callable[[ReproduceConfig, int], Iterable[Cell]]] = {
-        "table2": _central, "table3": _federated, "table5": _federated, "figure5": _gates,
-    }  # fmt: skip
-    return by_seed_first(lambda seed: makers[config.name](config, seed), config.seeds)
+    study = STUDIES[name]
+    grid = Grid(config.out or Path("runs/reproduce"), config.model, config.limit or None, config.calibration)
+    datas = datas_of(config.data or study.datas)
+    if config.name == "all":
+        datas = [data for data in datas if data.name in study.datas] or datas
+    shared = {"train": _central(config), "federate": _federated(config, study)}
+    only = config.methods
+    plan = Plan(study, grid, datas, config.seeds, shared, config.bases, only, config.rates, config.tune)
+    for data in datas if only else ():
+        plan.variants(data)
+    return plan
 
 
-def _datas(config: ReproduceConfig) -> list[Data]:
-    found = []
-    for given in config.data:
-        name, _, path = given.rpartition("=")
-        found.append(Data(name or Path(given).stem or given, path))
-    return found
-
-
-def _methods(config: ReproduceConfig, known: Sequence[str]) -> Sequence[str]:
-    if unknown := [name for name in config.methods if name not in known]:
-        raise ValueError(f"--methods {unknown[0]}: {config.name} knows {', '.join(known)}")
-    return config.methods or known
-
-
-def _common(config: ReproduceConfig, method: str) -> dict[str, Any]:
-    own = FEDERATED.get(method, {}).get("method", method)
-    rate = config.rates.get(method, config.rates.get(own))
-    return {"method": own, "batch_size": config.batch_size, "prompt_lr": rate, "activations": config.activations,
+def _common(config: ReproduceConfig) -> dict[str, Any]:
+    return {"batch_size": config.batch_size, "prompt_lr": None, "activations": config.activations,
             "max_length": config.max_length, "samples_per_task": 0}  # fmt: skip
 
 
-def _central(config: ReproduceConfig, seed: int) -> Iterator[Cell]:
-    steps = config.steps or config.rounds * config.clients_per_round * config.local_steps
-    length = {"steps": steps, "save_every": max(steps // 10, 1), "log_every": max(steps // 50, 1)}
-    for base in config.bases or ("dense", "90%", "85%", "75%", "7:8", "2:4"):
-        for data in _datas(config):
-            for method in _methods(config, ("prompt-tuning", "mops")):
-                yield Cell("train", data, Base(base), method, seed, _common(config, method) | length)
+def _central(config: ReproduceConfig) -> dict[str, Any]:
+    steps = config.steps or max(1, 2 * config.rounds * config.clients_per_round * config.local_steps // 5)
+    return _common(config) | {"steps": steps, "save_every": max(steps // 10, 1), "log_every": max(steps // 50, 1)}
 
 
-def _rounds(config: ReproduceConfig, method: str) -> dict[str, Any]:
-    clients = config.clients or (10 if config.name == "table5" else 100)
-    return _common(config, method) | {
-        "clients": clients, "clients_per_round": config.clients_per_round, "rounds": config.rounds,
-        "local_steps": config.local_steps, "eval_every": config.eval_every,
-    } | FEDERATED.get(method, {})  # fmt: skip
-
-
-def _federated(config: ReproduceConfig, seed: int) -> Iterator[Cell]:
-    int8 = config.name == "table5"
-    own = ("int8+75%", "int8+85%", "int8+7:8", "int8+2:4") if int8 else ("dense", "75%", "85%", "7:8")
-    known = ("fedprompt", "mops") if int8 else tuple(FEDERATED)
-    for base in config.bases or own:
-        for data in _datas(config):
-            for method in _methods(config, known):
-                yield Cell("federate", data, Base(base), method, seed, _rounds(config, method))
-
-
-def _gates(config: ReproduceConfig, seed: int) -> Iterator[Cell]:
-    """The same cells as table 3's, of one base: dense, unless told otherwise."""
-    if seed == config.seeds[0]:
-        for base in config.bases[:1] or ("dense",):
-            for data in _datas(config):
-                yield Cell("federate", data, Base(base), "mops", seed, _rounds(config, "mops"))
-
-
-def _page(config: ReproduceConfig, found: Sequence[dict[str, Any]], out: Path) -> Iterator[str]:
-    datas, bases = [data.name for data in _datas(config)], list(dict.fromkeys(each["base"] for each in found))
-    yield f"# {TITLES[config.name]}\n"
-    yield (f"Written by `smartmops reproduce {config.name}` from `results/`. Perplexity over response tokens of the "
-           "test split: mean ± standard deviation over seeds. A gain is the reduction of the baseline's perplexity, "
-           "paired by seed; the paper's numbers are of Llama-7B, one run each.\n")  # fmt: skip
-    if found:
-        yield _setting(found)
-    if config.name == "figure5":
-        yield from _heatmaps(found, out)
-        return
-    baseline, *others = _methods(
-        config, ("prompt-tuning", "mops") if config.name == "table2" else
-        ("fedprompt", "mops") if config.name == "table5" else tuple(FEDERATED),
-    )  # fmt: skip
-    yield from tables.table(
-        config.name, tables.perplexities(found), datas, bases, baseline, others, tables.frozen_of(found)
-    )
-    if config.name == "table3":
-        for data in datas:
-            if any(each["data"] == data for each in found):
-                figures.rounds(found, bases, data, out / f"rounds_{data}")
-                yield f"![Perplexity by round on {data}](rounds_{data}.png)\n"
-
-
-def _setting(found: Sequence[dict[str, Any]]) -> str:
-    s = found[0]["settings"]
-    if found[0]["command"] == "train":
-        what = f"{s['steps']} steps of {s['batch_size']}"
-    else:
-        what = (f"{s['rounds']} rounds of {s['clients_per_round']} of {s['clients']} clients, {s['local_steps']} local "
-                f"steps of {s['batch_size']}, one part of each category {s['skew']:g} times the others")  # fmt: skip
-    rates = {tables.NAMES.get(each["method"], each["method"]): each["settings"]["prompt_lr"] for each in found}
-    words = ", ".join(f"{name} {'as by default' if rate is None else f'{rate:g}'}" for name, rate in rates.items())
-    return (f"{s['experts']} experts of {s['prompts_per_expert']} prompts; {what}; examples of at most "
-            f"{s['max_length']} tokens. Adam's rates: gate {s['gate_lr']:g}, prompts of {words}.\n")  # fmt: skip
-
-
-def _heatmaps(found: Sequence[dict[str, Any]], out: Path) -> Iterator[str]:
-    for each in found:
-        name = f"gates_{each['data']}_{each['base']}".replace(":", "-").replace("%", "")
-        figures.gates(each["gates"], f"{each['data']}, {each['base']}, seed {each['seed']}", out / name)
-        yield f"![Gate weights on {each['data']}, {each['base']}]({name}.png)\n"
+def _federated(config: ReproduceConfig, study: Study) -> dict[str, Any]:
+    few = study.bases[0].startswith("int8")  # the paper's table 5 has 10 clients
+    return _common(config) | {
+        "clients": config.clients or (10 if few else 100), "clients_per_round": config.clients_per_round,
+        "rounds": config.rounds, "local_steps": config.local_steps, "eval_every": config.eval_every,
+    }  # fmt: skip

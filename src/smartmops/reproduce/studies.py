@@ -1,4 +1,4 @@
-"""What a table or figure compares: its variants, by name, and the cells they make. Runs nothing.
+"""What a table or figure compares: its variants, by name. Runs nothing.
 
 A variant is a line of a table: the settings that set it apart from the others, which all share data, steps and seeds.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Kind = Literal["bases", "variants", "curve", "gates", "unseen", "answers", "interference"]  # how a page shows it
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,17 @@ class Variant:
         label: What the table calls it.
         settings: Of `TrainConfig` or `FederateConfig`.
         among: Settings of which the best on a validation part of the training split is taken.
+        like: The variant whose settings are taken over first, chosen ones included.
         over: What is trained first, merged into the base and frozen.
+        at: Where it stands on a figure's axis.
     """
 
     label: str
-    settings: Mapping[str, Any] = field(hash=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     among: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    like: Variant | None = None
     over: Variant | None = None
+    at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,74 +39,97 @@ class Study:
 
     Attributes:
         title: Of its page.
-        command: That runs a cell.
-        bases: Compressed as the paper has it.
+        kind: How its page shows it.
+        bases: Compressed as the paper has it; choices by validation are made on the first.
         variants: The first is what the others are measured against.
-        settings: That all variants share, beside data, steps and seeds.
+        command: That runs a cell.
+        axis: Of a figure: what `Variant.at` is.
         note: What a reader must know of the numbers.
+        datas: That the paper has it for, or that say most.
     """
 
     title: str
-    command: str
+    kind: Kind
     bases: tuple[str, ...]
     variants: tuple[Variant, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    command: Literal["train", "federate"] = "train"
+    axis: str = ""
     note: str = ""
+    datas: tuple[str, ...] = ("dolly", "superni")
 
 
-def one(method: str, label: str = "", **settings: Any) -> Variant:
+def one(method: str, label: str = "", among: Sequence[Mapping[str, Any]] = (), **settings: Any) -> Variant:
     """A variant that is a method, or a method with other settings."""
-    return Variant(label or method, {"method": method} | settings)
+    return Variant(label or method, {"method": method} | settings, tuple(among))
 
 
-UNGATED, MOPS = one("prompt-tuning"), one("mops")
-LORA = one("lora", lora_rank=2, lora_alpha=32)
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # of LoRA and IA3, tried on the validation part
+def rates(*values: float, **settings: Any) -> list[dict[str, Any]]:
+    """Adam's rates, each with the same settings."""
+    return [{"prompt_lr": value} | settings for value in values]
 
 
-def tuned(label: str, method: str, options: Sequence[Mapping[str, Any]], rates: Sequence[float] = RATES) -> Variant:
-    """A variant whose rate and options are the best on the validation part."""
-    among = tuple({"prompt_lr": rate, **dict(each)} for each in options for rate in rates)
-    return Variant(label, {"method": method}, among)
+HIDDEN, RANDOM = (0.3, 1.0, 3.0, 10.0), (0.03, 0.1, 0.3, 1.0)  # rates of prompts from hidden states, and of random ones
+UNGATED, MOPS = one("prompt-tuning", among=rates(*HIDDEN)), one("mops", among=rates(*HIDDEN))
+LORA = one("lora", lora_rank=2, lora_alpha=32, prompt_lr=1e-3)  # the paper's appendix E
+IA3 = one("ia3", prompt_lr=1e-3)
+FEW = (1e-3, 3e-3, 1e-2)
+TUNED_LORA = one("lora", "lora, tuned", [*rates(*FEW, lora_match="parameters"), *rates(*FEW, lora_match="none")])
+
+
+def altered(label: str, like: Variant = MOPS, **settings: Any) -> Variant:
+    """MoPs with other settings, at the rate chosen for MoPs."""
+    return Variant(label, settings, like=like)
 
 
 TABLE4 = (
     UNGATED,
     MOPS,
-    one("input-prompt-tuning"),
+    one("input-prompt-tuning", among=rates(0.01, 0.03, 0.1, 0.3)),
     LORA,
-    one("ia3"),
-    # Trained numbers as many as MoPs', and, from the injection layer up, no more to keep for the backward pass.
-    tuned("lora, tuned", "lora", [{"lora_match": "parameters"}, {"lora_match": "parameters", "lora_rank": 2}]),
-    tuned("lora, tuned, same memory", "lora", [{"lora_match": "memory"}]),
-    tuned("ia3, tuned", "ia3", [{}], (1e-3, 3e-3, 1e-2, 3e-2)),
+    IA3,
+    TUNED_LORA,
+    one("lora", "lora, tuned, same memory", rates(*FEW, lora_match="memory")),
+    one("ia3", "ia3, tuned", rates(3e-3, 1e-2, 3e-2)),
 )
+LITERAL = {"gate_target": "hidden_states", "gate_input": "sequence", "expert_attention": "causal", "init": "random",
+           "keep_recovery_prompts": False, "recovery_prompts": 10}  # fmt: skip
 
 
 def ablation() -> Iterator[Variant]:
     """Every row of the design's section 2, the gates that nobody trains, and the literal reading of the paper."""
     yield MOPS
     yield UNGATED
-    yield one("mops", "gate acts on hidden states", gate_target="hidden_states")
-    yield one("mops", "gate reads the response too", gate_input="sequence")
-    yield one("mops", "a gate weight a prompt", gate_granularity="prompt")
-    yield one("mops", "experts see each other", expert_attention="causal")
-    yield one("mops", "random prompts", init="random")
-    yield one("mops", "10 recovery prompts, kept", recovery_prompts=10)
-    yield one("mops", "10 recovery prompts, replaced", recovery_prompts=10, keep_recovery_prompts=False)
-    yield one("mops", "gate not pretrained", gate_pretraining="none")
-    yield one("mops", "gate pretrained on clusters", gate_pretraining="clusters")
-    yield one("mops", "gate as pretrained", gate_lr=0.0)
+    yield one("mops", "gate acts on hidden states", rates(*HIDDEN), gate_target="hidden_states")
+    yield altered("gate reads the response too", gate_input="sequence")
+    yield altered("a gate weight a prompt", gate_granularity="prompt")
+    yield altered("experts see each other", expert_attention="causal")
+    yield one("mops", "random prompts", rates(*RANDOM), init="random")
+    yield altered("10 recovery prompts, kept", recovery_prompts=10)
+    yield altered("10 recovery prompts, replaced", recovery_prompts=10, keep_recovery_prompts=False)
+    yield altered("gate not pretrained", gate_pretraining="none")
+    yield altered("gate pretrained on clusters", gate_pretraining="clusters")
+    yield altered("gate as pretrained", gate_lr=0.0)
     for count in (1, 2, 14, 28):
-        yield one("mops", f"{count} expert{'s' * (count > 1)}", experts=count, gate_pretraining="clusters")
+        yield altered(f"{count} expert{'s' * (count > 1)}", experts=count, gate_pretraining="clusters")
     for count in (1, 2):
-        yield one("mops", f"the {count} highest weight{'s' * (count > 1)}", gate_top_k=count)
-    yield one("uniform-gate", "even gate")
-    yield one("oracle", "told the task")
-    yield one("nearest-cluster", "nearest cluster, no gate")
-    yield one("top-1", "SMoP's top-1")
-    yield one("mops", "the paper to the letter", gate_target="hidden_states", gate_input="sequence",
-              expert_attention="causal", init="random", keep_recovery_prompts=False, recovery_prompts=10)  # fmt: skip
+        yield altered(f"the {count} highest weight{'s' * (count > 1)}", gate_top_k=count)
+    yield altered("even gate", method="uniform-gate")
+    yield altered("told the task", method="oracle")
+    yield altered("nearest cluster, no gate", method="nearest-cluster")
+    yield altered("SMoP's top-1", method="top-1")
+    yield one("mops", "the paper to the letter", rates(*RANDOM), **LITERAL)
+
+
+def layered(layers: int) -> tuple[Variant, ...]:
+    """Figure 3's variants: MoPs and ungated prompts at every layer of a model."""
+    return tuple(Variant(f"{like.label} at layer {layer}", {"injection_layer": layer}, like=like, at=layer)
+                 for layer in range(layers) for like in (UNGATED, MOPS))  # fmt: skip
+
+
+def held_out(tasks: Sequence[str]) -> tuple[Variant, ...]:
+    """Each task unseen in training once: ungated prompts and MoPs on all the others."""
+    return tuple(Variant(f"{like.label} without {task}", {"hold_out": task}, like=like)
+                 for task in tasks for like in (UNGATED, MOPS))  # fmt: skip
 
 
 FEDERATED = (
@@ -108,31 +137,36 @@ FEDERATED = (
     one("mops"),
     one("mops", "mops-expert-weighted", aggregation="expert-weighted"),
 )
+MEASURED = {"answers_per_task": 20, "interference_examples": 16}
+ASKED = tuple(Variant(f"{like.label}, asked", MEASURED, like=like) for like in (UNGATED, MOPS, TUNED_LORA))
 
 STUDIES = {
-    "table2": Study("Central training (paper, table 2)", "train", ("dense", "90%", "85%", "75%", "7:8", "2:4"),
+    "table2": Study("Central training (paper, table 2)", "bases", ("dense", "90%", "85%", "75%", "7:8", "2:4"),
                     (UNGATED, MOPS)),
-    "table3": Study("Federated training (paper, table 3)", "federate", ("dense", "75%", "85%", "7:8"), FEDERATED),
-    "table4": Study("Against other adapters (paper, table 4)", "train", ("dense", "75%", "85%", "90%"), TABLE4),
-    "table5": Study("Federated training on int8 bases (paper, table 5)", "federate",
-                    ("int8+75%", "int8+85%", "int8+7:8", "int8+2:4"), FEDERATED[:2]),
-    "table6": Study("Against other adapters, int8 bases (paper, table 6)", "train",
-                    ("int8", "int8+75%", "int8+85%", "int8+90%"), TABLE4),
-    "table8": Study("On top of a trained LoRA (paper, table 8)", "train", ("dense",),
-                    (LORA, MOPS, Variant("mops over lora", {"method": "mops"}, over=LORA))),
-    "figure3": Study("The injection layer (paper, figure 3)", "train", ("dense", "75%", "85%"), ()),
-    "figure4": Study("Prompts of an expert (paper, figure 4)", "train", ("dense", "75%"),
-                     tuple(one("mops", f"{count} prompts an expert", prompts_per_expert=count)
-                           for count in (10, 1, 2, 5, 20, 40))),
-    "figure5": Study("What the gate does before, during and after federated training (paper, figures 5 to 11)",
-                     "federate", ("dense",), FEDERATED[1:2]),
-    "ablation": Study("Every choice of the method by itself", "train", ("dense",), tuple(ablation()), note=(
-        "A gate that reads the response too sees the answer when it is measured, and nothing when it generates: its "
-        "perplexity is not comparable, nor is that of the paper to the letter.")),
+    "table3": Study("Federated training (paper, table 3)", "bases", ("dense", "75%", "85%", "7:8"), FEDERATED,
+                    "federate"),
+    "table4": Study("Against other adapters (paper, table 4)", "bases", ("dense", "75%", "85%", "90%"), TABLE4,
+                    datas=("dolly",)),
+    "table5": Study("Federated training on int8 bases (paper, table 5)", "bases",
+                    ("int8+75%", "int8+85%", "int8+7:8", "int8+2:4"), FEDERATED[:2], "federate", datas=("dolly",)),
+    "table6": Study("Against other adapters, int8 bases (paper, table 6)", "bases",
+                    ("int8", "int8+75%", "int8+85%", "int8+90%"), TABLE4, datas=("dolly",)),
+    "table8": Study("On top of a trained LoRA (paper, table 8)", "variants", ("dense",),
+                    (TUNED_LORA, MOPS, Variant("mops over lora", like=MOPS, over=TUNED_LORA)), datas=("dolly",)),
+    "figure3": Study("The injection layer (paper, figure 3)", "curve", ("dense",), (), axis="injection layer, from 0",
+                     datas=("dolly",)),
+    "figure4": Study("Prompts of an expert (paper, figure 4)", "curve", ("dense",), tuple(
+        Variant(f"{like.label}, {count} prompts an expert", {"prompts_per_expert": count}, like=like, at=count)
+        for count in (1, 2, 5, 10, 20, 40) for like in (UNGATED, MOPS)), axis="prompts an expert (of seven)",
+        datas=("dolly",)),
+    "figure5": Study("What the gate does before, during and after federated training (paper, figures 5 and 9 to 11)",
+                     "gates", ("dense",), FEDERATED[1:2], "federate"),
+    "figure6": Study("What the gate does before, during and after central training (paper, figures 6 to 8)",
+                     "gates", ("85%", "75%", "7:8"), (MOPS,)),
+    "ablation": Study("Every choice of the method by itself", "variants", ("dense",), tuple(ablation()), note=(
+        "A gate that reads the response too sees the answer when it is measured, and has none to see when it "
+        "generates: its perplexity, and that of the paper to the letter, are not comparable with the others.")),
+    "unseen": Study("Tasks never seen in training", "unseen", ("dense",), ()),
+    "answers": Study("Answers, not only perplexity", "answers", ("dense",), ASKED),
+    "interference": Study("Interference: do the tasks' gradients agree?", "interference", ("dense",), ASKED[:2]),
 }  # fmt: skip
-
-
-def layered(layers: int) -> tuple[Variant, ...]:
-    """Figure 3's variants: MoPs and ungated prompts at every layer of a model."""
-    return tuple(one(method, f"{method} at layer {layer}", injection_layer=layer)
-                 for layer in range(layers) for method in ("mops", "prompt-tuning"))  # fmt: skip

@@ -302,7 +302,7 @@ def _compute(
         "labels": torch.tensor([label for row in rows for label in row.labels], dtype=torch.int32),
         "pooled": torch.empty(len(rows), config.embedding_size or width),
     }
-    with _evaluating(model):
+    with evaluating(model):
         for group in by_budget(lengths, budget):
             hidden, pooled = model.base_model.lower(_packed(model, [rows[i] for i in group], config.embedding_size))
             for i, part in zip(group, hidden.to("cpu", dtype).split([lengths[i] for i in group]), strict=True):
@@ -333,7 +333,7 @@ def _split(lengths: Sequence[int], per_token: int) -> list[range]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfi
 
 from smartmops.compression.base import load_base
 from smartmops.tuner import MoPsConfig
+from smartmops.tuner.config import default_injection_layer
 
 from .runs import Run, check_adapter
 
@@ -46,7 +47,9 @@ class MethodConfig:
     keep_recovery_prompts: bool = True
     lora_rank: int = 2  # rank r and alpha as in the paper's appendix E
     lora_alpha: int = 32
-    lora_from: int = 0  # first decoder layer (from 0) with LoRA; at the injection layer it costs MoPs' memory
+    lora_from: int = 0  # first decoder layer (from 0) with LoRA
+    lora_match: Literal["none", "parameters", "memory"] = "none"  # rank for as many trained numbers as MoPs have;
+    # memory: that, and from the injection layer up, so that the backward pass goes no deeper than theirs
     prompt_lr: float | None = None  # Adam's rate for prompts (and for LoRA, IA3); None: the tuned default of the method
     gate_lr: float = 1e-3
     embedder: str | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
@@ -116,8 +119,30 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     return PeftModel.from_pretrained(base, run.adapter_dir).eval(), tokenizer, run
 
 
+def matched(base: Any, config: MethodConfig) -> MethodConfig:
+    """The settings of LoRA with the rank, and the first layer, that `lora_match` asks for on this base."""
+    if config.method != "lora" or config.lora_match == "none":
+        return config
+    hidden, layers = base.config.hidden_size, base.config.num_hidden_layers
+    first = config.lora_from
+    if config.lora_match == "memory":
+        first = default_injection_layer(layers) if config.injection_layer is None else config.injection_layer
+    kinds = [m for n, m in base.named_modules() if n.rpartition(".")[2] in ("q_proj", "v_proj")]
+    if not kinds:
+        raise ValueError("lora_match needs modules named q_proj and v_proj, and this model has none: choose lora_rank")
+    of_rank_one = sum(m.in_features + m.out_features for m in kinds) * (layers - first) / layers
+    gate = config.gate_hidden_size * (hidden + config.experts)
+    wanted = config.experts * config.prompts_per_expert * hidden + gate
+    return replace(config, lora_from=first, lora_rank=max(1, round(wanted / of_rank_one)))
+
+
 def build(base: Any, config: MethodConfig, recovery: torch.Tensor | None = None, width: int | None = None) -> Any:
-    """The base with a fresh adapter of the method; `recovery` [R, hidden] are frozen prompts at the input."""
+    """The base with a fresh adapter of the method; `recovery` [R, hidden] are frozen prompts at the input.
+
+    Raises:
+        ValueError: the settings do not fit the base.
+    """
+    config = matched(base, config)
     count = 0 if recovery is None or config.method not in OURS else len(recovery)
     model = get_peft_model(base, config.peft(count, width))
     if count and recovery is not None:

@@ -60,7 +60,12 @@ def prepare(config: CompareConfig, run: Run) -> Task:
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Evaluate the frozen base, train each method under each seed, write a run folder; returns its metrics."""
+    """Evaluate the frozen base, train each method under each seed, write a run folder; returns its metrics.
+
+    Raises:
+        ValueError: data, options or base do not fit, or a measure is asked for that only `train` takes.
+    """
+    _check(config)
     run = Run.create(
         config.out,
         {"command": "compare", "arguments": asdict(config), "seeds": list(config.seeds), "base": config.model,
@@ -96,6 +101,15 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     metrics["examples"] = {"train": len(task.train), "test": len(task.test)}
     run.write_metrics(metrics)
     return metrics
+
+
+def _check(config: CompareConfig) -> None:
+    for name in ("answers_per_task", "interference_examples"):
+        if value := getattr(config, name):
+            raise ValueError(f"{name}={value}, but compare does not measure that: use train, once for each method")
+    if config.hold_out is not None and config.shots:
+        raise ValueError(f"hold_out={config.hold_out!r} leaves no solved examples of that task for shots="
+                         f"{config.shots}: choose shots=0")  # fmt: skip
 
 
 def _one(task: Task, config: CompareConfig, name: str, run: Run) -> Evaluation:

@@ -109,7 +109,7 @@ def _nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return each.view(labels.shape[0], -1)
 
 
-def _room(model: Any, max_new_tokens: int) -> int:
+def room(model: Any, max_new_tokens: int) -> int:
     """Tokens a prompt may have so that the answer still fits the model's positions."""
     return int(getattr(model.config, "max_position_embeddings", 2**30)) - max_new_tokens
 
@@ -121,7 +121,7 @@ def answer(
     """Greedy answers to the examples' instructions, as one left-padded batch."""
     was_training = model.training
     model.eval()
-    batch = prompts(examples, tokenizer, _room(model, max_new_tokens))
+    batch = prompts(examples, tokenizer, room(model, max_new_tokens))
     batch = {name: value.to(model.device) for name, value in batch.items()}
     out = model.generate(**batch, **inputs, max_new_tokens=max_new_tokens, do_sample=False,
                          pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)  # fmt: skip
@@ -131,15 +131,22 @@ def answer(
     ]
 
 
+def firsts(
+    model: Any, tokenizer: Any, examples: Sequence[Example], per_task: int, max_new_tokens: int = 48
+) -> list[int]:
+    """Numbers of the first examples of each task, tasks in order, whose instructions leave room for an answer."""
+    taken: dict[str, list[int]] = defaultdict(list)
+    fits = room(model, max_new_tokens)
+    for i, example in enumerate(examples):
+        bare = prompt_text(replace(example, context=""))
+        if len(taken[example.category]) < per_task and len(tokenizer(bare)["input_ids"]) < fits:
+            taken[example.category].append(i)
+    return [i for task in sorted(taken) for i in taken[task]]
+
+
 def samples(model: Any, tokenizer: Any, examples: Sequence[Example], per_task: int = 2) -> list[dict[str, str]]:
     """The frozen model's and the adapted model's answers to the first examples of each task, side by side."""
-    taken: dict[str, list[Example]] = defaultdict(list)
-    room = _room(model, 48)
-    for example in examples:
-        bare = prompt_text(replace(example, context=""))
-        if len(taken[example.category]) < per_task and len(tokenizer(bare)["input_ids"]) < room:
-            taken[example.category].append(example)
-    chosen = [example for task in sorted(taken) for example in taken[task]]
+    chosen = [examples[i] for i in firsts(model, tokenizer, examples, per_task)]
     with model.disable_adapter():
         frozen = answer(model, tokenizer, chosen)
     adapted = answer(model, tokenizer, chosen)

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from jaxtyping import Float
 from rich.console import Console
+from torch import Tensor
 from transformers import set_seed
 
 from smartmops.compression.base import load_base, local
@@ -55,6 +57,8 @@ class TaskConfig(MethodConfig, GatePretraining):
     batch_size: int = 16  # examples; of each process where a launcher started several
     seed: int = 0  # of experts, gate and order
     data_seed: int = 0  # of the draw and the split, so that runs of different seeds are tested on the same examples
+    validation: bool = False  # hold out a part of the training split instead of the test split: to choose settings by
+    hold_out: str | None = None  # a category to train nothing on, tested all the same: what an unseen task gains
     recovery_prompts: int = 0  # frozen prompts at the input, trained first
     recovery_steps: int = 20  # optimiser steps
     recovery_lr: float = 0.03
@@ -81,8 +85,14 @@ class Task:
 
     @classmethod
     def load(cls, config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
-        """Read, split and encode the data, load the base unless given, train recovery prompts; says what was cut."""
-        train, test = splits(config.data, config.limit, config.test_share, config.data_seed)
+        """Read, split and encode the data, load the base unless given, train recovery prompts; says what was cut.
+
+        Raises:
+            ValueError: `hold_out` is no category of the training split, or the only one; the data do not fit.
+        """
+        train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation)
+        if config.hold_out is not None:
+            _check_hold_out(config.hold_out, train)
         _warn_of_calibration(config)
         if base is None:
             base, tokenizer = load_base(config.model, config.dtype)
@@ -97,7 +107,11 @@ class Task:
     def of(
         cls, base: Any, tokenizer: Any, train: Sequence[Example], test: Sequence[Example], config: TaskConfig
     ) -> Task:
-        """Encode examples for a base; either part may be empty. What does not fit is left out, and said."""
+        """Encode examples for a base; either part may be empty. What does not fit is left out, and said.
+
+        Examples of the category `hold_out` are left out of the training part only.
+        """
+        train = [example for example in train if example.category != config.hold_out]
         limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
         collator = Collator(tokenizer)
         embedder = Embedder(config.embedder) if config.embedder else None
@@ -200,17 +214,50 @@ class Task:
         cache = self.cache(model)
         return (self.train, packed) if cache is None else (range(len(cache)), cache)
 
-    def gates(self, model: Any) -> dict[str, list[float]]:
-        """Mean gate weight of each expert for the test instructions of each task (paper, Figures 5 to 11)."""
+    def weights(self, model: Any) -> Float[Tensor, "test experts"]:
+        """Gate weight of each expert for each test instruction."""
         model.eval()
         layer = model.base_model.layer()
         config = layer.configs["default"]
         cache = self.cache(model, self.test)
         pooled = instructions(model, self.test) if cache is None else cache.pooled.to(model.device)
         with torch.no_grad():
-            weights = by_expert(layer.gate(pooled, "default"), config.num_experts)
+            return by_expert(layer.gate(pooled, "default"), config.num_experts)
+
+    def gates(self, model: Any) -> dict[str, list[float]]:
+        """Mean gate weight of each expert for the test instructions of each task (paper, Figures 5 to 11)."""
+        return self.mean_weights(self.weights(model))
+
+    def mean_weights(self, weights: Float[Tensor, "test experts"]) -> dict[str, list[float]]:
+        """`gates`, of the weights that `weights` returned."""
+        return {task: own.mean(0).tolist() for task, own in self._by_task(weights).items()}
+
+    def choices(self, weights: Float[Tensor, "test experts"], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """How decided the gate is on each task's test instructions, and for whom, of what `weights` returned.
+
+        `entropy`, in nats, is the mean over instructions of -sum(w log w), w being the weights of the experts made to
+        sum to one: 0 for one expert alone, log(experts) for all alike. `nearest` is the expert with the highest mean
+        weight (of equals the first), by its name in `names` [experts].
+        """
+        share = weights / weights.sum(-1, keepdim=True)
+        entropy = self._by_task(torch.special.entr(share).sum(-1))
+        return {
+            task: {"entropy": entropy[task].mean().item(), "nearest": names[int(own.mean(0).argmax())]}
+            for task, own in self._by_task(weights).items()
+        }
+
+    def _by_task(self, values: Float[Tensor, "test ..."]) -> dict[str, Float[Tensor, "some ..."]]:
         tasks = sorted({row.category for row in self.test})
-        return {t: weights[[row.category == t for row in self.test]].mean(0).tolist() for t in tasks}
+        return {task: values[[row.category == task for row in self.test]] for task in tasks}
+
+
+def _check_hold_out(category: str, train: Sequence[Example]) -> None:
+    found = sorted({example.category for example in train})
+    if category not in found:
+        raise ValueError(f"hold_out={category!r} is no category of the training split: choose one of {found}")
+    if len(found) == 1:
+        raise ValueError(f"hold_out={category!r} is the only category of the training split, so nothing is left to "
+                         "train on: give data of several tasks, or leave hold_out away")  # fmt: skip
 
 
 def _warn_of_calibration(config: TaskConfig) -> None:

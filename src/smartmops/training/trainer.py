@@ -18,8 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from smartmops.tuner.packed import Packed
 
 from . import ranks
-from .baselines import MethodConfig, parameter_groups
+from .answers import questions, score
+from .baselines import OURS, MethodConfig, parameter_groups
 from .evaluate import Evaluation, samples
+from .interference import interference
 from .runs import Run, check_adapter
 from .selection import TOLD
 from .task import Task, TaskConfig
@@ -51,6 +53,9 @@ class TrainConfig(TaskConfig, Schedule):
 
     out: Path  # run folder
     samples_per_task: int = 2  # answers of the frozen and the adapted model, side by side in the report
+    answers_per_task: int = 0  # test examples of each task answered by both and scored: ROUGE-L and exact match
+    answer_tokens: int = 48  # at which a scored answer ends that has not ended itself
+    interference_examples: int = 0  # of each training task, whose gradients on the prompts are compared; not for PEFT's
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
 
 
@@ -88,10 +93,9 @@ class _Trainer(Trainer):
 
 
 class _Curves(TrainerCallback):
-    def __init__(
-        self, write: Callable[[dict[str, Any]], None], look: Callable[[], Evaluation] | None, every: int | None
-    ):
-        self.write, self.look, self.every = write, look, every
+    def __init__(self, write: Callable[[dict[str, Any]], None], look: Callable[[], Evaluation] | None,
+                 every: int | None, halfway: Callable[[], None] | None) -> None:  # fmt: skip
+        self.write, self.look, self.every, self.halfway = write, look, every, halfway
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -101,6 +105,8 @@ class _Curves(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.look and self.every and state.global_step % self.every == 0:
             self.write({"step": state.global_step, "eval_perplexity": self.look().overall})
+        if self.halfway and state.global_step == (state.max_steps + 1) // 2:
+            self.halfway()
 
 
 class _Progress(TrainerCallback):
@@ -131,8 +137,9 @@ def fit(
     write: Callable[[dict[str, Any]], None] = lambda row: None,
     look: Callable[[], Evaluation] | None = None,
     checkpoint: Path | None = None,
+    halfway: Callable[[], None] | None = None,
 ) -> None:
-    """Train the adapter of `model` in place.
+    """Train the adapter of `model` in place; `look` at it every so often, and do something `halfway`.
 
     Raises:
         Diverged: the loss is not finite; the model then holds the last state whose loss was.
@@ -160,7 +167,7 @@ def fit(
     progress = _Progress()
     trainer = _Trainer(
         method, model=model, args=arguments, train_dataset=list(rows), data_collator=collator,
-        callbacks=[_Curves(write, look, schedule.eval_every), progress],
+        callbacks=[_Curves(write, look, schedule.eval_every, halfway), progress],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     model.config.use_cache = False
@@ -196,19 +203,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if metrics:
         return metrics
     task = Task.load(config)
+    asked = _asked(config, task)
     frozen = ranks.evaluate_together(task.base, task.test, task.collator, progress=True)
     task = task.told(config, config.seed)
     model, names, accuracy = task.adapt(config, config, config.seed)
     gated = len(names) > 1
     before = task.gates(model) if gated else {}
+    pulled = ranks.first_does(lambda: _pulled(config, task, model))
     checkpoint = ranks.first_does(lambda: _rewound(run))
 
     def look() -> Evaluation:
         return ranks.evaluate_together(model, task.test, task.collator)
 
+    def halfway() -> None:
+        stages = {"experts": names, "before": before, "during": task.gates(model)}
+        run.write_gates(stages)
+
     write = ranks.only_first(run.append_curve)
+    middle = (lambda: ranks.first_does(halfway)) if gated else None
     try:
-        fit(model, config, config, *task.feed(model), run.checkpoints, write, look, checkpoint)
+        fit(model, config, config, *task.feed(model), run.checkpoints, write, look, checkpoint, middle)
     except Diverged as error:
         ranks.first_does(lambda: run.save_adapter(model.save_pretrained))
         raise Diverged(f"{error}; the last good adapter is in {run.adapter_dir}") from None
@@ -222,16 +236,47 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "examples": {"train": len(task.train), "test": len(task.test)},
     }
 
-    def finish() -> None:
+    def finish() -> dict[str, Any]:
+        found = metrics | _measured(config, task, model, asked, pulled)
         if gated:
-            run.write_gates({"experts": names, "before": before, "after": task.gates(model)})
+            weights = task.weights(model)
+            stages = {"experts": names, "before": before, "after": task.mean_weights(weights)}
+            run.write_gates((run.read_gates() or {}) | stages)
+            found["gate"] = task.choices(weights, names)
         speaks = task.embedder is None and config.method not in ("input-prompt-tuning", *TOLD)
         if speaks and config.samples_per_task:
             run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
-        run.write_metrics(metrics)
+        run.write_metrics(found)
+        return found
 
-    ranks.first_does(finish)
-    return metrics
+    return ranks.first_does(finish)
+
+
+def _asked(config: TrainConfig, task: Task) -> list[int]:
+    """Numbers of the test examples whose answers are to be scored."""
+    if not config.answers_per_task:
+        return []
+    return questions(task.base, task.tokenizer, task.test_examples, config.answers_per_task, config.answer_tokens)
+
+
+def _pulled(config: TrainConfig, task: Task, model: Any) -> dict[str, Any]:
+    """How the tasks' gradients on the prompts agree at present; empty where not asked for, or where there are none."""
+    if not config.interference_examples or config.method not in OURS:
+        return {}
+    return interference(task, model, config.interference_examples)
+
+
+def _measured(
+    config: TrainConfig, task: Task, model: Any, asked: Sequence[int], pulled: dict[str, Any]
+) -> dict[str, Any]:
+    """What was asked for beside perplexity; `pulled` is what `_pulled` found before training."""
+    found: dict[str, Any] = {}
+    if asked:
+        examples, rows = [task.test_examples[i] for i in asked], [task.test[i] for i in asked]
+        found["answers"] = score(model, task.tokenizer, examples, rows, config.answer_tokens)
+    if pulled:
+        found["interference"] = {"before": pulled, "after": _pulled(config, task, model)}
+    return found
 
 
 def _begin(config: TrainConfig) -> tuple[Run, dict[str, Any]]:

@@ -19,6 +19,11 @@ CHOICES = {
 }
 
 
+def default_injection_layer(layers: int) -> int:
+    """9 of 32 decoder layers (from 0), and the same share of any other number: the paper's L_int is one more."""
+    return round(9 / 32 * layers)
+
+
 @dataclass
 class MoPsConfig(PeftConfig):
     """Mixture of Prompts: `num_experts` groups of soft prompts enter a frozen decoder at `injection_layer`.
@@ -110,7 +115,7 @@ class MoPsConfig(PeftConfig):
                 raise ValueError(f"this adapter was trained on a base model with {name} {mine}, but this model has "
                                  f"{theirs}: load the base model named in adapter_config.json")  # fmt: skip
         if self.injection_layer is None:
-            self.injection_layer = round(9 / 32 * layers)
+            self.injection_layer = default_injection_layer(layers)
         if not 0 <= self.injection_layer < layers:
             raise ValueError(f"injection_layer={self.injection_layer}, but this model has {layers} layers: "
                              f"choose 0 to {layers - 1}")  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartmops.reproduce import paper
-from smartmops.reproduce.tables import figure, frozen_of, gain, perplexities, spread, table
+from smartmops.evidence import paper
+from smartmops.evidence.tables import figure, frozen_of, gain, perplexities, spread, table, won
 
 
 def result(method: str, seed: int, value: float, base: str = "75%") -> dict[str, Any]:
@@ -27,9 +27,9 @@ def test_a_row_holds_means_spreads_gains_and_the_papers_numbers() -> None:
         result("mops", 0, 10.0),
         result("mops", 1, 11.0),
     ]
-    lines = list(table("table3", perplexities(found), ["dolly"], ["75%"], "fedprompt", ["mops"], frozen_of(found)))
-    row = next(line for line in lines if line.startswith("| 75%"))
-    assert row == "| 75% | 50.00 | 21.00 ± 1.4 | 10.50 ± 0.71 | +50.0 ± 0.0 % | 11.99 | 9.450 | +21.2 % |"
+    (row,) = table("table3", perplexities(found), "dolly", ["75%"], "fedprompt", ["mops"], frozen_of(found)).rows
+    assert row == ["75%", "50.00", "21.00 ± 1.4", "10.50 ± 0.71", "+50.0 ± 0.0 %", "11.99", "9.450", "+21.2 %"]
+    assert won(perplexities(found), "fedprompt", "mops") == (2, 2)
 
 
 def test_gains_are_paired_by_seed_and_seeds_of_one_side_alone_do_not_count() -> None:
@@ -61,6 +61,13 @@ def test_the_papers_numbers_are_those_of_the_notes(shared_data: Path) -> None:
         assert list(paper.TABLE3[data]["mops"]) == notes["table3_federated_100_clients"][data]["mops"]
     five = notes["table5_int8_federated_10_clients_dolly"]
     assert {name: list(row) for name, row in paper.TABLE5["dolly"].items()} == five
+    for table_, name in (("table4", "table4_peft"), ("table6", "table6_int8_centralized")):
+        rows = {
+            ("dense" if base == "uncompressed" else base): row for base, row in notes[name].items() if base != "columns"
+        }
+        ours = {base: [paper.printed(table_, "dolly", method, base) for method in paper.METHODS] for base in rows}
+        assert ours == rows
+    assert list(paper.TABLE8.values()) == list(notes["table8_phi2"].values())
     assert paper.printed("table5", "dolly", "mops", "int8+75%") == 28.26
     assert (
         paper.printed("table3", "mine", "mops", "75%") is None
