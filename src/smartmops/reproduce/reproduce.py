@@ -111,9 +111,8 @@ def plan_of(config: ReproduceConfig, name: str) -> Plan:
     """
     study = STUDIES[name]
     grid = Grid(config.out or Path("runs/reproduce"), config.model, config.limit or None, config.calibration)
-    datas = datas_of(config.data or study.datas)
-    if config.name == "all":
-        datas = [data for data in datas if data.name in study.datas] or datas
+    given = datas_of(config.data or study.datas)
+    datas = [data for data in given if data.name in study.datas] or given
     shared = {"train": _central(config), "federate": _federated(config, study)}
     only = config.methods
     plan = Plan(study, grid, datas, config.seeds, shared, config.bases, only, config.rates, config.tune)
