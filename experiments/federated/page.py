@@ -1,6 +1,6 @@
 """README.md of this folder from ../evidence/results and tuning.json: who held what, bytes, averaging, rates.
 
-    python experiments/federated/page.py
+python experiments/federated/page.py
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def weighted(fed: Values) -> str:
     pairs = [gain for data, base, method in fed if method == "mops"
              for gain in gains(fed[data, base, "mops"], fed.get((data, base, "mops-expert-weighted"), {})).values()]  # fmt: skip
     won = sum(gain > 0 for gain in pairs)
-    return (f"Averaging each expert by its use against plain FedAvg, both MoPs: lower perplexity in {won} of {len(pairs)} "
-            f"pairs of runs (same data, base and seed), by {statistics.mean(pairs):+.1f} ± {statistics.stdev(pairs):.1f} % "
-            "(mean and standard deviation over pairs).\n")
+    return (
+        f"Averaging each expert by its use against plain FedAvg, both MoPs: lower perplexity in {won} of {len(pairs)} "
+        f"pairs of runs (same data, base and seed), by {statistics.mean(pairs):+.1f} ± {statistics.stdev(pairs):.1f} % "
+        "(mean and standard deviation over pairs).\n"
+    )
 
 
 def page() -> None:

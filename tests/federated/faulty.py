@@ -1,18 +1,26 @@
-"""A transport whose clients misbehave in ways of our choosing. Wraps another one; knows blobs only."""
+"""Clients that misbehave in ways of our choosing, and a server that meets its end at a moment of our choosing."""
 
 from __future__ import annotations
 
+import errno
+import json
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from smartmops.federated.messages import Reply, Transport, pack, unpack
+from smartmops.federated import rounds
+from smartmops.federated.federate import InProcess
+from smartmops.federated.messages import Job, Reply, Transport, pack, unpack
+from smartmops.federated.rounds import State
 
-Fault = Callable[[Reply], Iterable[bytes]]  # what comes instead of a good reply
+Fault = Callable[[Reply, Job], Iterable[bytes]]  # what comes instead of a good reply
 
 
 def first(reply: Reply) -> str:
@@ -21,7 +29,7 @@ def first(reply: Reply) -> str:
 
 def changed(change: Callable[[torch.Tensor], torch.Tensor]) -> Fault:
     """One array is no longer what it was."""
-    return lambda r: [pack(replace(r, arrays=r.arrays | {first(r): change(r.arrays[first(r)].clone())}))]
+    return lambda r, _: [pack(replace(r, arrays=r.arrays | {first(r): change(r.arrays[first(r)].clone())}))]
 
 
 def spoilt(value: float) -> Fault:
@@ -32,27 +40,34 @@ def spoilt(value: float) -> Fault:
     return changed(change)
 
 
-def silent(reply: Reply) -> list[bytes]:
+def silent(reply: Reply, job: Job) -> list[bytes]:
     """The client was killed in the middle of the round."""
     return []
 
 
-def twice(reply: Reply) -> list[bytes]:
+def twice(reply: Reply, job: Job) -> list[bytes]:
     """The network delivers a reply again; the second time it is changed."""
-    return [pack(reply), *changed(lambda array: array + 1)(reply)]
+    return [pack(reply), *changed(lambda array: array + 1)(reply, job)]
 
 
-def incomplete(reply: Reply) -> list[bytes]:
+def incomplete(reply: Reply, job: Job) -> list[bytes]:
     """An expert is missing: its rows, without a word about it."""
-    return list(changed(lambda array: array[: len(array) // 2])(reply))
+    return list(changed(lambda array: array[: len(array) // 2])(reply, job))
 
 
-def late(reply: Reply) -> list[bytes]:
+def late(reply: Reply, job: Job) -> list[bytes]:
     return [pack(replace(reply, round=reply.round - 1))]
 
 
-def unnamed(reply: Reply) -> list[bytes]:
+def unnamed(reply: Reply, job: Job) -> list[bytes]:
     return [pack(replace(reply, arrays={n: v for n, v in reply.arrays.items() if n != first(reply)}))]
+
+
+def magnified(reply: Reply, job: Job) -> list[bytes]:
+    """The honest update, 1,000 times."""
+    return [
+        pack(replace(reply, arrays={n: job.arrays[n] + 1000 * (v - job.arrays[n]) for n, v in reply.arrays.items()}))
+    ]
 
 
 FAULTS: dict[str, Fault] = {
@@ -62,11 +77,11 @@ FAULTS: dict[str, Fault] = {
     "wrong shape": changed(lambda array: array[:, :-1]),
     "missing array": unnamed,
     "missing expert": incomplete,
-    "1,000 times too large": changed(lambda array: array + 1000),
+    "1,000 times too large": magnified,
     "answer to another round": late,
-    "damaged": lambda reply: [pack(reply)[:-7]],
+    "damaged": lambda reply, _: [pack(reply)[:-7]],
     "answered twice": twice,
-    "oversized": lambda reply: [pack(replace(reply, arrays=reply.arrays | {"more": torch.zeros(1 << 20)}))],
+    "oversized": lambda reply, _: [pack(replace(reply, arrays=reply.arrays | {"more": torch.zeros(1 << 20)}))],
 }
 
 
@@ -86,11 +101,11 @@ class Faulty:
     def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes]]:
         self.calls += 1
         for client, blob in self.inner.exchange(jobs, timeout):
-            reply = unpack(blob)
-            assert isinstance(reply, Reply), reply
-            struck = random.Random(f"{self.seed} {self.calls} {client}").random() < self.probability
-            if struck and (self.clients is None or client in self.clients):
-                yield from ((client, each) for each in self.fault(reply))
+            reply, job = unpack(blob), unpack(jobs[client])
+            assert isinstance(reply, Reply) and isinstance(job, Job), reply
+            hit = random.Random(f"{self.seed} {self.calls} {client}").random() < self.probability
+            if hit and (self.clients is None or client in self.clients):
+                yield from ((client, each) for each in self.fault(reply, job))
             else:
                 yield client, blob
 
@@ -99,7 +114,7 @@ class Faulty:
 
 
 class Straggling(Faulty):
-    """Some clients take longer than the others."""
+    """Some clients take longer than the others, and so come last, as they would where all train at once."""
 
     def __init__(self, inner: Any, clients: Iterable[int], seconds: float) -> None:
         super().__init__(inner, silent, clients)
@@ -115,4 +130,43 @@ class Straggling(Faulty):
         inner.worker.answer = slow
 
     def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes]]:
-        yield from self.inner.exchange(jobs, timeout)
+        slow = self.clients or set()
+        yield from self.inner.exchange({c: jobs[c] for c in sorted(jobs, key=lambda c: (c in slow, c))}, timeout)
+
+
+# ------------------------------------------------------------------------------------------------------------ the server
+@contextmanager
+def struck(moment: str, number: int, strike: Callable[[], Any]) -> Iterator[None]:
+    """`strike` comes in a round: once one client has answered, with half of the checkpoint written, or with all of it."""
+    exchange, save, save_file = InProcess.exchange, State.save, rounds.save_file
+
+    def within_a_round(
+        self: InProcess, jobs: Mapping[int, bytes], timeout: float | None
+    ) -> Iterator[tuple[int, bytes]]:
+        for client, blob in exchange(self, jobs, timeout):
+            yield client, blob
+            job = unpack(jobs[client])
+            if isinstance(job, Job) and job.round == number:
+                strike()
+
+    def within_a_checkpoint(tensors: Any, file: Path, words: Mapping[str, str]) -> None:
+        if json.loads(words["state"])["round"] == number:
+            file.write_bytes(b"half of it")
+            strike()
+        save_file(tensors, file, words)
+
+    def between_rounds(self: State, file: Path) -> None:
+        save(self, file)
+        if self.round == number:
+            strike()
+
+    with {
+        "within a round": patch.object(InProcess, "exchange", within_a_round),
+        "within a checkpoint": patch.object(rounds, "save_file", within_a_checkpoint),
+        "between rounds": patch.object(State, "save", between_rounds),
+    }[moment]:
+        yield
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -61,13 +61,11 @@ def curves(out: Path) -> list[dict[str, Any]]:
     return Run.open(out).read_curves()
 
 
-def test_a_second_answer_changes_nothing(config: Make, with_transport: Any, tmp_path: Path) -> None:
-    clean = config(out=tmp_path / "clean")
-    federate(clean)
+def test_a_second_answer_changes_nothing(config: Make, once: Callable[..., Path], with_transport: Any) -> None:
+    clean = once()
     with_transport(lambda inner: Faulty(inner, FAULTS["answered twice"]))
-    again = config(out=tmp_path / "twice")
-    federate(again)
-    files = [load_file(each.out / "adapter" / "adapter_model.safetensors") for each in (clean, again)]
+    federate(config())
+    files = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (clean, config().out)]
     assert all(torch.equal(files[0][n], files[1][n]) for n in files[0])
 
 
@@ -88,11 +86,9 @@ def test_a_round_below_the_quorum_is_repeated_with_other_clients(config: Make, w
 
 
 def test_too_few_clients_again_and_again_stop_the_run_which_then_resumes(
-    config: Make, with_transport: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    config: Make, once: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = config(out=tmp_path / "whole")
-    federate(whole)
-    settings = config(out=tmp_path / "stopped")
+    settings = config()
     calls: list[int] = []
 
     class Dying(Faulty):
@@ -108,7 +104,7 @@ def test_too_few_clients_again_and_again_stop_the_run_which_then_resumes(
             federate(settings)
     assert len(calls) == 4
     federate(replace(settings, resume=True))
-    files = [load_file(each.out / "adapter" / "adapter_model.safetensors") for each in (whole, settings)]
+    files = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (once(), settings.out)]
     assert all(torch.equal(files[0][n], files[1][n]) for n in files[0])
 
 

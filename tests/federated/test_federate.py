@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,27 +11,35 @@ from typing import Any
 
 import pytest
 import torch
+from faulty import full_disk, struck
+from rich.filesize import decimal
 from safetensors.torch import load_file
 from torch import Tensor
 
+from federation import write
 from smartmops.compression.base import load_base
+from smartmops.federated import client as client_module
 from smartmops.federated import federate as module
-from smartmops.federated import rounds as rounds_module
 from smartmops.federated.admission import admitted
 from smartmops.federated.client import arrays_of
-from smartmops.federated.federate import FederateConfig, InProcess, federate
+from smartmops.federated.federate import FederateConfig, InProcess, federate, worker_of
 from smartmops.federated.messages import Hello, pack
-from smartmops.federated.rounds import State, chosen, seed_of
+from smartmops.federated.rounds import chosen, seed_of
 from smartmops.training.baselines import load_run
 from smartmops.training.runs import Run, versions
 from smartmops.training.task import Task
 from smartmops.training.trainer import Schedule, fit
 
 Make = Callable[..., FederateConfig]
+Once = Callable[..., Path]
 
 
 class Killed(BaseException):
     """As kill -9."""
+
+
+def killed() -> None:
+    raise Killed
 
 
 def adapter(out: Path) -> dict[str, Tensor]:
@@ -58,7 +66,9 @@ def test_one_client_that_holds_everything_trains_as_the_centre_does(config: Make
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
 
 
-def test_rounds_lower_the_perplexity_and_every_byte_is_counted(config: Make) -> None:
+def test_rounds_lower_the_perplexity_and_every_byte_is_counted_and_told(
+    config: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = config(rounds=4, local_steps=10)
     metrics = federate(settings)
     first, *others = metrics["rounds"]
@@ -68,9 +78,16 @@ def test_rounds_lower_the_perplexity_and_every_byte_is_counted(config: Make) -> 
         assert (row["clients_ok"], row["clients_failed"]) == (3, 0)
         assert row["bytes_up"] > 3 * 4 * metrics["trainable_parameters"] and row["bytes_down"] > row["bytes_up"]
         assert len(row["mass"]) == 2 and sum(row["mass"]) == pytest.approx(1)
-        assert -1 <= row["drift"]["cosine_mean"] <= 1
+        assert -1 <= row["drift"]["cosine_mean"] <= 1 and row["drift"]["distance_mean"] > 0
+        assert row["perplexity"]["per_task"].keys() == {"a", "b"}
     assert metrics["bytes_up"] == sum(row["bytes_up"] for row in others)
+    down, up = (decimal(metrics[name]) for name in ("bytes_down", "bytes_up"))
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"round {number}: 3 answers, 0 failed; " in told for number in (1, 2, 3, 4))
+    assert f"{decimal(metrics['bytes_down'] + metrics['bytes_up'])} so far; perplexity" in told
+    assert f"sent to clients {down}, received {up} in 4 rounds; 0 answers failed" in told
     run = Run.open(settings.out)
+    assert all(len(row["gates"]["a"]) == 2 for row in run.read_curves())
     assert [row["step"] for row in run.read_curves()] == [0, 1, 2, 3, 4]
     gates = run.read_gates()
     assert gates is not None and gates["experts"] == ["a", "b"] and {"before", "during", "after"} <= gates.keys()
@@ -87,89 +104,52 @@ def test_the_adapter_of_a_finished_run_gives_the_perplexity_it_reports(config: M
 
 
 @pytest.mark.parametrize("aggregation", ["uniform", "fedadam", "trimmed-mean", "median", "expert-weighted"])
-def test_every_aggregation_goes_end_to_end(config: Make, tmp_path: Path, aggregation: str) -> None:
-    plain = config(out=tmp_path / "plain")
-    federate(plain)
-    other = config(out=tmp_path / "other", aggregation=aggregation)
+def test_every_aggregation_goes_end_to_end(config: Make, once: Once, aggregation: str) -> None:
+    other = config(aggregation=aggregation)
     metrics = federate(other)
     assert torch.isfinite(torch.tensor(metrics["perplexity"]["overall"]))
-    assert not same(adapter(plain.out), adapter(other.out))
+    assert not same(adapter(once()), adapter(other.out))
 
 
-@pytest.mark.parametrize("options", [{}, {"aggregation": "fedadam"}, {"server_steps": 2}, {"method": "fedlora"}])
-@pytest.mark.parametrize("moment", ["between rounds", "within a round", "before the first"])
+ALONG = ({}, {"aggregation": "fedadam"}, {"server_steps": 2}, {"method": "fedlora"})
+KILLS = [(moment, number, options) for moment, number in (("between rounds", 2), ("within a round", 2), ("within a round", 1))
+         for options in ALONG]  # fmt: skip
+
+
+@pytest.mark.parametrize(("moment", "number", "options"), [*KILLS, ("within a checkpoint", 2, {})])
 def test_a_killed_server_resumes_to_the_same_arrays(
-    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], moment: str
+    config: Make, once: Once, moment: str, number: int, options: dict[str, Any]
 ) -> None:
-    whole = config(out=tmp_path / "whole", **options)
-    federate(whole)
-    settings = config(out=tmp_path / "killed", **options)
-    with monkeypatch.context() as patch:
-        kill(patch, moment)
-        with pytest.raises(Killed):
-            federate(settings)
+    whole, settings = once(**options), config(**options)
+    with struck(moment, number, killed), pytest.raises(Killed):
+        federate(settings)
     metrics = federate(replace(settings, resume=True))
-    assert same(adapter(whole.out), adapter(settings.out))
-    wanted = json.loads((whole.out / "metrics.json").read_text())
+    assert same(adapter(whole), adapter(settings.out))
+    wanted = json.loads((whole / "metrics.json").read_text())
     timeless = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in each["rounds"]] for each in (wanted, metrics)
+        [{k: v for k, v in row.items() if k not in ("seconds", "bytes_up")} for row in each["rounds"]]
+        for each in (wanted, metrics)  # an answer says how long it took, in as many digits as that needs
     ]
     assert timeless[0] == timeless[1]
     assert [r["step"] for r in Run.open(settings.out).read_curves()] == [0, 1, 2, 3]
 
 
-def kill(patch: pytest.MonkeyPatch, moment: str) -> None:
-    calls: list[int] = []
-
-    def exchange(self: InProcess, jobs: Any, timeout: Any) -> Any:
-        for answer in InProcess_exchange(self, jobs, timeout):
-            calls.append(1)
-            if len(calls) == {"within a round": 5, "before the first": 1}.get(moment):
-                raise Killed
-            yield answer
-
-    def save(self: State, file: Path) -> None:
-        State_save(self, file)
-        if self.round == 2:
-            raise Killed
-
-    InProcess_exchange, State_save = InProcess.exchange, State.save
-    patch.setattr(InProcess, "exchange", exchange)
-    if moment == "between rounds":
-        patch.setattr(State, "save", save)
-
-
-def test_a_full_disk_at_a_checkpoint_loses_nothing(
-    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = config(out=tmp_path / "whole")
-    federate(whole)
-    settings = config(out=tmp_path / "full")
-    writes: list[int] = []
-    real = rounds_module.save_file
-
-    def full(tensors: Any, file: Path, metadata: Any) -> None:
-        writes.append(1)
-        if len(writes) == 3:
-            file.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, file, metadata)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rounds_module, "save_file", full)
-        with pytest.raises(OSError, match=r"checkpoint of round 2 .*No space left.*--resume"):
-            federate(settings)
+def test_a_full_disk_at_a_checkpoint_loses_nothing(config: Make, once: Once) -> None:
+    settings = config()
+    with (
+        struck("within a checkpoint", 2, full_disk),
+        pytest.raises(OSError, match=r"checkpoint of round 2 .*No space left.*--resume"),
+    ):
+        federate(settings)
     assert [file.name for file in (settings.out / "checkpoints").iterdir()] == ["round.safetensors"]
     federate(replace(settings, resume=True))
-    assert same(adapter(whole.out), adapter(settings.out))
+    assert same(adapter(once()), adapter(settings.out))
 
 
-def test_a_damaged_checkpoint_is_named(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_checkpoint_is_named(config: Make) -> None:
     settings = config()
-    with monkeypatch.context() as patch:
-        kill(patch, "between rounds")
-        with pytest.raises(Killed):
-            federate(settings)
+    with struck("between rounds", 2, killed), pytest.raises(Killed):
+        federate(settings)
     file = settings.out / "checkpoints" / "round.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"round\.safetensors is damaged .* remove it"):
@@ -206,16 +186,16 @@ def test_the_server_trains_on_its_own_examples_between_rounds(config: Make, tmp_
     assert helped["perplexity"]["overall"] < alone["perplexity"]["overall"]
 
 
-def test_half_precision_halves_what_is_sent_and_ends_close_by(config: Make, tmp_path: Path) -> None:
-    whole = federate(config(out=tmp_path / "whole", experts=2, prompts_per_expert=40))
-    half = federate(config(out=tmp_path / "half", experts=2, prompts_per_expert=40, payload="float16"))
+def test_half_precision_halves_what_is_sent_and_ends_close_by(config: Make, once: Once) -> None:
+    whole = Run.open(once(prompts_per_expert=40)).read_metrics()
+    half = federate(config(prompts_per_expert=40, payload="float16"))
     assert half["bytes_up"] < 0.65 * whole["bytes_up"] and half["bytes_down"] < 0.7 * whole["bytes_down"]
     assert half["perplexity"]["overall"] == pytest.approx(whole["perplexity"]["overall"], rel=0.02)
 
 
-def test_fewer_experts_are_fewer_bytes(config: Make, tmp_path: Path) -> None:
-    whole = federate(config(out=tmp_path / "whole", prompts_per_expert=40))
-    some = federate(config(out=tmp_path / "some", prompts_per_expert=40, share_above=0.55))
+def test_fewer_experts_are_fewer_bytes(config: Make, once: Once) -> None:
+    whole = Run.open(once(prompts_per_expert=40)).read_metrics()
+    some = federate(config(prompts_per_expert=40, share_above=0.55))
     assert some["bytes_up"] < 0.9 * whole["bytes_up"]
 
 
@@ -237,6 +217,55 @@ def test_what_cannot_work_is_refused_before_any_training(
     monkeypatch.setattr(module, "train_locally", lambda *args: pytest.fail("trained"))
     with pytest.raises(ValueError, match=said):
         federate(config(**options))
+
+
+def test_other_bases_tasks_and_versions_are_refused_before_any_training(
+    config: Make, clients_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "train_locally", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr(client_module, "train_locally", lambda *args: pytest.fail("trained"))
+    other, tokenizer = load_base(config().model)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[7] += 1e-3  # one weight of the base, by a little
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    elsewhere = worker_of(config(model=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="another base model or tokenizer"):
+        federate(config(out=tmp_path / "a"), lambda _: InProcess(elsewhere))
+    files = tmp_path / "clients"
+    shutil.copytree(clients_folder, files)
+    write(files / "zoo.jsonl", [{"instruction": "Zebra.", "response": "Z", "category": "z"}])
+    with pytest.raises(ValueError, match="'zoo' holds category 'z', which the gate does not know"):
+        federate(config(out=tmp_path / "b", clients_data=files))
+    monkeypatch.setattr(client_module, "versions", lambda: versions() | {"torch": "1.0"})
+    with pytest.raises(ValueError, match=r"runs torch 1\.0, the server"):
+        federate(config(out=tmp_path / "c"))
+
+
+def test_a_client_without_examples_is_refused_before_any_training(
+    config: Make, clients_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "train_locally", lambda *args: pytest.fail("trained"))
+    files = tmp_path / "clients"
+    shutil.copytree(clients_folder, files)
+    write(files / "none.jsonl", [])
+    with pytest.raises(ValueError, match=r"none\.jsonl holds no examples"):
+        federate(config(out=tmp_path / "a", clients_data=files))
+    write(files / "none.jsonl", [{"instruction": "apple " * 90, "response": "A", "category": "a"}])  # too long for any
+    with pytest.raises(ValueError, match=r"1 of 4 clients hold no examples \(the first: none\)"):
+        federate(config(out=tmp_path / "b", clients_data=files))
+
+
+def test_the_gate_is_pretrained_on_instructions_of_the_server_that_nobody_labelled(
+    config: Make, clients_folder: Path, two_tasks: Path, tmp_path: Path
+) -> None:
+    unlabelled = [json.loads(line) for line in two_tasks.read_text().splitlines()]
+    data = write(tmp_path / "server.jsonl", [{k: v for k, v in row.items() if k != "category"} for row in unlabelled])
+    metrics = federate(config(data=str(data), clients_data=clients_folder, gate_pretraining="clusters"))
+    gates = Run.open(config().out).read_gates()
+    assert gates is not None and len(gates["experts"]) == 2
+    assert metrics["gate_pretraining_accuracy"] > 0.9 and metrics["clients"] == 3
+    assert metrics["perplexity"]["overall"] < metrics["rounds"][0]["perplexity"]["overall"]
 
 
 def hello(**changes: Any) -> bytes:

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from faulty import Faulty, magnified
 from scipy import optimize, stats
 
-from smartmops.federated.federate import FederateConfig, federate
+from smartmops.federated import federate as module
+from smartmops.federated.federate import FederateConfig, InProcess, federate
 from smartmops.federated.privacy import PrivacyConfig, Private, _normal
+from smartmops.federated.rounds import State
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed: pip install 'smartmops[privacy]'")
 LIKE = {"a": torch.zeros(40, 50), "b": torch.zeros(3)}
@@ -121,7 +124,7 @@ def test_a_budget_for_less_than_one_round_and_a_loose_delta_are_told() -> None:
 
 
 def test_a_private_federation_ends_at_its_budget_and_says_nothing_of_clients(
-    config: Callable[..., FederateConfig],
+    config: Callable[..., FederateConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = config(rounds=12, noise_multiplier=3.0, clip_norm=0.5, delta=1e-2, epsilon_budget=0.8)
     metrics = federate(settings)
@@ -129,5 +132,21 @@ def test_a_private_federation_ends_at_its_budget_and_says_nothing_of_clients(
     assert 1 <= len(rounds) < 12 and all(row["epsilon"] <= 0.8 for row in rounds)
     assert [row["epsilon"] for row in rounds] == sorted(row["epsilon"] for row in rounds)
     assert not {"loss", "drift", "mass"} & set().union(*rounds)
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"epsilon {row['epsilon']:.3f}" in told for row in rounds) and "privacy budget" in told
+    kept = State.load(settings.out / "checkpoints" / "round.safetensors")
+    assert kept is not None and kept.private is not None and kept.private["rounds"] == len(rounds)
+    assert [row.get("epsilon") for row in kept.rows[1:]] == [row["epsilon"] for row in rounds]
     again = federate(replace(settings, resume=True))
     assert again == metrics
+
+
+def test_under_privacy_no_update_is_judged_by_those_of_others(
+    config: Callable[..., FederateConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a client more could throw another one out, and the sum would move by more than what is accounted for."""
+    monkeypatch.setattr(module, "InProcess", lambda worker: Faulty(InProcess(worker), magnified, clients=[1]))
+    options: dict[str, Any] = {"rounds": 1, "clients": 4, "clients_per_round": 4}
+    assert federate(config(**options))["clients_failed"] == 1
+    settings = config(**options, noise_multiplier=3.0, delta=1e-2)
+    assert federate(replace(settings, out=settings.out.with_name("private")))["clients_failed"] == 0

@@ -26,6 +26,7 @@ def test_a_simulation_ends_with_the_bits_of_plain_calls(config: Make, tmp_path: 
     assert wanted.keys() == arrays.keys() and all(torch.equal(wanted[name], arrays[name]) for name in wanted)
     assert found["perplexity"] == plain["perplexity"]
     assert found["bytes_down"] == plain["bytes_down"]
+    assert found["holdings"] == plain["holdings"]
 
 
 def test_errors_come_through_as_they_are(config: Make) -> None:

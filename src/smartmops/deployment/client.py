@@ -36,6 +36,7 @@ from smartmops.training.task import TaskConfig
 console = Console()
 
 ATTEMPTS, PAUSE, LASTING = 4, 5.0, 60.0  # of starting the SuperNode; seconds between; seconds after which it counts
+POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; every message waits for it on either side
 Answer = Callable[[str, bytes], bytes]  # kind and blob in, blob out
 
 
@@ -55,7 +56,9 @@ class ClientConfig:
 
 
 def federate_client(config: ClientConfig) -> int:
-    """Load model and data, then answer until Ctrl+C, or the server is gone for `max_wait` s; Flower's exit status.
+    """Load model and data, then answer one server after another until Ctrl+C, or none is there for `max_wait` s.
+
+    Returns Flower's exit status.
 
     Raises:
         ValueError: the address, the keys or the data are wrong.
@@ -137,15 +140,18 @@ def serving(path: str, answer: Answer) -> Iterator[None]:
 
 
 def _lasting(config: ClientConfig, path: str) -> int:
-    """Flower's exit status once its SuperNode has ended for good."""
-    for _ in range(ATTEMPTS):
+    """Flower's exit status once its SuperNode has ended for good; never 0, for nobody asked it to."""
+    left, status = ATTEMPTS, 0
+    while left:
         started = time.monotonic()
         with forwarding(node := supernode(config, path)):
             status = node.wait()
-        if status == 0 or time.monotonic() - started > LASTING:
+        lasted = time.monotonic() - started > LASTING
+        if lasted and status:  # nobody was there for `max_wait`
             break
-        time.sleep(PAUSE)  # a server that has just come up may not know this client's key yet
-    return status
+        left = ATTEMPTS if lasted else left - 1  # a new server sends nodes of the last one away, with status 0
+        time.sleep(PAUSE if left else 0)  # one that has just come up may not know this client's key yet
+    return status or 1
 
 
 def supernode(config: ClientConfig, path: str) -> subprocess.Popen[bytes]:
@@ -164,7 +170,7 @@ def surroundings(home: Path) -> dict[str, str]:
     """The environment of Flower's programs: they keep what they know in `home`, and look for one another on PATH."""
     own = str(Path(sys.executable).parent)  # on nobody's PATH where the virtual environment is not activated
     path = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
-    return os.environ | QUIET | {"FLWR_HOME": str(home.resolve()), "PATH": path}
+    return POLLING | os.environ | QUIET | {"FLWR_HOME": str(home.resolve()), "PATH": path}
 
 
 def beside(program: str) -> str:

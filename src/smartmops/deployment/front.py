@@ -80,6 +80,11 @@ class Front:
         self.seen[signature] = now
         return True
 
+    async def close(self) -> None:
+        """Hang up on the SuperLink, which would otherwise wait half a minute for it before it ends."""
+        if self._client is not None:
+            await self._client.aclose()
+
     def _upstream(self) -> Any:
         import httpx
 
@@ -109,7 +114,14 @@ def standing(front: Front, host: str, port: int, certificate: Path, key: Path) -
     # Made here: uvicorn's own way would end this whole process where a port is taken.
     with socket.create_server((host, port)) as listener:
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
+
+        async def run() -> None:
+            try:
+                await server.serve([listener])
+            finally:
+                await front.close()
+
+        thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
         thread.start()
         try:
             yield

@@ -136,24 +136,30 @@ def _superlink(config: ServerConfig, home: Path) -> Iterator[None]:
         link = subprocess.Popen(command, env=surroundings(home), stdout=log, stderr=log)
     front = Front(f"https://{address}", certificate, 1_000_000 * config.message_limit)
     with forwarding(link):
+        _listening(port, home, link)
         for key in sorted((keys / "clients").glob("*.pub")):
-            _registered(key, home, link)
+            _register(key, home)
         with standing(front, config.host, config.port, keys / "server.crt", keys / "server.key"):
             console.print(f"listening on {config.host}:{config.port} for {config.clients} clients; Flower's log is "
                           f"{home / 'superlink.log'}")  # fmt: skip
             yield
 
 
-def _registered(key: Path, home: Path, link: subprocess.Popen[bytes]) -> None:
+def _listening(port: int, home: Path, link: subprocess.Popen[bytes]) -> None:
+    """Returns once the SuperLink takes calls."""
     end = time.monotonic() + STARTING
-    while True:
-        found = _flwr(["supernode", "register", str(key), "--name", key.stem], home)
-        if found.returncode == 0 or "already" in found.stdout.lower():
+    while link.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
-        if link.poll() is not None or time.monotonic() > end:
-            raise ConnectionError(f"Flower's SuperLink did not start or did not take the key {key}: see "
-                                  f"{home / 'superlink.log'} ({' '.join(found.stdout.split())[-300:]})")  # fmt: skip
-        time.sleep(0.5)
+        time.sleep(0.1)
+    raise ConnectionError(f"Flower's SuperLink did not start: see {home / 'superlink.log'}")
+
+
+def _register(key: Path, home: Path) -> None:
+    found = _flwr(["supernode", "register", str(key), "--name", key.stem], home)
+    if found.returncode and "already" not in found.stdout.lower():
+        raise ConnectionError(f"Flower's SuperLink did not take the key {key}: see {home / 'superlink.log'} "
+                              f"({' '.join(found.stdout.split())[-300:]})")  # fmt: skip
 
 
 def _flwr(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:

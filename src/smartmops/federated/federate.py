@@ -173,15 +173,16 @@ def federate(config: FederateConfig, connect: Callable[[FederateConfig], Transpo
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer)
     task = Task.load(config.central(), base, tokenizer)
-    held = holdings_of(config, task) if connect is None else None
+    here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
+    held = holdings_of(config, task) if here else None
     frozen = evaluate(task.base, task.test, task.collator, progress=True)
     model, names, accuracy = task.adapt(config.central(), config, config.seed)
     layout = Layout(*split_by_expert(model))
     check(config, layout)
-    if held is not None:
+    if connect is None:
+        assert held is not None
         transport: Transport = InProcess(Worker(held.task, held.rows, held.names, fingerprint, model))
     else:
-        assert connect is not None
         transport = connect(config)
     try:
         members = admitted(transport.hello(), config, fingerprint, names if len(names) > 1 else [])

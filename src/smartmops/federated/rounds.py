@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from smartmops.training.evaluate import Evaluation
 
-from .aggregation import Aggregator, Layout, Update, admit, drift
+from .aggregation import AggregationConfig, Aggregator, Layout, Update, admit, drift
 from .messages import Failure, Job, Local, Transport, pack
 from .privacy import Private
 
@@ -72,7 +73,7 @@ class State:
         tensors = {f"arrays/{n}": v for n, v in self.arrays.items()} | {
             f"server/{n}": v for n, v in self.server.items()
         }
-        beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        beside = file.with_name(f".{file.name}.tmp")  # always the same, so that a kill leaves one behind, not many
         try:
             save_file(
                 {name: value.contiguous() for name, value in tensors.items()}, beside, {"state": json.dumps(words)}
@@ -175,7 +176,7 @@ class Server:
         self.aggregator.load(state.server)
         if self.private is not None and state.private is not None:
             self.private.load(state.private)
-        with Progress(transient=True) as bar:
+        with Progress(console=console, transient=True) as bar:
             line = bar.add_task("rounds", total=self.config.rounds, completed=state.round)
             if not state.rows:
                 state.rows.append({"step": 0, "round": 0, **self._seen(state.arrays)})
@@ -186,12 +187,13 @@ class Server:
                         f"privacy budget: another round would exceed it, so training ends after {state.round}"
                     )
                     break
-                self._round(state, bar, line)
+                self._round(state)
                 keep(state)
-                bar.update(line, completed=state.round, description=_described(state.rows[-1]))
+                console.print(_told(state.rows))
+                bar.update(line, completed=state.round)
         return state
 
-    def _round(self, state: State, bar: Progress, line: Any) -> None:
+    def _round(self, state: State) -> None:
         number, started = state.round + 1, time.perf_counter()
         down, up, failures = 0, 0, list[Failure]()
         for attempt in range(self.config.attempts):
@@ -240,7 +242,10 @@ class Server:
         jobs = {client: self._job(sent, number, client) for client in asked}
         answers = list(self.transport.exchange(jobs, self.config.timeout)) if jobs else []
         received = {name: value.float() for name, value in sent.items()}
-        updates, failures = admit(answers, received, dict.fromkeys(asked, number), self.layout, self.aggregator.config)
+        limits = self.aggregator.config
+        if self.private is not None:  # whether one client's update counts must not depend on the others'
+            limits = AggregationConfig(norm_limit=math.inf)
+        updates, failures = admit(answers, received, dict.fromkeys(asked, number), self.layout, limits)
         answered = {client for client, _ in answers}
         failures += [Failure(number, client, "no answer" + ("" if self.config.timeout is None else
                                                             f" within {self.config.timeout:g} s"))
@@ -268,6 +273,15 @@ def _of_clients(updates: Sequence[Update]) -> dict[str, Any]:
     return row
 
 
-def _described(row: Mapping[str, Any]) -> str:
-    seen = f", perplexity {row['eval_perplexity']:.3f}" if "eval_perplexity" in row else ""
-    return f"round {row['round']}{seen}"
+def _told(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The last round in a line: who answered, what travelled, what came of it, and what privacy it has cost so far."""
+    row, travelled = rows[-1], sum(each.get("bytes_down", 0) + each.get("bytes_up", 0) for each in rows)
+    said = [
+        f"{row['clients_ok']} answers, {row['clients_failed']} failed",
+        f"{decimal(row['bytes_down'])} sent, {decimal(row['bytes_up'])} received, {decimal(travelled)} so far",
+    ]
+    if "eval_perplexity" in row:
+        said.append(f"perplexity {row['eval_perplexity']:.3f}")
+    if "epsilon" in row:
+        said.append(f"epsilon {row['epsilon']:.3f}")
+    return f"round {row['round']}: " + "; ".join(said)

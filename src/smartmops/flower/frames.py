@@ -17,7 +17,7 @@ def send(to: socket.socket, words: dict[str, Any], blobs: Sequence[bytes] = ()) 
     """One frame; blocks until it is handed over."""
     header = json.dumps({"words": words, "sizes": [len(blob) for blob in blobs]}).encode()
     to.sendall(len(header).to_bytes(8, "big") + header)
-    for blob in blobs:
+    for blob in filter(None, blobs):  # whoever has read a whole frame may hang up, and then nothing can be sent of it
         to.sendall(blob)
 
 
