@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 
 from smartmops.evidence import paper
+from smartmops.federated.federate import FederateConfig
+from smartmops.training.trainer import TrainConfig
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "experiments" / "evidence"
 NUMERAL = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 # A mean with its deviation is one number: both must be of the same runs. A sign counts where a number may begin.
 NUMBER = re.compile(rf"(?:(?<![\w.,)%])[+-])?{NUMERAL}(?: ± {NUMERAL})?")
 INLINE = {"wbr", "code", "span", "a", "b", "strong", "em", "i", "small", "sup", "sub"}  # do not end a word
+CONFIGS: dict[str, Any] = {"train": TrainConfig, "federate": FederateConfig}
 UNSHOWN = {"rounds", "holdings"}  # metrics that stand in no table
 
 Result = dict[str, Any]
@@ -176,9 +180,11 @@ def groups(results: Sequence[Result]) -> dict[tuple[str, ...], Runs]:
     """Runs that differ in their seed alone."""
     found: dict[tuple[str, ...], Runs] = {}
     for each in results:
+        # A result older than a setting was made as that setting's default makes it.
+        defaults = {f.name: f.default for f in fields(CONFIGS[each["command"]]) if f.default is not MISSING}
         key = (
             *(each[name] for name in ("data", "base", "method", "command")),
-            json.dumps(each["settings"], sort_keys=True),
+            json.dumps(defaults | each["settings"], sort_keys=True, default=str),
         )
         found.setdefault(key, {})[each["seed"]] = each
     return found
