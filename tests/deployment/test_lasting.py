@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,7 @@ LONG, SHORT = 0.6, 0.0
     [
         ([(SHORT, 1)] * 4, 1),  # it cannot start
         ([(SHORT, 0)] * 4, 1),  # it is sent away again and again
-        ([(SHORT, 1), (LONG, 7)], 7),  # the server had just come up; later it was gone for `max_wait`
-        ([(LONG, 0), (SHORT, 1), (LONG, 0), (LONG, 3)], 3),  # two new servers, one after the other
+        ([(SHORT, 1), (SHORT, 1), (LONG, 0), *[(SHORT, 7)] * 4], 7),  # the server had just come up; later it is another
     ],
 )
 def test_a_supernode_is_started_again_until_it_cannot_be(
@@ -37,3 +39,24 @@ def test_a_supernode_is_started_again_until_it_cannot_be(
     own = ClientConfig(model="tiny", data=Path("x.jsonl"), server="localhost:1", keys=Path("keys"))
     assert module._lasting(own, "unused") == status
     assert next(to_come, None) is None
+
+
+def test_a_client_ends_when_nobody_listens_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ASKING", 0.1)
+    nodes: list[subprocess.Popen[bytes]] = []
+
+    def started(config: ClientConfig, path: str) -> subprocess.Popen[bytes]:
+        nodes.append(subprocess.Popen(["sleep", "60"]))
+        return nodes[-1]
+
+    monkeypatch.setattr(module, "supernode", started)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        own = ClientConfig(
+            model="tiny", data=Path("x.jsonl"), server=f"127.0.0.1:{port}", keys=Path("keys"), max_wait=0.5
+        )
+        closing = threading.Timer(1.5, listener.close)
+        closing.start()
+        began = time.monotonic()
+        assert module._lasting(own, "unused") == 1
+    assert time.monotonic() - began > 1.9 and [node.poll() is not None for node in nodes] == [True]

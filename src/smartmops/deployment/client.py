@@ -36,6 +36,7 @@ from smartmops.training.task import TaskConfig
 console = Console()
 
 ATTEMPTS, PAUSE, LASTING = 4, 5.0, 60.0  # of starting the SuperNode; seconds between; seconds after which it counts
+ASKING = 5.0  # seconds between looks whether the server is there
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; every message waits for it on either side
 Answer = Callable[[str, bytes], bytes]  # kind and blob in, blob out
 
@@ -58,7 +59,7 @@ class ClientConfig:
 def federate_client(config: ClientConfig) -> int:
     """Load model and data, then answer one server after another until Ctrl+C, or none is there for `max_wait` s.
 
-    Returns Flower's exit status.
+    Returns an exit status.
 
     Raises:
         ValueError: the address, the keys or the data are wrong.
@@ -141,17 +142,42 @@ def serving(path: str, answer: Answer) -> Iterator[None]:
 
 def _lasting(config: ClientConfig, path: str) -> int:
     """Flower's exit status once its SuperNode has ended for good; never 0, for nobody asked it to."""
-    left, status = ATTEMPTS, 0
+    server, left, status = Presence(config.server), ATTEMPTS, 0
     while left:
         started = time.monotonic()
         with forwarding(node := supernode(config, path)):
-            status = node.wait()
-        lasted = time.monotonic() - started > LASTING
-        if lasted and status:  # nobody was there for `max_wait`
-            break
-        left = ATTEMPTS if lasted else left - 1  # a new server sends nodes of the last one away, with status 0
-        time.sleep(PAUSE if left else 0)  # one that has just come up may not know this client's key yet
+            ended = node.wait() if config.max_wait is None else _watched(node, server, config.max_wait)
+        if ended is None:
+            console.print(f"nobody has listened at {config.server} for {config.max_wait:g} s: this client ends")
+            return 1
+        # A new server sends nodes of the last one away; one that has just come up may not know this client's key yet.
+        status, left = ended, ATTEMPTS if time.monotonic() - started > LASTING else left - 1
+        time.sleep(PAUSE if left else 0)
     return status or 1
+
+
+class Presence:
+    """Whether somebody listens at an address, and when somebody last did."""
+
+    def __init__(self, server: str) -> None:
+        host, _, port = server.rpartition(":")
+        self.address, self.seen = (host.strip("[]"), int(port)), time.monotonic()
+
+    def missing(self) -> float:
+        """Seconds since somebody listened there, as far as we asked."""
+        with suppress(OSError), socket.create_connection(self.address, 1):
+            self.seen = time.monotonic()
+        return time.monotonic() - self.seen
+
+
+def _watched(node: subprocess.Popen[bytes], server: Presence, max_wait: float) -> int | None:
+    """The node's exit status; None once the server is gone for `max_wait`, after which Flower's own would hang."""
+    while True:
+        try:
+            return node.wait(ASKING)
+        except subprocess.TimeoutExpired:
+            if server.missing() > max_wait:
+                return None
 
 
 def supernode(config: ClientConfig, path: str) -> subprocess.Popen[bytes]:
@@ -161,8 +187,6 @@ def supernode(config: ClientConfig, path: str) -> subprocess.Popen[bytes]:
         "--auth-supernode-private-key", str(config.keys / "client.key"), "--node-config", f'socket="{path}"',
         "--port", str(free_port()),
     ]  # fmt: skip
-    if config.max_wait is not None:
-        command += ["--max-wait-time", str(config.max_wait)]
     return subprocess.Popen(command, env=surroundings(Path(path).parent / "flower"))
 
 
