@@ -27,7 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CLIENTS, TARGET = (10, 100, 1_000, 10_000), 0.05
-FULL = {"examples": 20_000, "rounds": 9, "local_steps": 50, "clients_per_round": 10}
+FULL = {"examples": 20_000, "rounds": 6, "local_steps": 20, "clients_per_round": 10}
 SMALL = {"examples": 20_000, "rounds": 3, "local_steps": 4, "clients_per_round": 10}
 WORDS = ("the", "answer", "of", "this", "question", "is", "a", "name", "for", "some", "text", "about", "sound", "and", "stone",
          "in", "reply", "to", "it")  # fmt: skip

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from federation import write
+from smartmops import cli
 from smartmops.compression.base import load_base
 from smartmops.federated import client as client_module
 from smartmops.federated import federate as module
@@ -170,6 +171,14 @@ def test_clients_can_bring_files_of_their_own(config: Make, clients_folder: Path
     assert metrics["clients"] == 3 and metrics["holdings"]["names"] == ["both", "only_a", "only_b"]
     assert metrics["holdings"]["table"] == {"a": [4, 8, 0], "b": [4, 0, 8]}
     assert metrics["perplexity"]["overall"] < metrics["rounds"][0]["perplexity"]["overall"]
+
+
+def test_the_command_draws_who_holds_what(config: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'smartmops[report]'")
+    settings = config(rounds=1)
+    cli.federate_command(settings)
+    assert (settings.out / "holdings.png").read_bytes().startswith(b"\x89PNG")
+    assert "who holds what" in capsys.readouterr().out
 
 
 def test_clients_without_examples_can_be_left_out(config: Make) -> None:
