@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -209,8 +209,3 @@ def _locked(file: Path, wait: bool) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def by_seed_first(make: Callable[[int], Iterable[Cell]], seeds: Sequence[int]) -> list[Cell]:
-    """All cells of the first seed, then those of the next: what a budget cuts off is spread, not a whole column."""
-    return [cell for seed in seeds for cell in make(seed)]
