@@ -89,7 +89,7 @@ class Lab:
 
     def __init__(self, config: BenchConfig) -> None:
         self.config, self.tokenizer = config, AutoTokenizer.from_pretrained(resolve("tiny"))
-        self.examples, _ = splits(config.data)
+        self.examples = list(splits(config.data)[0])
         random.Random(0).shuffle(self.examples)
         count = config.batches * config.batch_size
         found = encode_all(self.examples[: 2 * count + 100], self.tokenizer, config.max_length).rows

@@ -140,8 +140,8 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
     )  # fmt: skip
     task = Task.load(again, model, tokenizer)
-    rows = task.train + task.test if config.data else task.test
-    examples = task.train_examples + task.test_examples if config.data else task.test_examples
+    rows = [*task.train, *task.test] if config.data else task.test
+    examples = [*task.train_examples, *task.test_examples] if config.data else task.test_examples
     metrics = evaluate(model, rows, task.collator, config.batch_size, progress=True).metrics()
     _print_perplexity({"adapted": metrics["perplexity"]})
     if config.answers:

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from smartmops.data.stored import Stored
 from smartmops.training import trainer
 from smartmops.training.baselines import load_run
 from smartmops.training.evaluate import evaluate
@@ -207,3 +209,22 @@ def test_a_bfloat16_base_trains_prompts_in_float32_to_nearly_the_same_perplexity
     model, _, _ = load_run(tmp_path / "half")
     assert model.dtype == torch.bfloat16
     assert model.base_model.layer().mops_prompts["default"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "mops"},
+        {"method": "mops", "activations": "off", "hold_out": "a", "experts": 1},
+        {"method": "mops", "recovery_prompts": 2, "recovery_steps": 2, "limit": 30, "gate_pretraining": "clusters"},
+        {"method": "lora"},
+    ],
+)
+def test_rows_on_disk_train_to_the_same_bits(config: Make, tmp_path: Path, settings: dict[str, Any]) -> None:
+    here = config(**settings)
+    there = config(**settings, out=tmp_path / "there", rows=str(tmp_path / "rows"))
+    assert isinstance(Task.load(there).train, Stored)
+    assert train(there) == train(here)
+    one, other = adapter(here.out), adapter(there.out)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert list((tmp_path / "rows").iterdir()) == []

@@ -55,7 +55,7 @@ def load(data: str, limit: int | None = None, test_share: float = 0.1, seed: int
     if data.endswith(TEXT_ENDINGS):
         return plain(data)
     train, test = splits(data or "office", limit, test_share, seed)
-    return Text([_written(example) for example in train], test, data or "office")
+    return Text([_written(example) for example in train], list(test), data or "office")
 
 
 def plain(file: str | Path) -> Text:

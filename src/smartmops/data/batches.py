@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from smartmops.tuner.packed import IGNORED
 
 from .example import Example
+from .stored import BATCH, store
 
 
 def prompt_text(example: Example) -> str:
@@ -38,6 +42,12 @@ class Encoded:
     gate_embedding: Float[Tensor, " width"] | None = None  # what an external embedder makes of the instruction
 
 
+ROWS = pa.schema({
+    "input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "category": pa.large_string(),
+    "tokens_cut": pa.int32(), "shots": pa.int32(), "gate_embedding": pa.list_(pa.float32()),
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Truncation:
     """What a maximal length cost. Callers print it."""
@@ -58,7 +68,7 @@ class Truncation:
 class Encoding:
     """Rows and the report on what did not fit."""
 
-    rows: list[Encoded]
+    rows: Sequence[Encoded]
     truncation: Truncation
     kept: list[int]  # index of each row's example
 
@@ -75,24 +85,47 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     return _row(example, *_tokens([example], tokenizer)[0], tokenizer, max_length)
 
 
-def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
+def encode_all(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    embed: Callable[[Sequence[str]], Sequence[Sequence[float]]] | None = None,
+    folder: Path | None = None,
+) -> Encoding:
     """`encode` of every example that fits `max_length` tokens, and a count of what was cut and dropped.
 
+    Args:
+        examples: Read once, a thousand at a time.
+        embed: Makes each row's `gate_embedding` of its instruction.
+        folder: Where the rows are written and memory-mapped from; None: a list of them.
+
     Raises:
-        ValueError: As `encode`; also if no example fits.
+        ValueError: As `encode`; also if no example fits, or the folder cannot hold the rows.
     """
-    rows, kept = [], []
-    for index, (example, tokens) in enumerate(zip(examples, _tokens(examples, tokenizer), strict=True)):
-        try:
-            rows.append(_row(example, *tokens, tokenizer, max_length))
-        except TooLong as error:
-            reason = error
-            continue
-        kept.append(index)
-    if not rows:
-        raise ValueError(f"none of {len(examples)} examples fits: {reason}" if examples else "no examples to encode")
-    cut = [row.tokens_cut for row in rows if row.tokens_cut]
-    return Encoding(rows, Truncation(len(cut), len(examples) - len(rows), sum(cut)), kept)
+    cut: list[int] = []
+    kept: list[int] = []
+    dropped: list[TooLong] = []
+
+    def rows() -> Iterator[Encoded]:
+        for start in range(0, len(examples), BATCH):
+            some = examples[start : start + BATCH]
+            vectors = torch.tensor(embed([each.instruction for each in some])) if embed else [None] * len(some)
+            for number, (each, tokens) in enumerate(zip(some, _tokens(some, tokenizer, start), strict=True)):
+                try:
+                    row = _row(each, *tokens, tokenizer, max_length)
+                except TooLong as error:
+                    dropped[:] = [error]
+                    continue
+                kept.append(start + number)
+                if row.tokens_cut:
+                    cut.append(row.tokens_cut)
+                yield replace(row, gate_embedding=vectors[number])
+
+    found = list(rows()) if folder is None else store(rows(), ROWS, _parts, _restored, folder)
+    if not found:
+        problem = f"none of {len(examples)} examples fits: {dropped[0]}" if examples else "no examples to encode"
+        raise ValueError(problem)
+    return Encoding(found, Truncation(len(cut), len(examples) - len(found), sum(cut)), kept)
 
 
 def few_shot(
@@ -250,13 +283,24 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: i
     return tokens(characters)
 
 
-def _tokens(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
-    """Prompt and response of each example; the response ends with EOS."""
+def _parts(row: Encoded) -> tuple[Any, ...]:
+    vector = None if row.gate_embedding is None else row.gate_embedding.numpy()
+    return row.input_ids, row.labels, row.category, row.tokens_cut, row.shots, vector
+
+
+def _restored(ids: list[int], labels: list[int], category: str, cut: int, shots: int, vector: Any) -> Encoded:
+    return Encoded(ids, labels, category, cut, shots, None if vector is None else torch.tensor(vector))
+
+
+def _tokens(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, first: int = 0
+) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of each example, the first one being number `first`; the response ends with EOS."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no EOS token, so no response would ever end: set tokenizer.eos_token"
         )
-    for index, example in enumerate(examples):
+    for index, example in enumerate(examples, first):
         if not example.response.strip():
             raise ValueError(
                 f"example {index} ({example.instruction[:60]!r}) has an empty response, so nothing to learn: "

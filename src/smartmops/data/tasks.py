@@ -11,12 +11,17 @@ import logging
 import random
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from .example import Example
 from .office import office
+from .stored import store, take
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,7 @@ SUPERNI_COLUMNS = {"definition": "instruction", "inputs": "context", "targets": 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NEEDED = ("instruction", "response")
+TEXTS = pa.schema([(field.name, pa.large_string()) for field in fields(Example)])
 
 
 def read(data: str | Path, *, keep_general_qa: bool = False) -> list[Example]:
@@ -60,14 +66,18 @@ def read(data: str | Path, *, keep_general_qa: bool = False) -> list[Example]:
     Raises:
         ValueError: There is no such data, or it cannot be read; the message names file, line and way out.
     """
-    name = {"dolly": DOLLY_HUB}.get(str(data), str(data))
-    if name == "office":
-        return office()
-    if name == "superni":
-        return read_hub(SUPERNI_HUB, tasks=SUPERNI_TASKS)
-    examples = _read_path(name)
-    is_dolly = name == DOLLY_HUB or {example.category for example in examples} <= {*DOLLY_TASKS, GENERAL_QA}
-    return _dolly(examples, name, keep_general_qa) if is_dolly else examples
+    return list(_read(str(data), list, keep_general_qa))
+
+
+def read_stored(data: str | Path, folder: Path, *, keep_general_qa: bool = False) -> Sequence[Example]:
+    """`read`, one example after the other, into a memory-mapped file in `folder`: for data larger than memory.
+
+    Raises:
+        ValueError: As `read`; also if the folder cannot be written to, or its disk is full.
+    """
+    return _read(
+        str(data), lambda examples: store(examples, TEXTS, attrgetter(*TEXTS.names), Example, folder), keep_general_qa
+    )
 
 
 def read_dolly(file: str | Path, *, keep_general_qa: bool = False) -> list[Example]:
@@ -76,7 +86,7 @@ def read_dolly(file: str | Path, *, keep_general_qa: bool = False) -> list[Examp
     Raises:
         ValueError: A category is not one of Dolly's eight, or the file is broken (see `read_jsonl`).
     """
-    return _dolly(read_jsonl(file), str(file), keep_general_qa)
+    return list(_dolly(read_jsonl(file), str(file), keep_general_qa))
 
 
 def read_superni(file: str | Path) -> list[Example]:
@@ -113,26 +123,7 @@ def read_jsonl(file: str | Path) -> list[Example]:
         ValueError: A broken line, a missing column (`category` may be missing only from all lines), a value that is no
             text, an empty response, no examples at all. The message names file and line.
     """
-    examples: list[Example] = []
-    needed: tuple[str, ...] = NEEDED
-    for number, line in enumerate(_text(Path(file)).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        row = _json(line, file, number)
-        if not isinstance(row, dict):
-            raise ValueError(
-                f'{where}: {line.strip()[:40]!r} is no object: write {{"instruction": ..., "response": ...}}'
-            )
-        if not examples and "category" in row:
-            needed = (*NEEDED, "category")
-        example = _example(row, where, needed)
-        if not example.response.strip():
-            raise ValueError(f"{where}: empty `response`, so nothing to learn: write one or delete the line")
-        examples.append(example)
-    if not examples:
-        raise ValueError(f"{file} holds no examples: write one JSON object a line, with `instruction` and `response`")
-    return examples
+    return list(_jsonl(Path(file)))
 
 
 def read_hub(name: str, *, tasks: Collection[str] | None = None) -> list[Example]:
@@ -148,18 +139,10 @@ def read_hub(name: str, *, tasks: Collection[str] | None = None) -> list[Example
     Raises:
         ValueError: It cannot be loaded, or a row is broken; the message says which.
     """
-    rows = _load(name, every_split=tasks is not None)
-    if "instruction" not in rows.column_names:
-        rows = rows.rename_columns({old: new for old, new in SUPERNI_COLUMNS.items() if old in rows.column_names})
-    if tasks is not None and "category" in rows.column_names:
-        rows = rows.filter(lambda category: category in tasks, input_columns="category")
-    examples = _without_empty([_example(row, f"{name}, row {n}", NEEDED) for n, row in enumerate(rows, 1)], name)
-    if not examples:
-        raise ValueError(f"{name} holds no examples" + (f" of {', '.join(tasks)}" if tasks else ""))
-    return examples
+    return list(_hub(name, tasks))
 
 
-def split(examples: Sequence[Example], test: float = 0.1, seed: int = 0) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Example], test: float = 0.1, seed: int = 0) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and test part, stratified by category, each in the order given (90 % and 10 %: paper, section 4).
 
     Every category with two examples or more has at least one on either side; a single one goes to training.
@@ -176,27 +159,31 @@ def split(examples: Sequence[Example], test: float = 0.1, seed: int = 0) -> tupl
     for category, indices in members.items():
         count = min(max(1, round(len(indices) * test)), len(indices) - 1)
         held.update(random.Random(f"{seed} {category}").sample(indices, count))
-    train = [example for index, example in enumerate(examples) if index not in held]
-    return train, [examples[index] for index in sorted(held)]
+    return take(examples, (i for i in range(len(examples)) if i not in held)), take(examples, sorted(held))
 
 
 def splits(
-    data: str | Path, limit: int | None = None, test: float = 0.1, seed: int = 0, validation: bool = False
-) -> tuple[list[Example], list[Example]]:
+    data: str | Path,
+    limit: int | None = None,
+    test: float = 0.1,
+    seed: int = 0,
+    validation: bool = False,
+    folder: Path | None = None,
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and test part of DATA, of which `limit` examples are drawn first: the split that every command makes.
 
     With `validation` the training part is split again, and nothing of the test part is returned: what is chosen by it
-    was chosen without a look at the test.
+    was chosen without a look at the test. With `folder` both are views of a memory-mapped file in it.
 
     Raises:
-        ValueError: As `read`, `sample` and `split`.
+        ValueError: As `read`, `read_stored`, `sample` and `split`.
     """
-    examples = read(data)
+    examples = read(data) if folder is None else read_stored(data, folder)
     train, held = split(examples if limit is None else sample(examples, limit, seed), test, seed)
     return split(train, test, seed) if validation else (train, held)
 
 
-def sample(examples: Sequence[Example], n: int, seed: int = 0) -> list[Example]:
+def sample(examples: Sequence[Example], n: int, seed: int = 0) -> Sequence[Example]:
     """`n` examples drawn from all categories alike, in the order given (5,000 in the paper, section 4).
 
     Raises:
@@ -204,20 +191,33 @@ def sample(examples: Sequence[Example], n: int, seed: int = 0) -> list[Example]:
     """
     if not 1 <= n <= len(examples):
         raise ValueError(f"n={n}, but there are {len(examples)} examples: choose 1 to {len(examples)}")
-    return [examples[index] for index in sorted(random.Random(f"{seed} sample").sample(range(len(examples)), n))]
+    return take(examples, sorted(random.Random(f"{seed} sample").sample(range(len(examples)), n)))
 
 
-def _read_path(name: str) -> list[Example]:
+def _read(
+    data: str, keep: Callable[[Iterable[Example]], Sequence[Example]], keep_general_qa: bool
+) -> Sequence[Example]:
+    name = {"dolly": DOLLY_HUB}.get(data, data)
+    if name == "office":
+        return keep(office())
+    if name == "superni":
+        return keep(_hub(SUPERNI_HUB, SUPERNI_TASKS))
+    examples = keep(_path(name))
+    is_dolly = name == DOLLY_HUB or {example.category for example in examples} <= {*DOLLY_TASKS, GENERAL_QA}
+    return _dolly(examples, name, keep_general_qa) if is_dolly else examples
+
+
+def _path(name: str) -> Iterator[Example]:
     path = Path(name)
     if path.is_dir() and (files := _superni_files(path)):
-        return _without_empty([example for file in files for example in read_superni(file)], name)
+        return _without_empty((example for file in files for example in read_superni(file)), name)
     if path.is_file() and path.suffix == ".json":
         return _without_empty(read_superni(path), name)
     if path.is_file() and path.suffix == ".jsonl":
-        return read_jsonl(path)
+        return _jsonl(path)
     is_hub_id = not path.exists() and path.suffix not in FILE_SUFFIXES and HUB_ID.fullmatch(name)
     if is_hub_id or path.is_dir() or (path.is_file() and path.suffix in FILE_SUFFIXES):
-        return read_hub(name)
+        return _hub(name)
     problem = f"a file ending in {path.suffix!r} cannot be read" if path.exists() else "no such file or folder"
     raise ValueError(
         f"data={name!r}: {problem}. Choose office, dolly, superni, a file ending in {', '.join(FILE_SUFFIXES)}, "
@@ -225,14 +225,51 @@ def _read_path(name: str) -> list[Example]:
     )
 
 
-def _dolly(examples: list[Example], name: str, keep_general_qa: bool) -> list[Example]:
+def _jsonl(file: Path) -> Iterator[Example]:
+    needed: tuple[str, ...] = NEEDED
+    found = 0
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        row = _json(line, file, number)
+        if not isinstance(row, dict):
+            raise ValueError(
+                f'{where}: {line.strip()[:40]!r} is no object: write {{"instruction": ..., "response": ...}}'
+            )
+        if not found and "category" in row:
+            needed = (*NEEDED, "category")
+        example = _example(row, where, needed)
+        if not example.response.strip():
+            raise ValueError(f"{where}: empty `response`, so nothing to learn: write one or delete the line")
+        found += 1
+        yield example
+    if not found:
+        raise ValueError(f"{file} holds no examples: write one JSON object a line, with `instruction` and `response`")
+
+
+def _hub(name: str, tasks: Collection[str] | None = None) -> Iterator[Example]:
+    rows = _load(name, every_split=tasks is not None)
+    if "instruction" not in rows.column_names:
+        rows = rows.rename_columns({old: new for old, new in SUPERNI_COLUMNS.items() if old in rows.column_names})
+    if tasks is not None and "category" in rows.column_names:
+        rows = rows.filter(lambda category: category in tasks, input_columns="category")
+    found = 0
+    for example in _without_empty((_example(row, f"{name}, row {n}", NEEDED) for n, row in enumerate(rows, 1)), name):
+        found += 1
+        yield example
+    if not found:
+        raise ValueError(f"{name} holds no examples" + (f" of {', '.join(tasks)}" if tasks else ""))
+
+
+def _dolly(examples: Sequence[Example], name: str, keep_general_qa: bool) -> Sequence[Example]:
     for number, example in enumerate(examples, 1):
         if example.category not in (*DOLLY_TASKS, GENERAL_QA):
             raise ValueError(
                 f"{name}: example {number} has category={example.category!r}, which is none of Dolly's: "
                 f"{', '.join((*DOLLY_TASKS, GENERAL_QA))}. Read data of your own with read_jsonl or read"
             )
-    kept = [example for example in examples if keep_general_qa or example.category != GENERAL_QA]
+    kept = take(examples, (i for i, e in enumerate(examples) if keep_general_qa or e.category != GENERAL_QA))
     if len(kept) < len(examples):
         log.info("%s: %d examples of %s left out, as in the paper", name, len(examples) - len(kept), GENERAL_QA)
     return kept
@@ -244,11 +281,15 @@ def _superni_files(folder: Path) -> list[Path]:
     return files if any('"Instances"' in _text(file) for file in files) else []
 
 
-def _without_empty(examples: list[Example], name: str) -> list[Example]:
-    kept = [example for example in examples if example.response.strip()]
-    if len(kept) < len(examples):
-        log.warning("%s: %d examples with an empty response left out", name, len(examples) - len(kept))
-    return kept
+def _without_empty(examples: Iterable[Example], name: str) -> Iterator[Example]:
+    empty = 0
+    for example in examples:
+        if example.response.strip():
+            yield example
+        else:
+            empty += 1
+    if empty:
+        log.warning("%s: %d examples with an empty response left out", name, empty)
 
 
 def _load(name: str, *, every_split: bool) -> Any:
@@ -293,6 +334,15 @@ def _value(row: Mapping[str, Any], column: str, where: str) -> str:
 def _first(texts: str | list[str]) -> str:
     """Task files hold one text or a list of equals, of which the first is used."""
     return texts if isinstance(texts, str) else (texts or [""])[0]
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            yield from (line.removesuffix("\n") for line in lines)
+    except (OSError, UnicodeDecodeError):
+        _text(file)  # says what is wrong with it
+        raise
 
 
 def _text(file: Path) -> str:

@@ -93,9 +93,10 @@ def _each(
             for i, each in zip(group, found, strict=True):
                 yield rows[i].category, each[:-1][torch.tensor(rows[i].labels[1:]) != IGNORED]
         return
-    order = sorted(rows, key=lambda row: len(row.input_ids))
+    lengths = [len(row.input_ids) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: lengths[i])
     for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+        chunk = [rows[i] for i in order[start : start + batch_size]]
         batch = batch_for(model, chunk, collator)
         logits = model(**batch, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
         for row, each, labels in zip(chunk, _nats(logits, batch["labels"]), batch["labels"], strict=True):

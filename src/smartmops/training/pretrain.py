@@ -72,18 +72,17 @@ def instructions(model: Any, rows: Sequence[Encoded], budget: int = 4096) -> Flo
     embedded = [row.gate_embedding for row in rows if row.gate_embedding is not None]
     if embedded:
         return torch.stack(embedded)
-    cut = [_instruction(row) for row in rows]
-    groups = by_budget([len(row.input_ids) for row in cut], budget)
+    groups = by_budget([row.labels.count(IGNORED) for row in rows], budget)
     found = []
     for group in track(groups, "instructions", transient=True):
-        batch = {name: value.to(model.device) for name, value in pack([cut[i] for i in group]).items()}
+        batch = {name: value.to(model.device) for name, value in pack([_instruction(rows[i]) for i in group]).items()}
         found.append(model.base_model.lower(batch)[1])
     order = torch.tensor([i for group in groups for i in group])
     return torch.cat(found)[order.argsort().to(found[0].device)]
 
 
 def _instruction(row: Encoded) -> Encoded:
-    count = sum(label == IGNORED for label in row.labels)
+    count = row.labels.count(IGNORED)
     return replace(row, input_ids=row.input_ids[:count], labels=row.labels[:count])
 
 
@@ -122,9 +121,9 @@ def initialise(model: Any, rows: Sequence[Encoded], collator: Collator, expert_o
     prompts, config = layer.mops_prompts["default"], layer.configs["default"]
     generator = torch.Generator().manual_seed(seed)
     for expert in range(config.num_experts):
-        own = [row for row, e in zip(rows, expert_of, strict=True) if e == expert] or list(rows)
+        own = [i for i, e in enumerate(expert_of) if e == expert] or range(len(rows))
         drawn = torch.randint(len(own), (config.prompts_per_expert,), generator=generator).tolist()
-        batch = batch_for(model, [own[i] for i in drawn], collator)
+        batch = batch_for(model, [rows[own[i]] for i in drawn], collator)
         hidden = model.base_model.hidden_at_injection(batch["input_ids"], batch["attention_mask"])
         read = batch["attention_mask"].bool() & (batch["labels"] == -100)
         at = torch.multinomial(read.float().cpu(), 1, generator=generator)[:, 0]

@@ -21,6 +21,7 @@ from transformers import set_seed
 from smartmops.compression.base import load_base, local
 from smartmops.data.batches import Collator, Encoded, encode_all, packed
 from smartmops.data.example import Example
+from smartmops.data.stored import take
 from smartmops.data.tasks import splits
 from smartmops.tuner import MoPsModel
 from smartmops.tuner.gate import by_expert
@@ -65,6 +66,12 @@ class TaskConfig(MethodConfig, GatePretraining):
     activations: str = (
         "auto"  # what the lower half makes of the data: kept in memory if it fits; memory, off or a folder
     )
+    rows: str = "memory"  # texts and tokens of the data: kept in memory, or written to a folder and mapped from there
+
+    @property
+    def folder(self) -> Path | None:
+        """That texts and tokens are mapped from."""
+        return None if self.rows == "memory" else Path(self.rows)
 
 
 @dataclass
@@ -73,10 +80,10 @@ class Task:
 
     base: Any
     tokenizer: Any
-    train: list[Encoded]
-    test: list[Encoded]
-    train_examples: list[Example]
-    test_examples: list[Example]
+    train: Sequence[Encoded]
+    test: Sequence[Encoded]
+    train_examples: Sequence[Example]
+    test_examples: Sequence[Example]
     collator: Collator
     recovery: torch.Tensor | None = None
     embedder: Embedder | None = None
@@ -90,7 +97,8 @@ class Task:
         Raises:
             ValueError: `hold_out` is no category of the training split, or the only one; the data do not fit.
         """
-        train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation)
+        train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation,
+                             config.folder)  # fmt: skip
         if config.hold_out is not None:
             _check_hold_out(config.hold_out, train)
         _warn_of_calibration(config)
@@ -111,21 +119,22 @@ class Task:
 
         Examples of the category `hold_out` are left out of the training part only.
         """
-        train = [example for example in train if example.category != config.hold_out]
+        if config.hold_out is not None:
+            train = take(train, (i for i, example in enumerate(train) if example.category != config.hold_out))
         limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
         collator = Collator(tokenizer)
         embedder = Embedder(config.embedder) if config.embedder else None
-        rows: list[list[Encoded]] = []
-        kept: list[list[Example]] = []
+        rows: list[Sequence[Encoded]] = []
+        kept: list[Sequence[Example]] = []
         for name, part in (("train", train), ("test", test)):
             if not part:
                 rows.append([])
                 kept.append([])
                 continue
-            encoding = encode_all(part, tokenizer, limit)
+            encoding = encode_all(part, tokenizer, limit, embedder, config.folder)
             console.print(f"{name}: {len(encoding.rows)} examples; {encoding.truncation}")
-            kept.append([part[i] for i in encoding.kept])
-            rows.append(_embedded(encoding.rows, kept[-1], embedder))
+            kept.append(take(part, encoding.kept))
+            rows.append(encoding.rows)
         return cls(base, tokenizer, rows[0], rows[1], kept[0], kept[1], collator, None, embedder, config.activations)
 
     def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
@@ -272,10 +281,3 @@ def _warn_of_calibration(config: TaskConfig) -> None:
             f"{config.model} was calibrated on another split of {config.data} ({text['split']}, here {split}), so on "
             "examples of this test split: compress again with --data-seed, --limit and --test-share as here"
         )
-
-
-def _embedded(rows: list[Encoded], examples: list[Example], embedder: Embedder | None) -> list[Encoded]:
-    if embedder is None:
-        return rows
-    found = torch.tensor(embedder([example.instruction for example in examples]))
-    return [replace(row, gate_embedding=vector) for row, vector in zip(rows, found, strict=True)]

@@ -166,7 +166,7 @@ def fit(
     )
     progress = _Progress()
     trainer = _Trainer(
-        method, model=model, args=arguments, train_dataset=list(rows), data_collator=collator,
+        method, model=model, args=arguments, train_dataset=rows, data_collator=collator,
         callbacks=[_Curves(write, look, schedule.eval_every, halfway), progress],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -99,6 +99,8 @@ def gated_prefix_attention(
     # Still a keyword where something wraps the layer's `forward` (accelerate's hooks do); else left by the layer.
     mops: Record | Passage | None = kwargs.pop("mops", None) or module.__dict__.get("mops_now")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if mops is not None:
+        query, key, value = _alike(query, key, value)
     if isinstance(mops, Record):
         mops.kv[layer] = (key, value)
     if not isinstance(mops, Passage) or (layer not in mops.prefix and mops.segments is None):
@@ -117,6 +119,15 @@ def gated_prefix_attention(
     query, key, value = (mops.segments.pad(each) for each in (query, key, value))
     out, _ = _behind(module, query, key, value, mask, seen, kwargs)
     return mops.segments.unpad(out), None
+
+
+def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, queries and keys come rotated in float32 beside values that did not: all in autocast's dtype."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:

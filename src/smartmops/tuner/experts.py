@@ -99,14 +99,16 @@ class Kept:
 
 
 def _state(backbone: nn.Module) -> Any:
-    """What changes whenever a weight of the backbone, or an adapter that acts on it, does."""
+    """What changes whenever a weight of the backbone, an adapter that acts on it, or the precision of products does."""
     weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in backbone.parameters()]
     adapters = [
         (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
         for module in backbone.modules()
         if isinstance(module, BaseTunerLayer)
     ]
-    return weights, adapters
+    device = next(backbone.parameters()).device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return weights, adapters, autocast
 
 
 @contextmanager
