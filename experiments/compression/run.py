@@ -137,7 +137,8 @@ def train_all() -> None:
                         continue
                     base = work / f"base-{setting}-{form.replace(', ', '-')}"
                     run = train(TrainConfig(model=str(base), data="office", out=work / f"run-{key.replace('/', '-')}",
-                                            steps=40, prompt_lr=3.0, seed=seed, samples_per_task=0, resume=True))  # fmt: skip
+                                            steps=40, prompt_lr=3.0, seed=seed, samples_per_task=0, resume=True,
+                                            recovery_prompts=0))  # fmt: skip
                     put("train", key, {"perplexity": run["perplexity"]["overall"],
                                        "frozen": run["perplexity_frozen"]["overall"]})  # fmt: skip
 

@@ -53,7 +53,7 @@ def quickstart(
         seeds: of experts and training; the data split is the same for all
     """
     config = CompareConfig(
-        model="tiny", data="office", out=out, steps=steps, seeds=seeds, sparsity=0.5, recovery_prompts=10,
+        model="tiny", data="office", out=out, steps=steps, seeds=seeds, sparsity=0.5,
         methods=dict(QUICKSTART_RATES), save_every=10**9, log_every=5, samples_per_task=1,
     )  # fmt: skip
     metrics = compare(config)
@@ -137,7 +137,7 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
         model="given", out=config.run, data=config.data or arguments["data"],
         data_seed=arguments.get("data_seed", arguments["seed"]),
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
-        max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
+        max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"), recovery_prompts=0,
     )  # fmt: skip
     task = Task.load(again, model, tokenizer)
     rows = [*task.train, *task.test] if config.data else task.test

@@ -52,6 +52,9 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
 
     out: Path  # run folder
     method: Annotated[Literal["mops", "fedprompt", "fedlora"], tyro.conf.arg(help=METHODS)] = "mops"  # type: ignore[assignment]
+    recovery_prompts: int = (
+        0  # of the server, which would train them on data that clients hold; give it data of its own
+    )
     batch_size: int = 1  # examples of a local step, as in the paper
     clients_data: Path | None = None  # a folder with one JSONL per client; DATA is then the server's own
     skip_empty: bool = False  # leave clients without examples out, instead of refusing to start

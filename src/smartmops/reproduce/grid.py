@@ -30,7 +30,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 console = Console()
-NOT_SETTINGS = {"out", "resume", "model", "data", "seed", "activations", "actors", "engine", "save_every",
+NOT_SETTINGS = {"out", "resume", "model", "data", "seed", "activations", "rows", "actors", "engine", "save_every",
                 "log_every"}  # of a run, in its results  # fmt: skip
 
 

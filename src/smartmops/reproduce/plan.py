@@ -135,7 +135,10 @@ class Plan:
         if settings is None or (variant.over and over is None):
             return None
         command = self.study.command
-        return Cell(command, data, Base(base), variant.label, seed, dict(self.shared[command]) | settings, over)
+        settings = dict(self.shared[command]) | settings
+        if fewer := settings.pop("fewer_steps", 0):
+            settings["steps"] = max(1, settings["steps"] - fewer)
+        return Cell(command, data, Base(base), variant.label, seed, settings, over)
 
     def count(self) -> int:
         """How many cells there will be once all settings are known."""

@@ -127,8 +127,10 @@ def _common(config: ReproduceConfig) -> dict[str, Any]:
 
 
 def _central(config: ReproduceConfig) -> dict[str, Any]:
+    """Of `train`; without recovery prompts, which are a row of the ablation."""
     steps = config.steps or max(1, 2 * config.rounds * config.clients_per_round * config.local_steps // 5)
-    return _common(config) | {"steps": steps, "save_every": max(steps // 10, 1), "log_every": max(steps // 50, 1)}
+    return _common(config) | {"recovery_prompts": 0, "steps": steps, "save_every": max(steps // 10, 1),
+                              "log_every": max(steps // 50, 1)}  # fmt: skip
 
 
 def _federated(config: ReproduceConfig, study: Study) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Variant:
 
     Attributes:
         label: What the table calls it.
-        settings: Of `TrainConfig` or `FederateConfig`.
+        settings: Of `TrainConfig` or `FederateConfig`; `fewer_steps` are taken off the table's.
         among: Settings of which the best on a validation part of the training split is taken.
         like: The variant whose settings are taken over first, chosen ones included.
         over: What is trained first, merged into the base and frozen.
@@ -105,6 +105,7 @@ def ablation() -> Iterator[Variant]:
     yield altered("experts see each other", expert_attention="causal")
     yield one("mops", "random prompts", rates(*RANDOM), init="random")
     yield altered("10 recovery prompts, kept", recovery_prompts=10)
+    yield altered("10 recovery prompts, kept, same steps", recovery_prompts=10, fewer_steps=20)
     yield altered("10 recovery prompts, replaced", recovery_prompts=10, keep_recovery_prompts=False)
     yield altered("gate not pretrained", gate_pretraining="none")
     yield altered("gate pretrained on clusters", gate_pretraining="clusters")

@@ -60,7 +60,7 @@ class TaskConfig(MethodConfig, GatePretraining):
     data_seed: int = 0  # of the draw and the split, so that runs of different seeds are tested on the same examples
     validation: bool = False  # hold out a part of the training split instead of the test split: to choose settings by
     hold_out: str | None = None  # a category to train nothing on, tested all the same: what an unseen task gains
-    recovery_prompts: int = 0  # frozen prompts at the input, trained first
+    recovery_prompts: int = 10  # frozen prompts at the input, trained first; best in the ablation (docs/evidence.md)
     recovery_steps: int = 20  # optimiser steps
     recovery_lr: float = 0.03
     activations: str = (
@@ -105,7 +105,7 @@ class Task:
         if base is None:
             base, tokenizer = load_base(config.model, config.dtype)
         task = cls.of(base, tokenizer, train, test, config)
-        if config.recovery_prompts:
+        if config.recovery_prompts and config.method in OURS:
             size = config.batch_size * ranks.world()
             task.recovery = train_recovery(base, task.train, task.collator, config.recovery_prompts,
                                            config.recovery_steps, config.recovery_lr, size, config.seed)  # fmt: skip
