@@ -112,7 +112,7 @@ def bases(results: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path
         axis.set_title(data, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(f"perplexity below {NAMES.get(results[0]['method'], results[0]['method'])}, %")
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 

@@ -40,13 +40,16 @@ def page_of(name: str, plan: Plan, found: Sequence[Result], out: Path) -> Page:
 
 def _setting(found: Sequence[Result]) -> Iterator[Text]:
     s = found[0]["settings"]
+    usual = {name: statistics.mode(each["settings"].get(name) for each in found) for name in ("experts", "steps")}
+    sizes = {each["settings"]["prompts_per_expert"] for each in found}
     if found[0]["command"] == "train":
-        what = f"{s['steps']:,} steps of {s['batch_size']}"
+        what = f"{usual['steps']:,} steps of {s['batch_size']}"
     else:
         what = (f"{s['rounds']} rounds of {s['clients_per_round']} of {s['clients']} clients, {s['local_steps']} local "
                 f"steps of {s['batch_size']}, one part of each category {s['skew']:g} times the others")  # fmt: skip
-    yield Text(f"{s['experts']} experts of {s['prompts_per_expert']} prompts unless said otherwise; {what}; examples "
-               f"of at most {s['max_length']} tokens.")  # fmt: skip
+    prompts = f" of {s['prompts_per_expert']} prompts" if len(sizes) == 1 else ""
+    yield Text(f"{usual['experts']} experts{prompts} unless said otherwise; {what}; examples of at most "
+               f"{s['max_length']} tokens.")  # fmt: skip
     for data in dict.fromkeys(each["data"] for each in found):
         own = next(each for each in found if each["data"] == data)
         tokens = own["metrics"]["tokens"]
@@ -56,6 +59,7 @@ def _setting(found: Sequence[Result]) -> Iterator[Text]:
 
 def _rates(found: Sequence[Result]) -> Iterator[Text]:
     rates: dict[str, dict[str, str]] = {}
+    methods = {label(each["method"]): label(each["settings"]["method"]) for each in found}
     for each in found:
         s = each["settings"]
         words = "by default" if s["prompt_lr"] is None else f"{s['prompt_lr']:g}"
@@ -66,8 +70,12 @@ def _rates(found: Sequence[Result]) -> Iterator[Text]:
     if len({tuple(words) for words in several.values()}) == 1:
         yield Text(f"Adam's rate: {', '.join(next(iter(several.values())))}.")
         return
-    said = [f"{name} {' and '.join(f'{word} ({data})' for data, word in rates[name].items())}" if len(words) > 1
-            else f"{name} {words[0]}" for name, words in several.items()]  # fmt: skip
+    alike: dict[str, list[str]] = {}
+    for name, words in several.items():
+        both = " and ".join(f"{word} ({data})" for data, word in rates[name].items()) if len(words) > 1 else words[0]
+        alike.setdefault(both, []).append(name)
+    said = [f"{', '.join(names) if len(names) < 4 else f'{methods[names[0]]} and what takes its settings'} {words}"
+            for words, names in alike.items()]  # fmt: skip
     yield Text(f"Adam's rates, chosen on a part of the training split where nothing else is said: {'; '.join(said)}.")
 
 
