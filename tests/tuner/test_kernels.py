@@ -100,7 +100,7 @@ def test_the_bias_in_a_head_dimension_is_the_bias_in_the_mask(monkeypatch):
             monkeypatch.setattr(attention, "_carry", None)  # must not be reached
             for layer in model.get_base_model().mops_engine.layers:
                 for module in layer.__dict__["mops_attention"]:
-                    module.__dict__["mops_inner"] = _another_sdpa
+                    module.__dict__.update(mops_inner=_another_sdpa, mops_sdpa=False)
         inputs = batch()
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
         model(**inputs, labels=labels, use_cache=False).loss.backward()

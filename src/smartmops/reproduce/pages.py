@@ -71,11 +71,11 @@ def _rates(found: Sequence[Result]) -> Iterator[Text]:
         yield Text(f"Adam's rate: {', '.join(next(iter(several.values())))}.")
         return
     alike: dict[str, list[str]] = {}
-    for name, words in several.items():
-        both = " and ".join(f"{word} ({data})" for data, word in rates[name].items()) if len(words) > 1 else words[0]
+    for name, own in several.items():
+        both = " and ".join(f"{word} ({data})" for data, word in rates[name].items()) if len(own) > 1 else own[0]
         alike.setdefault(both, []).append(name)
-    said = [f"{', '.join(names) if len(names) < 4 else f'{methods[names[0]]} and what takes its settings'} {words}"
-            for words, names in alike.items()]  # fmt: skip
+    said = [f"{', '.join(names) if len(names) < 4 else f'{methods[names[0]]} and what takes its settings'} {both}"
+            for both, names in alike.items()]  # fmt: skip
     yield Text(f"Adam's rates, chosen on a part of the training split where nothing else is said: {'; '.join(said)}.")
 
 

@@ -99,8 +99,8 @@ def gated_prefix_attention(
     # Still a keyword where something wraps the layer's `forward` (accelerate's hooks do); else left by the layer.
     mops: Record | Passage | None = kwargs.pop("mops", None) or module.__dict__.get("mops_now")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if mops is not None:
-        query, key, value = _alike(query, key, value)
+    if mops is not None and query.dtype != value.dtype:  # autocast: rotated in float32, beside values that were not
+        query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(mops, Record):
         mops.kv[layer] = (key, value)
     if not isinstance(mops, Passage) or (layer not in mops.prefix and mops.segments is None):
@@ -121,15 +121,6 @@ def gated_prefix_attention(
     return mops.segments.unpad(out), None
 
 
-def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, queries and keys come rotated in float32 beside values that did not: all in autocast's dtype."""
-    device = query.device.type
-    if not torch.is_autocast_enabled(device):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(device)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
 def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
     """What logits are multiplied by: the model's own factor, or that of the textbook."""
     return float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
@@ -145,9 +136,9 @@ def _quick(
 ) -> bool:
     """Whether `merged.rows` serves: inference on a CPU, one prefix for all rows, and a mask or none needed."""
     return (
-        query.device.type == "cpu"
+        query.is_cpu
         and not torch.is_grad_enabled()
-        and _inner(module) is ALL_ATTENTION_FUNCTIONS["sdpa"]
+        and module.__dict__["mops_sdpa"]
         and not kwargs.get("dropout")
         and len(seen[0][0]) == 1
         and (mask is not None or query.shape[-2] in (1, key.shape[-2]))
@@ -167,9 +158,11 @@ def _rows(
     if layer not in mops.ready:
         (prefix_key, prefix_value), bias = mops.prefix[layer]
         mops.ready[layer] = merged.Ready.of(prefix_key, prefix_value, bias, len(query), times, scale, query.dtype)
+    full = None if mask is None else _additive(mask, query, key.shape[-2])
+    if query.shape[-2] == 1:
+        return merged.step(query, key, value, full, mops.ready[layer], scale).transpose(1, 2)
     if times > 1:
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    full = None if mask is None else _additive(mask, query, key.shape[-2])
     return merged.rows(query, key, value, full, mops.ready[layer], scale).transpose(1, 2)
 
 
@@ -182,8 +175,8 @@ def _mergeable(
     """Whether the quick way for a CPU serves: one prefix for all, no window that cuts, no dropout, no softcapping."""
     window = kwargs.get("sliding_window")
     return (
-        query.device.type == "cpu"
-        and _inner(module) is ALL_ATTENTION_FUNCTIONS["sdpa"]
+        query.is_cpu
+        and module.__dict__["mops_sdpa"]
         and not kwargs.get("dropout")
         and (window is None or window >= segments.longest)
         and (seen is None or len(seen[0][0]) == 1)
@@ -230,7 +223,7 @@ def _behind(
     rows, queries, prompts, width = len(query), query.shape[-2], prefix_key.shape[-2], query.shape[-1]
     key = torch.cat([prefix_key.to(key.dtype).expand(rows, -1, -1, -1), key], -2)
     value = torch.cat([prefix_value.to(value.dtype).expand(rows, -1, -1, -1), value], -2)
-    if bias.requires_grad and torch.is_grad_enabled() and _inner(module) is ALL_ATTENTION_FUNCTIONS["sdpa"]:
+    if bias.requires_grad and torch.is_grad_enabled() and module.__dict__["mops_sdpa"]:
         kwargs["scaling"] = _scale(query, kwargs)
         query, key, value = _carry(query, key, value, bias / kwargs["scaling"])
         mask = torch.cat([mask.new_zeros(1, 1, 1, 1).expand(*mask.shape[:-1], prompts), mask], -1)
@@ -299,6 +292,7 @@ def attach(layer: nn.Module) -> None:
         used = module.config._attn_implementation  # type: ignore[union-attr]
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         module.__dict__["mops_inner"] = eager if used == "eager" else ALL_ATTENTION_FUNCTIONS[used]
+        module.__dict__["mops_sdpa"] = used == "sdpa"
         module.__dict__["mops_config"] = module.config
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
@@ -347,6 +341,6 @@ def detach(layer: nn.Module) -> None:
     for module in attention_modules(layer):
         if "mops_inner" in module.__dict__:
             module.config = module.__dict__.pop("mops_config")
-            del module.__dict__["mops_inner"]
+            del module.__dict__["mops_inner"], module.__dict__["mops_sdpa"]
     layer.__dict__.pop("mops_attention", None)
     layer.__class__ = getattr(layer, "mops_kind", type(layer))

@@ -120,6 +120,30 @@ class Ready:
         return cls((scale * key).transpose(1, 2).contiguous(), value, bias.to(dtype).expand(rows, -1)[None])
 
 
+def step(
+    query: Float[Tensor, "rows heads 1 head"],
+    key: Float[Tensor, "rows kv_heads keys head"],
+    value: Float[Tensor, "rows kv_heads keys head"],
+    mask: Float[Tensor, "#rows #heads 1 keys"] | None,
+    prefix: Ready,
+    scale: float,
+) -> Float[Tensor, "rows heads 1 head"]:
+    """Without gradient: one token of each row over its text and the prefix, in as few and as small products as will do.
+
+    Query heads that share a key head are the rows of one product, so no key is repeated.
+    """
+    count, heads, _, width = query.shape
+    pairs, times, prompts = count * key.shape[1], heads // key.shape[1], prefix.key.shape[-1]
+    seen = torch.bmm(query.reshape(pairs, times, width), key.flatten(0, 1).transpose(1, 2)).mul_(scale)
+    seen = seen.view(count, heads, -1)
+    logits = torch.baddbmm(prefix.bias, query[:, :, 0].transpose(0, 1), prefix.key).transpose(0, 1)
+    seen = seen if mask is None else seen + mask[:, :, 0]
+    weights = torch.cat([logits, seen], -1).float().softmax(-1).to(query.dtype)
+    made = torch.bmm(weights[..., :prompts].transpose(0, 1), prefix.value).transpose(0, 1)
+    text = weights[..., prompts:].reshape(pairs, times, -1)
+    return torch.baddbmm(made.reshape(pairs, times, width), text, value.flatten(0, 1)).view(count, heads, 1, width)
+
+
 def rows(
     query: Float[Tensor, "rows heads queries head"],
     key: Float[Tensor, "rows heads keys head"],
