@@ -137,7 +137,7 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
         model="given", out=config.run, data=config.data or arguments["data"],
         data_seed=arguments.get("data_seed", arguments["seed"]),
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
-        max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"), recovery_prompts=0,
+        max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
     )  # fmt: skip
     task = Task.load(again, model, tokenizer)
     rows = [*task.train, *task.test] if config.data else task.test

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from smartmops.federated.federate import FederateConfig
 from smartmops.training.baselines import MethodConfig, build
 from smartmops.training.evaluate import answer, evaluate
 from smartmops.training.pretrain import assign, initialise, instructions, train_recovery
@@ -102,3 +104,14 @@ def test_perplexity_is_over_response_tokens_of_all_rows(task: Task) -> None:
     assert result.overall == pytest.approx(torch.tensor(nats / tokens).exp().item(), rel=1e-5)
     with pytest.raises(ValueError, match="0 examples to evaluate"):
         evaluate(task.base, [], task.collator)
+
+
+def test_recovery_prompts_are_made_by_default_and_not_on_a_base_that_is_adapted(config: Make) -> None:
+    assert TrainConfig(model="tiny", data="office", out=Path("nowhere")).recovery_prompts == 10
+    assert FederateConfig(model="tiny", data="office", out=Path("nowhere")).recovery_prompts == 0
+    chosen = config(recovery_prompts=2, recovery_steps=2)
+    made = Task.load(chosen)
+    assert made.recovery is not None and len(made.recovery) == 2
+    assert Task.load(dataclasses.replace(chosen, method="lora")).recovery is None
+    model, _, _ = made.adapt(chosen, chosen, 0)
+    assert Task.load(chosen, model, made.tokenizer).recovery is None

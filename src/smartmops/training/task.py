@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from jaxtyping import Float
+from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
 from transformers import set_seed
@@ -94,6 +95,8 @@ class Task:
     def load(cls, config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
         """Read, split and encode the data, load the base unless given, train recovery prompts; says what was cut.
 
+        A base that is adapted already brings its own recovery prompts, or none.
+
         Raises:
             ValueError: `hold_out` is no category of the training split, or the only one; the data do not fit.
         """
@@ -105,7 +108,7 @@ class Task:
         if base is None:
             base, tokenizer = load_base(config.model, config.dtype)
         task = cls.of(base, tokenizer, train, test, config)
-        if config.recovery_prompts and config.method in OURS:
+        if config.recovery_prompts and config.method in OURS and not isinstance(base, PeftModel):
             size = config.batch_size * ranks.world()
             task.recovery = train_recovery(base, task.train, task.collator, config.recovery_prompts,
                                            config.recovery_steps, config.recovery_lr, size, config.seed)  # fmt: skip
