@@ -3,7 +3,8 @@
     python experiments/evidence/run.py [NAME] [MINUTES]      run what is missing of NAME (all), then write the pages
     python experiments/evidence/run.py pages                 write pages and report.html from results/, run nothing
 
-Data are read from ../shared/data. Killed, it goes on where it was; several may run at once, each with a thread or two.
+Data are read from ../shared/data. Killed, it goes on where it was; several may run at once. The results here were made
+with one thread each (OMP_NUM_THREADS=1), which gives the same bits again; with more, sums are taken in another order.
 """
 
 from __future__ import annotations
