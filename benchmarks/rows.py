@@ -89,7 +89,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The page."""
     mib = 2**20
     table = [
-        f"| {each['examples']:,} | {each['file_bytes'] / mib:,.0f} | {each['rows']} | "
+        f"| {each['examples']:,} | {each['file_bytes'] / mib:,.1f} | {each['rows']} | "
         + (f"{each['limit'] / mib:,.0f}" if "limit" in each else "none")
         + f" | {each['RssAnon'] / mib:,.0f} | {each['VmData'] / mib:,.0f} | {each['seconds']:,.0f} | "
         + f"{'exit 1: ' if each['code'] else ''}{each['ended'].replace('|', ' ')[:60]} |"
