@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from peft import get_peft_model
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
@@ -35,6 +34,7 @@ from .bench_sides import (
     alternate,
     clocked,
     generate,
+    in_place,
     matmul_rate,
     prefill,
     rise,
@@ -254,20 +254,24 @@ def _gate(lab: Lab, names: Sequence[str]) -> Found:
 
 # ----------------------------------------------------------------------------------------------------------- inference
 def _inference(lab: Lab, names: Sequence[str]) -> Found:
-    """Bare model and MoPs in eval mode; more turns, since one takes a fraction of a second."""
-    models = {"bare": lab.base(), "mops": lab.adapted(lab.method("mops")).eval()}
+    """Bare model and MoPs in eval mode; more turns, since one takes a fraction of a second.
+
+    Decoding has a third side, the bare model with a cache written in place as MoPs' is: what the method alone costs.
+    """
+    bare, mops, new = lab.base(), lab.adapted(lab.method("mops")).eval(), lab.config.new_tokens
     ratios: dict[str, float | None] = {}
     raw: dict[str, Any] = {}
     for name in names:
         batch = lab.instruction(8 if name.endswith("8") else 1)
-
-        def seconds(model: Any, name: str = name, batch: dict[str, torch.Tensor] = batch) -> float:
-            if name == "prefill_vs_bare":
-                return clocked(lambda: prefill(model, batch))
-            return generate(model, batch, lab.config.new_tokens)
-
-        turns = alternate({side: lambda model=model: seconds(model) for side, model in models.items()},  # type: ignore[misc]
-                          4 * lab.config.repeats)  # fmt: skip
+        sides = {
+            "bare": lambda b=batch: generate(bare, b, new),
+            "bare_in_place": lambda b=batch: generate(bare, b, new, **in_place(bare)),
+            "mops": lambda b=batch: generate(mops, b, new),
+        }
+        if name == "prefill_vs_bare":
+            sides = {"bare": lambda b=batch: clocked(lambda: prefill(bare, b)),
+                     "mops": lambda b=batch: clocked(lambda: prefill(mops, b))}  # fmt: skip
+        turns = alternate(sides, 4 * lab.config.repeats)
         found = _medians(turns)
         tokens = lab.config.prompt_tokens if name == "prefill_vs_bare" else len(batch["input_ids"])
         ratios[name] = found["mops"] / found["bare"]
@@ -277,23 +281,22 @@ def _inference(lab: Lab, names: Sequence[str]) -> Found:
 
 def _mixed(lab: Lab, names: Sequence[str]) -> Found:
     """One batch, an instruction of each task: one MoPs model, or a LoRA adapter for each row."""
-    batch, tokens = lab.mixed(), lab.config.new_tokens
-    adapters = [f"task{i}" for i in range(lab.config.experts)]
-    method = lab.method("lora")
-    lora = get_peft_model(lab.base(), method.peft(), adapter_name=adapters[0])
-    for name in adapters[1:]:
-        lora.add_adapter(name, method.peft())
-    mops = lab.adapted(lab.method("mops")).eval()
-    lora.eval()
-    bare = lab.base().eval()  # whose pace neither side can pass
+    batch, tokens, adapters = lab.mixed(), lab.config.new_tokens, [f"task{i}" for i in range(lab.config.experts)]
+    bare, mops, lora = lab.base(), lab.adapted(lab.method("mops")).eval(), lab.loras(adapters).eval()
+
+    def whole(model: Any, roomy: bool = False, **options: Any) -> float:
+        return clocked(lambda: generate(model, batch, tokens, **options, **(in_place(bare) if roomy else {})))
+
     turns = alternate(
-        {"bare": lambda: clocked(lambda: generate(bare, batch, tokens)),
-         "mops": lambda: clocked(lambda: generate(mops, batch, tokens)),
-         "lora": lambda: clocked(lambda: generate(lora, batch, tokens, adapter_names=adapters))},
+        {"bare": lambda: whole(bare), "bare_in_place": lambda: whole(bare, True), "mops": lambda: whole(mops),
+         "lora": lambda: whole(lora, adapter_names=adapters),
+         "lora_in_place": lambda: whole(lora, True, adapter_names=adapters)},
         lab.config.repeats,
     )  # fmt: skip
     rates = {name: len(adapters) * tokens / value for name, value in _medians(turns).items()}
-    return {names[0]: rates["mops"] / rates["lora"]}, {"seconds": turns, "tokens_per_second": rates}
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    found = {"seconds": turns, "tokens_per_second": rates, "instruction_tokens": lengths}
+    return {names[0]: rates["mops"] / rates["lora"]}, found
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,14 @@ import torch
 import tyro
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from smartmops.data.batches import Collator, encode_all, prompts
 from smartmops.data.tasks import splits
@@ -31,6 +38,7 @@ from smartmops.tiny import resolve
 from smartmops.training.activations import ActivationCache
 from smartmops.training.baselines import Method, MethodConfig, build
 from smartmops.training.trainer import Schedule, fit
+from smartmops.tuner.growing import make_room
 
 POSITIONS = 4096  # of the random model
 METHODS: dict[str, Method] = {
@@ -124,6 +132,14 @@ class Lab:
         config.lora_dropout = 0.0
         return get_peft_model(self.base(), config)
 
+    def loras(self, names: Sequence[str]) -> Any:
+        """The random base with a LoRA for each name."""
+        method = self.method("lora")
+        model = get_peft_model(self.base(), method.peft(), adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, method.peft())
+        return model
+
     @cached_property
     def cache(self) -> ActivationCache:
         """Of all rows, in memory. It depends on the base alone, so it serves any number of experts."""
@@ -212,6 +228,13 @@ def generate(model: Any, batch: Mapping[str, Tensor], tokens: int, **options: An
     model.generate(**batch, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0,
                    stopping_criteria=StoppingCriteriaList([clock]), **options)  # fmt: skip
     return median(after - before for before, after in pairwise(clock.ticks))
+
+
+def in_place(model: Any) -> dict[str, Any]:
+    """For `generate`: a cache such as MoPs writes to, which transformers alone would copy at every step."""
+    cache = DynamicCache(config=model.config)
+    make_room(cache)
+    return {"past_key_values": cache}
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ class Passage:
 
     adapter: str
     first: int  # injection layer
-    gate_mask: Tensor | None = None  # [rows, seq]: what the gate may read
+    gate_mask: Tensor | None = None  # [rows, seq], or [tokens] of segments: what the gate may read
     gate_embedding: Tensor | None = None  # [rows, embedding]: read instead of the model's own hidden states
     gate: Float[Tensor, "rows groups"] | None = None
     prefix: dict[int, tuple[KeyValue, Float[Tensor, "rows prompts"]]] = field(default_factory=dict)

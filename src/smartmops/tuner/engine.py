@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import attention, experts, halves
+from . import attention, experts, growing, halves, prefill
 from .attention import Passage
 from .config import MoPsConfig
 
@@ -130,7 +130,9 @@ class Engine:
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         passage = self._known(cache, past)
-        if passage is None:
+        if fresh := passage is None:
+            if self.call is not None:
+                growing.make_room(cache)
             passage = self._fresh(wrapper, rows, length, inputs.device, flat, kwargs.get("labels"), explicit, embedding)
         elif passage.gate is not None and len(passage.gate) != rows:
             raise ValueError(
@@ -141,6 +143,8 @@ class Engine:
         self.last = kwargs["mops"] = passage
         if self.call is not None:
             self.call.passage = passage
+            if fresh and prefill.packable(model, self.names, kwargs, flat):
+                kwargs = prefill.pack(kwargs, flat.bool(), passage)
         return (), kwargs
 
     def _flat(self, mask: Any, rows: int, length: int) -> Any:
@@ -209,13 +213,14 @@ class Engine:
             kv = {layer: pair for layer, pair in kv.items() if layer < wrapper.index}
         passage.put(kv, torch.zeros(1, len(prompts), device=prompts.device))
 
-    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         passage, cache = kwargs.get("mops"), getattr(output, "past_key_values", None)
         if passage is not None and not passage.attended:
             raise ValueError(f"no attention module of {type(model).__name__} saw the prompts: its layers do not hand "
                              "on what they carry; please report the architecture")  # fmt: skip
         if passage is not None and cache is not None:
             self.caches[cache] = passage
+        return output if passage is None or passage.segments is None else prefill.unpack(output, passage)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:

@@ -117,7 +117,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
             pooled = passage.gate_embedding.to(hidden.device, torch.float32)
         else:
             assert passage.gate_mask is not None
-            pooled = gate.pool(hidden, passage.gate_mask.to(hidden.device))
+            mask, segments = passage.gate_mask.to(hidden.device), passage.segments
+            pooled = gate.pool(hidden, mask) if segments is None else segments.mean(hidden[0], mask)
         self.enter(passage, pooled)
 
     def enter(self, passage: Passage, pooled: Float[Tensor, "batch inputs"]) -> None:
