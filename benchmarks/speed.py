@@ -97,7 +97,7 @@ def arithmetic(raw: dict[str, Any]) -> Iterator[str]:
         f"and {raw['seconds_per_epoch']:.2f} s: {total / raw['seconds_per_epoch'] / 1e9:.0f} GFLOP/s, Trainer included. The best "
         f"of square float32 products of size {', '.join(raw['matmul_flops_per_second'])} reaches "
         f"{raw['peak_flops_per_second'] / 1e9:.0f} GFLOP/s, at which the arithmetic alone would take "
-        f"{raw['floor_seconds_per_epoch']:.2f} s.\n"
+        f"{raw['floor_seconds_per_epoch']:.2f} s. [Where the time goes](step_profile.md), by profile.\n"
     )
     yield inspect.cleandoc(raw["formula"])
 
