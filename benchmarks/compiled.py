@@ -27,8 +27,7 @@ REPEATS = 5
 
 def epoch(lab: Lab, side: Side) -> Callable[[], None]:
     """Forward and backward of every batch once, without an optimiser."""
-    size = lab.config.batch_size
-    batches = [side.collate(range(start, start + size)) for start in range(0, len(lab.rows), size)]
+    batches = [side.collate(group) for group in lab.groups()]
 
     def run() -> None:
         for batch in batches:

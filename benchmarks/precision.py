@@ -36,8 +36,7 @@ def sides(lab: Lab) -> dict[str, Callable[[], tuple[list[float], torch.Tensor]]]
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        cache, size = lab.fill(model), lab.config.batch_size
-        batches = [cache(range(start, start + size)) for start in range(0, len(lab.rows), size)]
+        batches = [*map(lab.fill(model), lab.groups())]
         found[name] = _epoch(model.train(), batches, cast)
     return found
 

@@ -123,7 +123,9 @@ def inference(name: str, raw: dict[str, Any]) -> Iterator[str]:
 def like_for_like(raw: dict[str, Any]) -> Iterator[str]:
     """What the method alone costs in decoding."""
     rates = {name: values["tokens_per_second"] for name, values in raw.items()}
-    costs = [f"{name}, {rate['bare_in_place'] / rate['mops']:.3f}" for name, rate in rates.items() if len(rate) > 2]
+    costs = [
+        f"{name}, {rate['bare_in_place'] / rate['mops']:.3f}" for name, rate in rates.items() if "bare_in_place" in rate
+    ]
     if costs:
         yield (
             "\n`generate` under MoPs writes keys and values where they lie; transformers' own cache is copied at every "

@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from compiled import epoch
 from torch.profiler import ProfilerActivity, profile
 
 from smartmops.bench_sides import BenchConfig, Lab, clocked, matmul_rate, step_flops
@@ -40,12 +41,14 @@ def main(data: str) -> None:
     config = replace(BenchConfig(out=HERE, data=data), batches=4)
     torch.set_num_threads(config.threads)
     lab = Lab(config)
-    epoch, flops = _epoch(lab)
-    epoch()
-    seconds = [clocked(epoch) for _ in range(REPEATS)]
-    parts = [_parts(epoch) for _ in range(REPEATS)]
+    side = lab.side("mops")
+    side.model.train()
+    run = epoch(lab, side)
+    run()
+    seconds = [clocked(run) for _ in range(REPEATS)]
+    parts = [_parts(run) for _ in range(REPEATS)]
     found: dict[str, Any] = {
-        "torch": torch.__version__, "threads": config.threads, "repeats": REPEATS, "flops": flops,
+        "torch": torch.__version__, "threads": config.threads, "repeats": REPEATS, "flops": _flops(lab),
         "peak_flops_per_second": max(matmul_rate(size) for _ in range(3) for size in config.peak_sizes),
         "seconds": median(seconds), "parts": {name: median(each[name] for each in parts) for name in parts[0]},
         "all": {"seconds": seconds, "parts": parts},
@@ -54,29 +57,19 @@ def main(data: str) -> None:
     (HERE / "step_profile.md").write_text("\n".join(lines(found)) + "\n")
 
 
-def _epoch(lab: Lab) -> tuple[Callable[[], None], dict[str, int]]:
-    """Forward and backward of every batch, and the arithmetic of all of them."""
-    side, size = lab.side("mops"), lab.config.batch_size
-    model = side.model.train()
-    groups = [range(start, start + size) for start in range(0, len(lab.rows), size)]
-    batches = [side.collate(list(group)) for group in groups]
+def _flops(lab: Lab) -> dict[str, int]:
+    """The arithmetic of all batches."""
     counts = [
         step_flops(lab.config, [lab.lengths[i] for i in group], sum(lab.predicted[i] for i in group))
-        for group in groups
+        for group in lab.groups()
     ]
-
-    def run() -> None:
-        model.zero_grad()
-        for batch in batches:
-            model(**batch).loss.backward()
-
-    return run, {name: sum(each[name] for each in counts) for name in counts[0]}
+    return {name: sum(each[name] for each in counts) for name in counts[0]}
 
 
-def _parts(epoch: Callable[[], None]) -> dict[str, float]:
+def _parts(run: Callable[[], None]) -> dict[str, float]:
     """Seconds of each kind of operator (its own, without what it calls)."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        epoch()
+        run()
     found = dict.fromkeys([*KINDS.values(), "everything else"], 0.0)
     for event in profiler.key_averages():
         kind = next((kind for part, kind in KINDS.items() if part in event.key), "everything else")

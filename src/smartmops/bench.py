@@ -284,13 +284,13 @@ def _mixed(lab: Lab, names: Sequence[str]) -> Found:
     batch, tokens, adapters = lab.mixed(), lab.config.new_tokens, [f"task{i}" for i in range(lab.config.experts)]
     bare, mops, lora = lab.base(), lab.adapted(lab.method("mops")).eval(), lab.loras(adapters).eval()
 
-    def whole(model: Any, roomy: bool = False, **options: Any) -> float:
-        return clocked(lambda: generate(model, batch, tokens, **options, **(in_place(bare) if roomy else {})))
+    def whole(model: Any, **options: Any) -> float:
+        return clocked(lambda: generate(model, batch, tokens, **options))
 
     turns = alternate(
-        {"bare": lambda: whole(bare), "bare_in_place": lambda: whole(bare, True), "mops": lambda: whole(mops),
-         "lora": lambda: whole(lora, adapter_names=adapters),
-         "lora_in_place": lambda: whole(lora, True, adapter_names=adapters)},
+        {"bare": lambda: whole(bare), "bare_in_place": lambda: whole(bare, **in_place(bare)),
+         "mops": lambda: whole(mops), "lora": lambda: whole(lora, adapter_names=adapters),
+         "lora_in_place": lambda: whole(lora, adapter_names=adapters, **in_place(bare))},
         lab.config.repeats,
     )  # fmt: skip
     rates = {name: len(adapters) * tokens / value for name, value in _medians(turns).items()}

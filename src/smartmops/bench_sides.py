@@ -158,6 +158,11 @@ class Lab:
 
         return Side(self.adapted(method), method, self.cache if name == "mops" else padded)
 
+    def groups(self) -> list[range]:
+        """Numbers of the examples of each batch, in order."""
+        size = self.config.batch_size
+        return [range(start, start + size) for start in range(0, len(self.rows), size)]
+
     def train(self, side: Side) -> tuple[float, list[list[int]]]:
         """As many steps as there are batches, under HF's Trainer: seconds, and the examples of each step.
 

@@ -27,7 +27,8 @@ LINES = [line for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) for lin
 @pytest.mark.parametrize("line", LINES)
 def test_every_command_line_is_taken(line: str) -> None:
     _, command, *words = shlex.split(line.replace(" ... ", " tiny --data office --out run "))
-    tyro.cli(CONFIGS[command], args=words, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    made = tyro.cli(CONFIGS[command], args=words, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    assert type(made) is CONFIGS[command]
 
 
 def test_every_option_that_is_named_is_there(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import attention, experts, growing, halves, prefill
 from .attention import Passage
 from .config import MoPsConfig
+from .packed import text_positions
 
 
 @dataclass
@@ -139,7 +140,7 @@ class Engine:
                 f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
             )
         if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
-            kwargs["position_ids"] = (flat.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            kwargs["position_ids"] = text_positions(flat)[:, -length:]
         self.last = kwargs["mops"] = passage
         if self.call is not None:
             self.call.passage = passage

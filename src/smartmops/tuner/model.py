@@ -21,7 +21,7 @@ from . import experts, gate, halves
 from .attention import KeyValue, Passage
 from .config import MoPsConfig
 from .engine import Engine
-from .packed import IGNORED, Packed, Segments, each_nats, mean_loss
+from .packed import IGNORED, Packed, Segments, each_nats, mean_loss, text_positions
 
 NO_MERGE = "gated prompts depend on the input and cannot be merged into weights: keep the adapter, or call unload()"
 
@@ -349,7 +349,7 @@ class MoPsModel(BaseTuner):
         out = halves.lower(engine.backbone, wrapper.index)(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=(attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+            position_ids=text_positions(attention_mask),
             use_cache=False,
             mops=passage,
         )

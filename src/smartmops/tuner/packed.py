@@ -13,11 +13,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 IGNORED = -100  # label of a token without loss
 CHUNK = 2**24  # logits that exist at once
+
+
+def text_positions(real: Shaped[Tensor, "rows seq"]) -> Int[Tensor, "rows seq"]:
+    """Positions in padded rows, counted over real tokens (where `real` is not 0); on leading padding 0."""
+    return (real.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class _Spread(torch.autograd.Function):

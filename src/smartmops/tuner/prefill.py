@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import growing
 from .attention import Passage
-from .packed import Segments
+from .packed import Segments, text_positions
 
 PADDING = 1 / 8  # of a batch, from which on it is worth the trouble
 KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
@@ -39,12 +39,8 @@ def packable(model: nn.Module, names: list[str], kwargs: Mapping[str, Any], real
         return False
     if real.float().mean() > 1 - PADDING:
         return False
-    at = kwargs.get("position_ids")
-    return at is None or (at.shape == real.shape and torch.equal(at[real], _positions(real)[real]))
-
-
-def _positions(real: Bool[Tensor, "rows seq"]) -> Tensor:
-    return (real.long().cumsum(-1) - 1).clamp(min=0)
+    at = kwargs["position_ids"]  # the engine's, where nobody gave any
+    return bool(at.shape == real.shape) and torch.equal(at[real], text_positions(real)[real])
 
 
 def pack(kwargs: Mapping[str, Any], real: Bool[Tensor, "rows seq"], passage: Passage) -> dict[str, Any]:
