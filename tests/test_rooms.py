@@ -13,6 +13,7 @@ ROOMS = (
     "tuner",
     "data",
     "tiny",
+    "base",
     "compression",
     "training",
     "federated",

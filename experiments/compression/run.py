@@ -23,8 +23,8 @@ import torch
 from table import write
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from smartmops.base import load_base
 from smartmops.compression import calibration, layerwise
-from smartmops.compression.base import load_base
 from smartmops.compression.solvers import Pattern
 from smartmops.tiny import BASE
 from smartmops.training.trainer import TrainConfig, train

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.data.tasks import split

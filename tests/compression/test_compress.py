@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from smartmops.compression.base import dense_weight, load_base, quantised_linears
+from smartmops.base import dense_weight, load_base, quantised_linears
 from smartmops.compression.compress import compress
 from smartmops.compression.layerwise import linears
 from smartmops.data.tasks import splits

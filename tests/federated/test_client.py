@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.federated.client import Worker, adapter_words, arrays_of, load_arrays, order, train_locally
 from smartmops.federated.federate import FederateConfig
 from smartmops.federated.messages import Failure, Hello, Job, Local, Reply, pack, unpack

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from federation import write
 from smartmops import cli
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.federated import client as client_module
 from smartmops.federated import federate as module
 from smartmops.federated.admission import admitted

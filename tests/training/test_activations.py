@@ -11,7 +11,7 @@ import torch
 from cached import EXAMPLES, adapted, agree, fill, gradients, made_up, over, packed, same
 from transformers import Trainer, TrainingArguments
 
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.data.batches import IGNORED, Collator, encode_all
 from smartmops.training.fingerprint import fingerprint
 

@@ -13,7 +13,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from smartmops import cli
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.data.example import Example
 from smartmops.training import answers, trainer
 from smartmops.training.answers import exact_match, questions, rouge_l, score

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.data.tasks import splits
 from smartmops.training.baselines import MethodConfig, build, matched
 from smartmops.training.trainer import TrainConfig, train

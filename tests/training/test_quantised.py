@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from smartmops.base import load_base
 from smartmops.compression import layerwise
-from smartmops.compression.base import load_base
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.compression.solvers import Pattern
 from smartmops.tiny import BASE

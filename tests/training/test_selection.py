@@ -88,7 +88,7 @@ def test_who_is_told_the_task_cannot_answer_an_unknown_one(two_tasks: Path) -> N
 
 
 def test_a_lora_can_begin_above_the_lower_layers() -> None:
-    from smartmops.compression.base import load_base
+    from smartmops.base import load_base
     from smartmops.training.baselines import build
 
     base, _ = load_base("tiny")

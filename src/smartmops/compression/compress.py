@@ -27,8 +27,9 @@ from rich.progress import Progress
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smartmops.base import Quantisation, dense_weight, describe, load_base, local, quantised_as, quantised_linears
+
 from . import calibration, layerwise
-from .base import Quantisation, dense_weight, describe, load_base, local, quantised_as, quantised_linears
 from .solvers import Method, Pattern, Solver
 
 console = Console()

@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.data.tasks import read_jsonl
 from smartmops.federated.client import Worker
 from smartmops.federated.federate import client_task

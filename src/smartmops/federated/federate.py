@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from torch import Tensor
 
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.data.example import Example
 from smartmops.data.partition import PartitionConfig, partition, read_clients
 from smartmops.training.evaluate import Evaluation, evaluate, samples

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from smartmops.compression.base import local
+from smartmops.base import local
 from smartmops.data.batches import encode_all
 from smartmops.data.tasks import splits
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.tuner import MoPsConfig
 from smartmops.tuner.config import default_injection_layer
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
 from typing import Any
 
-from smartmops.compression.base import load_base
+from smartmops.base import load_base
 from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.data.batches import Encoded, few_shot

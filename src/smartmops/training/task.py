@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import set_seed
 
-from smartmops.compression.base import load_base, local
+from smartmops.base import load_base, local
 from smartmops.data.batches import Collator, Encoded, encode_all, packed
 from smartmops.data.example import Example
 from smartmops.data.stored import take

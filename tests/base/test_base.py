@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from smartmops import MoPsConfig
-from smartmops.compression.base import (
+from smartmops.base import (
     check_gradient,
     dense_weight,
     describe,
