@@ -3,11 +3,12 @@
 Knows transformers' attention registry. Knows no gate, no experts, no tokens. What a forward pass needs travels with it
 as the keyword `mops` of every decoder layer, so nothing global is ever switched and a checkpointed layer, run again
 during backward, finds what it was first run with. Some architectures do not pass keywords on to their attention: there
-the layer leaves it with its attention modules while its `forward` runs (`_handing_over`).
+the layer leaves it in a context variable while its `forward` runs (`_handing_over`), one for each thread.
 """
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,6 +27,7 @@ from . import merged
 from .packed import Segments
 
 NAME = "gated_prefix"
+_now: contextvars.ContextVar[Record | Passage | None] = contextvars.ContextVar("mops_now", default=None)
 SUPPORTED = ("sdpa", "eager")
 KeyValue = tuple[
     Float[Tensor, "#rows kv_heads prompts head"], Float[Tensor, "#rows kv_heads prompts head"]
@@ -41,6 +43,47 @@ class Record:
 
 
 @dataclass
+class Beside:
+    """Prompt columns that text attends to outside the softmax over text; their output is added to the text's.
+
+    With a weight per head, in a softmax of their own: `tanh(w_h) * strength * softmax(q k + bias) v`, where `w` starts
+    at zero (LLaMA-Adapter, Zhang et al. 2023). Without one, linearly: `sum_n phi(q) phi(k_n) / d * exp(bias_n) v_n`
+    with phi = elu + 1, where `v` starts at zero (PrefixMemory-Tuning, arXiv 2506.13674).
+    """
+
+    key: Float[Tensor, "1 kv_heads prompts key"]
+    value: Float[Tensor, "1 kv_heads prompts value"]
+    bias: Float[Tensor, "rows prompts"]
+    strength: Float[Tensor, " rows"]  # share of the gate that went to any column at all
+    weight: Float[Tensor, " heads"] | None = None
+
+    def of(
+        self, query: Float[Tensor, "rows heads queries key"], scale: float, segment: Tensor | None = None
+    ) -> Float[Tensor, "rows queries heads value"]:
+        """What is added; `segment` says for each query of one packed row which row of `bias` is its own."""
+        times = query.shape[1] // self.key.shape[1]
+        key, value = (each.to(query.dtype).repeat_interleave(times, 1) for each in (self.key, self.value))
+        bias, strength = self.bias[:, None, None, :], self.strength[:, None, None, None]
+        if segment is not None:
+            bias, strength = self.bias[segment][None, None], self.strength[segment][None, None, :, None]
+        if self.weight is None:
+            alike = (F.elu(query) + 1) @ (F.elu(key) + 1).transpose(-1, -2) / query.shape[-1]
+            return ((alike * bias.exp().to(query.dtype)) @ value).transpose(1, 2)
+        logits = (query @ key.transpose(-1, -2)).float() * scale + bias.float()
+        heads = self.weight.float().tanh()[None, :, None, None] * strength.float()
+        return ((logits.softmax(-1) * heads).to(query.dtype) @ value).transpose(1, 2)
+
+
+@dataclass
+class Past:
+    """What the bare base made of the tokens before each segment: they see no prompts, and nothing of them is trained."""
+
+    keys: Float[Tensor, "layers segments kv_heads longest key"]  # padded on the right
+    values: Float[Tensor, "layers segments kv_heads longest value"]
+    lengths: Int[Tensor, " segments"]
+
+
+@dataclass
 class Passage:
     """Carried by a pass of text: what each layer sees in front of it."""
 
@@ -50,9 +93,21 @@ class Passage:
     gate_embedding: Tensor | None = None  # [rows, embedding]: read instead of the model's own hidden states
     gate: Float[Tensor, "rows groups"] | None = None
     prefix: dict[int, tuple[KeyValue, Float[Tensor, "rows prompts"]]] = field(default_factory=dict)
+    beside: dict[int, Beside] = field(default_factory=dict)
     attended: bool = False  # whether any attention module has seen the prefix
     ready: dict[int, merged.Ready] = field(default_factory=dict)  # the prefix once more, as inference wants it
     segments: Segments | None = None  # where the text is one row of several examples laid end to end
+    past: Past | None = None  # of the segments
+    taken: dict[int, KeyValue] | None = None  # where layers leave the keys and values of segments, if wanted
+    start: Int[Tensor, " rows"] | None = None  # column from which on text sees prompts; None: all of it does
+    sees: Bool[Tensor, "rows seq"] | None = None  # the same for the tokens of this very pass; None: all
+    closed: Bool[Tensor, " rows"] | None = None  # rows that see no prompts at all; None: all see some
+
+    def __deepcopy__(self, memo: Any) -> Passage:
+        """Of a copied cache: nothing that is held is ever written to, so only the shells are new."""
+        found = copy.copy(self)
+        found.prefix, found.beside, found.ready = dict(self.prefix), dict(self.beside), dict(self.ready)
+        return found
 
     def put(self, kv: dict[int, KeyValue], bias: Float[Tensor, "#rows prompts"]) -> None:
         """Add prompt columns to the layers in `kv`."""
@@ -66,6 +121,12 @@ class Passage:
                 self.prefix[layer] = (key, value), joined
             else:
                 self.prefix[layer] = (key, value), bias
+
+    def look(self, past: int, length: int) -> None:
+        """Work out which of the tokens in columns `past`.. of this pass see prompts."""
+        self.sees = None
+        if self.start is not None and past < int(self.start.max()):
+            self.sees = torch.arange(past, past + length, device=self.start.device) >= self.start[:, None]
 
 
 def _join(left: Tensor, right: Tensor) -> Tensor:
@@ -88,7 +149,7 @@ def gated_prefix_attention(
     module: nn.Module,
     query: Float[Tensor, "rows heads queries head"],
     key: Float[Tensor, "rows kv_heads keys head"],
-    value: Float[Tensor, "rows kv_heads keys head"],
+    value: Float[Tensor, "rows kv_heads keys width"],
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -97,28 +158,90 @@ def gated_prefix_attention(
     Paper: M' (prompts are never masked for any token) and "scale the network's attention over the experts" by g.
     """
     # Still a keyword where something wraps the layer's `forward` (accelerate's hooks do); else left by the layer.
-    mops: Record | Passage | None = kwargs.pop("mops", None) or module.__dict__.get("mops_now")
+    mops: Record | Passage | None = kwargs.pop("mops", None) or _now.get()
     layer: int = module.layer_idx  # type: ignore[assignment]
     if mops is not None and query.dtype != value.dtype:  # autocast: rotated in float32, beside values that were not
         query, key = query.to(value.dtype), key.to(value.dtype)
     if isinstance(mops, Record):
         mops.kv[layer] = (key, value)
-    if not isinstance(mops, Passage) or (layer not in mops.prefix and mops.segments is None):
+    plain = not isinstance(mops, Passage) or (
+        layer not in mops.prefix and layer not in mops.beside and mops.segments is None
+    )
+    if plain:
         return _inner(module)(module, query, key, value, attention_mask, **kwargs)
-    seen = mops.prefix.get(layer)
-    mops.attended = mops.attended or seen is not None
-    if mops.segments is None:
-        assert seen is not None
-        if _quick(module, query, key, attention_mask, seen, kwargs):
-            return _rows(query, key, value, attention_mask, mops, layer, _scale(query, kwargs)), None
-        mask = _additive(attention_mask, query, key.shape[-2])
-        return _behind(module, query, key, value, mask, seen, kwargs)
-    if _mergeable(module, query, mops.segments, seen, kwargs):
-        return _merge(query, key, value, mops.segments, seen, _scale(query, kwargs)), None
-    mask = mops.segments.causal(kwargs.get("sliding_window"), query.dtype)
-    query, key, value = (mops.segments.pad(each) for each in (query, key, value))
+    assert isinstance(mops, Passage)
+    if mops.segments is not None:
+        return _over_segments(module, query, key, value, mops, mops.segments, layer, kwargs), None
+    mops.attended = True
+    if mops.sees is None and mops.closed is None:
+        return _gated(module, query, key, value, attention_mask, mops, layer, kwargs)
+    return _where_seen(module, query, key, value, attention_mask, mops, layer, kwargs), None
+
+
+def _gated(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mops: Passage, layer: int,
+    kwargs: dict[str, Any],
+) -> tuple[Float[Tensor, "rows queries heads width"], Tensor | None]:  # fmt: skip
+    """Padded rows, all of whose tokens see the prompts."""
+    seen, beside = mops.prefix.get(layer), mops.beside.get(layer)
+    weights: Tensor | None = None
+    if seen is None:
+        out, weights = _inner(module)(module, query, key, value, mask, **kwargs)
+    elif _quick(module, query, key, value, mask, seen, kwargs):
+        out = _rows(query, key, value, mask, mops, layer, _scale(query, kwargs))
+    else:
+        full = _additive(mask, query, key.shape[-2])
+        out, weights = _behind(module, query, key, value, full, seen, kwargs)
+    if beside is not None:
+        out = out + beside.of(query, _scale(query, kwargs))
+    return out, weights
+
+
+def _where_seen(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mops: Passage, layer: int,
+    kwargs: dict[str, Any],
+) -> Float[Tensor, "rows queries heads width"]:  # fmt: skip
+    """The base's own attention, bit for bit, for tokens that see no prompts; for others, the gated one."""
+    text, _ = _inner(module)(module, query, key, value, mask, **kwargs)
+    sees = mops.sees
+    if sees is None:
+        sees = torch.ones(len(query), query.shape[-2], dtype=torch.bool, device=query.device)
+    if mops.closed is not None:
+        sees = sees & ~mops.closed[:, None]
+    if not sees.any():
+        return text
+    from_here = int(sees.any(0).nonzero()[0])  # columns before are alike in every row
+    full = _additive(mask, query, key.shape[-2])
+    full = full[..., from_here:, :] if full.shape[-2] > 1 else full
+    gated, _ = _gated(module, query[:, :, from_here:], key, value, full, mops, layer, kwargs)
+    chosen = torch.where(sees[:, from_here:, None, None], gated, text[:, from_here:])
+    return torch.cat([text[:, :from_here], chosen], 1)
+
+
+def _over_segments(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mops: Passage, segments: Segments, layer: int,
+    kwargs: dict[str, Any],
+) -> Float[Tensor, "1 tokens heads width"]:  # fmt: skip
+    """Examples laid end to end, each over its own text, what came before it, and the prompts."""
+    seen, beside = mops.prefix.get(layer), mops.beside.get(layer)
+    mops.attended = mops.attended or seen is not None or beside is not None
+    if mops.taken is not None:
+        mops.taken[layer] = (key, value)
+    added = None if beside is None else beside.of(query, _scale(query, kwargs), segments.of)
+    if mops.past is None and _mergeable(module, query, value, segments, seen, kwargs):
+        out = _merge(query, key, value, segments, seen, _scale(query, kwargs))
+        return out if added is None else out + added
+    mask = segments.causal(kwargs.get("sliding_window"), query.dtype)
+    query, key, value = (segments.pad(each) for each in (query, key, value))
+    if mops.past is not None:
+        own = layer - mops.first
+        key = torch.cat([mops.past.keys[own].to(key.dtype), key], -2)
+        value = torch.cat([mops.past.values[own].to(value.dtype), value], -2)
+        before = segments.before(mops.past.lengths, mops.past.keys.shape[-2], kwargs.get("sliding_window"), query.dtype)
+        mask = torch.cat([before, mask.expand(len(before), -1, -1, -1)], -1)
     out, _ = _behind(module, query, key, value, mask, seen, kwargs)
-    return mops.segments.unpad(out), None
+    out = segments.unpad(out)
+    return out if added is None else out + added
 
 
 def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
@@ -130,6 +253,7 @@ def _quick(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     mask: Tensor | None,
     seen: tuple[KeyValue, Tensor],
     kwargs: dict[str, Any],
@@ -137,6 +261,7 @@ def _quick(
     """Whether `merged.rows` serves: inference on a CPU, one prefix for all rows, and a mask or none needed."""
     return (
         query.is_cpu
+        and query.shape[-1] == value.shape[-1]
         and not torch.is_grad_enabled()
         and module.__dict__["mops_sdpa"]
         and not kwargs.get("dropout")
@@ -170,12 +295,14 @@ LONG = 32  # tokens: shorter segments are quicker padded than one by one
 
 
 def _mergeable(
-    module: nn.Module, query: Tensor, segments: Segments, seen: tuple[KeyValue, Tensor] | None, kwargs: dict[str, Any]
-) -> bool:
+    module: nn.Module, query: Tensor, value: Tensor, segments: Segments, seen: tuple[KeyValue, Tensor] | None,
+    kwargs: dict[str, Any],
+) -> bool:  # fmt: skip
     """Whether the quick way for a CPU serves: one prefix for all, no window that cuts, no dropout, no softcapping."""
     window = kwargs.get("sliding_window")
     return (
         query.is_cpu
+        and query.shape[-1] == value.shape[-1]
         and module.__dict__["mops_sdpa"]
         and not kwargs.get("dropout")
         and (window is None or window >= segments.longest)
@@ -220,7 +347,7 @@ def _behind(
     if seen is None:
         return _inner(module)(module, query, key, value, mask, **kwargs)
     (prefix_key, prefix_value), bias = seen
-    rows, queries, prompts, width = len(query), query.shape[-2], prefix_key.shape[-2], query.shape[-1]
+    rows, queries, prompts, width = len(query), query.shape[-2], prefix_key.shape[-2], value.shape[-1]
     key = torch.cat([prefix_key.to(key.dtype).expand(rows, -1, -1, -1), key], -2)
     value = torch.cat([prefix_value.to(value.dtype).expand(rows, -1, -1, -1), value], -2)
     if bias.requires_grad and torch.is_grad_enabled() and module.__dict__["mops_sdpa"]:
@@ -302,22 +429,19 @@ def attach(layer: nn.Module) -> None:
 
 @functools.cache
 def _handing_over(kind: type[nn.Module]) -> type[nn.Module]:
-    """The layer's class, whose `forward` leaves its `mops` keyword with its attention modules while it runs.
+    """The layer's class, whose `forward` leaves its `mops` keyword for its attention modules while it runs.
 
     A hook would not do: gradient checkpointing runs `forward` again, without hooks and after other passes.
     """
 
     def forward(self: nn.Module, *args: Any, mops: Record | Passage | None = None, **kwargs: Any) -> Any:
-        modules = self.__dict__["mops_attention"]
         if mops is not None:
-            args, kwargs = _arriving(int(modules[0].layer_idx), mops, args, kwargs)
-        for module in modules:
-            module.__dict__["mops_now"] = mops
+            args, kwargs = _arriving(int(self.__dict__["mops_attention"][0].layer_idx), mops, args, kwargs)
+        token = _now.set(mops)
         try:
             return kind.forward(self, *args, **kwargs)
         finally:
-            for module in modules:
-                module.__dict__.pop("mops_now", None)
+            _now.reset(token)
 
     names = {"forward": forward, "mops_kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), names)

@@ -16,6 +16,9 @@ CHOICES = {
     "gate_granularity": ("expert", "prompt"),
     "expert_attention": ("isolated", "causal"),
     "init": ("hidden_states", "random"),
+    "experts": ("hidden_states", "keys_values"),
+    "prefix_attention": ("joint", "separate", "linear"),
+    "visible_to": ("all", "answers"),
 }
 
 
@@ -52,6 +55,19 @@ class MoPsConfig(PeftConfig):
     embedding_size: int | None = None  # width of an external embedding; None: the gate reads the model itself
     embedder: str | None = None  # who computes that embedding: a folder or hub id (paper, footnote 3)
     expert_names: list[str] | None = None  # what each expert is meant for
+    experts: str = "hidden_states"  # of one layer, as in the paper; "keys_values": of every layer from there up
+    shared_prompts: int = 0  # columns beside the experts that every row sees at full strength
+    prefix_attention: str = "joint"  # with the text in one softmax; "separate": in one of its own, weighted per head
+    # from zero (LLaMA-Adapter); "linear": without softmax, values from zero (PrefixMemory-Tuning). The latter two need
+    # experts="keys_values"
+    visible_to: str = "all"  # text tokens that see experts; "answers": the assistant's header and answer alone
+    answer_header: list[int] | None = None  # token ids that open an answer, for visible_to="answers"
+    gate_frame: dict[str, list[int]] | None = None  # token ids around what the gate reads (see reading.py)
+    gate_layer: int | None = None  # layer (from 0) whose entering hidden states the gate reads; None: injection_layer
+    gate_bias: bool = False  # whether the gate adds a constant to each score (a closed-form start needs one)
+    null_expert: bool = False  # whether text unlike all training instructions is left to the base (see null.py)
+    null_threshold: float = 0.5  # null weight from which on no column is seen at all; 0: always, above 1: never
+    key_value_shape: list[int] | None = None  # filled in: layers, key heads, width of keys, width of values
     modules_to_save: list[str] | None = None
     base_hidden_size: int | None = field(default=None, metadata={"help": "filled in: hidden size of the base model"})
     base_num_layers: int | None = field(default=None, metadata={"help": "filled in: layers of the base model"})
@@ -66,6 +82,7 @@ class MoPsConfig(PeftConfig):
         for name in ("num_experts", "prompts_per_expert", "gate_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        self._check_key_values()
         if self.gate_input == "sequence":
             warnings.warn("gate_input='sequence': in training the gate also reads the response, which does not exist "
                           "when generating, so perplexities are not comparable", stacklevel=3)  # fmt: skip
@@ -78,6 +95,24 @@ class MoPsConfig(PeftConfig):
                              f"{self.num_groups}, or None for all")  # fmt: skip
         if self.expert_names is not None and len(self.expert_names) != self.num_experts:
             raise ValueError(f"{len(self.expert_names)} expert_names for num_experts={self.num_experts}: give one each")
+
+    def _check_key_values(self) -> None:
+        if self.shared_prompts < 0:
+            raise ValueError(f"shared_prompts={self.shared_prompts}: choose 0 or more")
+        if self.experts == "keys_values":
+            if self.gate_target == "hidden_states":
+                raise ValueError("gate_target='hidden_states' scales prompts that run through the layers, and "
+                                 "experts='keys_values' do not: choose gate_target='attention'")  # fmt: skip
+            return
+        for name, only in (("prefix_attention", "joint"), ("visible_to", "all")):
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}={getattr(self, name)!r} needs experts='keys_values': choose that, or "
+                                 f"{name}={only!r}")  # fmt: skip
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the gate reads another layer than the injection layer, in a pass of its own over the bare base."""
+        return self.embedding_size is None and self.gate_layer not in (None, self.injection_layer)
 
     @property
     def num_prompts(self) -> int:
@@ -119,4 +154,7 @@ class MoPsConfig(PeftConfig):
         if not 0 <= self.injection_layer < layers:
             raise ValueError(f"injection_layer={self.injection_layer}, but this model has {layers} layers: "
                              f"choose 0 to {layers - 1}")  # fmt: skip
+        if self.gate_layer is not None and not 0 <= self.gate_layer <= layers:
+            raise ValueError(f"gate_layer={self.gate_layer}, but this model has {layers} layers: choose 0 to {layers}, "
+                             "or None for the injection layer")  # fmt: skip
         self.base_hidden_size, self.base_num_layers = hidden_size, layers

@@ -5,9 +5,9 @@ Knows masks, caches and `generate`. Knows no adapter's parameters: a wrapper (se
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import warnings
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import attention, experts, growing, halves, prefill
+from . import attention, experts, gate, growing, halves, prefill, reading
 from .attention import Passage
 from .config import MoPsConfig
 from .packed import text_positions
@@ -26,10 +26,15 @@ from .packed import text_positions
 class _Call:
     """One `generate` call: its gate is read from the first forward pass and kept, cache or no cache."""
 
+    engine: Engine
     gate_mask: Tensor | None
     gate_embedding: Tensor | None
     attended: Tensor | None  # as the caller gave it: `generate` may turn it into a 4-D mask before we see it
     passage: Passage | None = None
+
+
+# Of the thread that generates, so that calls at once do not meet.
+_call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("mops_call", default=None)
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -59,16 +64,13 @@ class Engine:
         keep_unpacked(model)
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]  # what `forward` takes, in order
         self.wrappers: dict[int, Any] = {}
-        self.call: _Call | None = None
         self.last: Passage | None = None
         self.warned = False
         self.kept = experts.Kept()
-        self.caches: weakref.WeakKeyDictionary[Any, Passage] = weakref.WeakKeyDictionary()
         layers = getattr(self.backbone, halves.layers_name(self.backbone))
         self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
         for layer in self.layers:
             attention.check(layer)
-        _refuse_scaled_embeddings(model, self.backbone, self.layers[0])
         for layer in self.layers:
             attention.attach(layer)
         self.handles = [
@@ -94,6 +96,12 @@ class Engine:
         self.model.__dict__.pop("generate", None)
         self.model.__dict__.pop("mops_engine", None)
 
+    @property
+    def call(self) -> _Call | None:
+        """The `generate` call of this model that runs in this thread."""
+        call = _call.get()
+        return call if call is not None and call.engine is self else None
+
     def active(self) -> Any:
         """The wrapper whose adapter acts, or None when all are switched off."""
         on = [wrapper for wrapper in self.wrappers.values() if wrapper.current is not None]
@@ -110,11 +118,11 @@ class Engine:
             raise ValueError(
                 f"prefill_chunk_size={chunk}: the gate must read the whole instruction at once: leave it unset"
             )
-        self.call = _Call(gate_mask, gate_embedding, kwargs.get("attention_mask"))
+        token = _call.set(_Call(self, gate_mask, gate_embedding, kwargs.get("attention_mask")))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
-            self.call = None
+            _call.reset(token)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
@@ -122,8 +130,10 @@ class Engine:
             raise ValueError("a packed batch reached the base model: make the adapter with task_type='CAUSAL_LM'")
         explicit, embedding = kwargs.pop("gate_mask", None), kwargs.pop("gate_embedding", None)
         if (wrapper := self.active()) is None:
+            self.last = None
             return (), kwargs
         _refuse_reentrant(self.layers, model.training)
+        call = self.call
         inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         rows, length = inputs.shape[:2]
         flat = self._flat(kwargs.get("attention_mask"), rows, length)
@@ -131,20 +141,23 @@ class Engine:
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         passage = self._known(cache, past)
+        if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
+            kwargs["position_ids"] = text_positions(flat)[:, -length:]
         if fresh := passage is None:
-            if self.call is not None:
+            if call is not None:
                 growing.make_room(cache)
-            passage = self._fresh(wrapper, rows, length, inputs.device, flat, kwargs.get("labels"), explicit, embedding)
+            real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
+            passage = self._fresh(wrapper, kwargs, real, explicit, embedding)
         elif passage.gate is not None and len(passage.gate) != rows:
             raise ValueError(
                 f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
             )
-        if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
-            kwargs["position_ids"] = text_positions(flat)[:, -length:]
+        passage.look(past, length)
         self.last = kwargs["mops"] = passage
-        if self.call is not None:
-            self.call.passage = passage
-            if fresh and prefill.packable(model, self.names, kwargs, flat):
+        if call is not None:
+            call.passage = passage
+            plain = passage.start is None and passage.gate is None
+            if fresh and plain and prefill.packable(model, self.names, kwargs, flat):
                 kwargs = prefill.pack(kwargs, flat.bool(), passage)
         return (), kwargs
 
@@ -165,45 +178,73 @@ class Engine:
             return self.call.passage
         if past == 0:
             return None
-        if cache not in self.caches:
+        found: Passage | None = getattr(cache, "mops", None)  # it goes where the cache goes: copies, threads, batches
+        if found is None:
             raise ValueError(f"past_key_values hold {past} tokens that were not read under this adapter: "
                              "start from an empty cache")  # fmt: skip
-        return self.caches[cache]
+        return found
 
-    def _fresh(
-        self, wrapper: Any, rows: int, length: int, device: Any, attended: Any, labels: Any, mask: Any, embedding: Any
-    ) -> Passage:
+    def _fresh(self, wrapper: Any, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any) -> Passage:
+        """What is known of a text before its first layer: what the gate may read, and who sees experts."""
         adapter = wrapper.current
         assert adapter is not None
-        config = wrapper.configs[adapter]
-        if self.call is not None:
-            mask = mask if mask is not None else self.call.gate_mask
-            embedding = embedding if embedding is not None else self.call.gate_embedding
-        every = torch.ones(rows, length, dtype=torch.bool, device=device) if attended is None else attended.bool()
-        passage = Passage(adapter, wrapper.index)
+        config, call = wrapper.configs[adapter], self.call
+        if call is not None:
+            mask = mask if mask is not None else call.gate_mask
+            embedding = embedding if embedding is not None else call.gate_embedding
+        passage, rows = Passage(adapter, wrapper.index), len(real)
+        ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
+        if config.visible_to == "answers":
+            passage.start = reading.answer_starts(ids, real, labels, config.answer_header)
         if config.embedding_size is not None:
             passage.gate_embedding = _embedding(embedding, config, rows)
         elif config.gate_input == "sequence":
-            passage.gate_mask = every
+            passage.gate_mask = real
         elif mask is not None:
-            passage.gate_mask = _readable(_rows(mask, rows), every)
+            passage.gate_mask = _readable(_rows(mask, rows), real)
         else:
-            passage.gate_mask = every if labels is None else self._instruction(every, labels)
-        if config.num_recovery_prompts:
+            passage.gate_mask = self._instruction(real, ids, labels, passage.start, config)
+        if config.num_recovery_prompts and config.null_threshold > 0:
             self.recover(passage, wrapper, config)
+        if config.reads_ahead or (config.visible_to == "answers" and config.embedding_size is None):
+            wrapper.enter(passage, self._read_ahead(passage, wrapper.index, kwargs, real, config))
         return passage
 
-    def _instruction(self, every: Tensor, labels: Tensor) -> Tensor:
-        mask = every & (labels == -100)
-        empty = ~mask.any(-1, keepdim=True)
-        if empty.any() and not self.warned:
-            self.warned = True
-            warnings.warn(
-                "labels cover the whole text of some rows, so the gate reads all of it: set the labels of the "
-                "instruction to -100, or pass gate_mask",
-                stacklevel=2,
-            )
-        return torch.where(empty, every, mask)
+    def _instruction(self, real: Tensor, ids: Any, labels: Any, start: Any, config: MoPsConfig) -> Tensor:
+        """Tokens of the instruction: before the first label, or before the answer's header; no template's words."""
+        mask = real
+        if labels is not None:
+            mask = real & ((labels != reading.IGNORED).cumsum(-1) == 0)
+            empty = ~mask.any(-1, keepdim=True)
+            if empty.any() and not self.warned:
+                self.warned = True
+                warnings.warn(
+                    "labels cover the whole text of some rows, so the gate reads all of it: set the labels of the "
+                    "instruction to -100, or pass gate_mask",
+                    stacklevel=2,
+                )
+            mask = torch.where(empty, real, mask)
+        if start is not None:
+            before = mask & (torch.arange(mask.shape[1], device=mask.device) < start[:, None])
+            mask = torch.where(before.any(-1, keepdim=True), before, mask)
+        if config.gate_frame is not None and ids is not None:
+            mask = reading.framed(ids, mask, config.gate_frame)
+        return mask
+
+    @torch.no_grad()
+    def _read_ahead(
+        self, passage: Passage, first: int, kwargs: dict[str, Any], real: Tensor, config: MoPsConfig
+    ) -> Tensor:
+        """What the gate reads, [rows, hidden], from a pass of the bare base up to the gate's layer."""
+        assert passage.gate_mask is not None
+        given = {n: kwargs[n] for n in ("input_ids", "inputs_embeds", "position_ids") if kwargs.get(n) is not None}
+        carried = Passage(passage.adapter, len(self.layers), prefix=dict(passage.prefix))
+        layer = first if config.gate_layer is None else config.gate_layer
+        # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
+        out = contextvars.copy_context().run(
+            halves.lower(self.backbone, layer), **given, attention_mask=real.long(), use_cache=False, mops=carried
+        )
+        return gate.pool(out.last_hidden_state, passage.gate_mask.to(out.last_hidden_state.device))
 
     def recover(self, passage: Passage, wrapper: Any, config: MoPsConfig) -> None:
         """Put the recovery prompts in front of every layer, or only below the injection layer."""
@@ -220,7 +261,7 @@ class Engine:
             raise ValueError(f"no attention module of {type(model).__name__} saw the prompts: its layers do not hand "
                              "on what they carry; please report the architecture")  # fmt: skip
         if passage is not None and cache is not None:
-            self.caches[cache] = passage
+            cache.mops = passage
         return output if passage is None or passage.segments is None else prefill.unpack(output, passage)
 
 
@@ -256,8 +297,6 @@ def _refuse_unsupported(model: Any, backbone: Any) -> None:
     kind = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder: smartmops adapts decoder-only models")
-    if getattr(config, "alibi", False):
-        raise ValueError(f"{kind} uses ALiBi positions, which prompts have none of: choose another architecture")
     halves.layers_name(backbone)
 
 
@@ -266,8 +305,15 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def _refuse_scaled_embeddings(model: Any, backbone: Any, first: nn.Module) -> None:
-    """Prompts are handed over as `inputs_embeds`: a backbone that changes those on the way in would change prompts."""
+def refuse_scaled_embeddings(model: Any, backbone: Any, first: nn.Module) -> None:
+    """Prompts are handed over as `inputs_embeds`: a backbone that changes those on the way in would change prompts.
+
+    Raises:
+        ValueError: it does, or positions are ALiBi's, which prompts have none of.
+    """
+    if getattr(model.config, "alibi", False):
+        raise ValueError(f"{type(model).__name__} uses ALiBi positions, which prompts have none of: choose "
+                         "experts='keys_values', or another architecture")  # fmt: skip
     weight = next((p for p in first.parameters() if p.is_floating_point()), None)
     if weight is None or weight.is_meta:
         return
@@ -282,7 +328,7 @@ def _refuse_scaled_embeddings(model: Any, backbone: Any, first: nn.Module) -> No
     except _Seen as seen:
         if not torch.equal(seen.args[0], given):
             raise ValueError(f"{type(model).__name__} changes inputs_embeds before its first layer (it scales or "
-                             "normalises them): choose another architecture, such as Llama") from None  # fmt: skip
+                             "normalises them): choose experts='keys_values', or another architecture") from None  # fmt: skip
     finally:
         handle.remove()
 

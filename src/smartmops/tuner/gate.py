@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
+CLOSED = -1e30  # on a column: nobody attends to it, and no sum of such biases is infinite
+
+
 def pool(hidden: Float[Tensor, "batch seq hidden"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch hidden"]:
     """avg_emb of Algorithm 1: the mean of the hidden states the gate may read, in float32."""
     weight = mask.to(torch.float32).unsqueeze(-1)
@@ -24,15 +27,19 @@ def log_gate(
     temperature: float = 1.0,
     top_k: int | None = None,
     renormalise: bool = True,
+    constant: Float[Tensor, groups] | None = None,
 ) -> Float[Tensor, "batch groups"]:
-    """log g, with g = softmax(W_ff2 relu(W_ff1 a) / T) and a the standardised mean embedding (natural log).
+    """log g, with g = softmax((W_ff2 relu(W_ff1 a) + b) / T) and a the standardised mean embedding (natural log).
+
+    The paper's gate has no `constant` b.
 
     With `top_k`, all but the k highest weights are zero (log: the lowest float). The rest sum to one, or, without
     `renormalise`, keep the weights they had: a gate that keeps one expert then still has a gradient, as in SMoP (Choi
     et al. 2023).
     """
     scores = ((pooled - mean) / scale) @ w_in.T
-    scores = torch.relu(scores) @ w_out.T / temperature
+    scores = torch.relu(scores) @ w_out.T
+    scores = (scores if constant is None else scores + constant) / temperature
     if top_k is not None and top_k < scores.shape[-1]:
         highest = scores.topk(top_k, -1).indices
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, highest, True)
@@ -53,3 +60,10 @@ def bias(log_g: Float[Tensor, "batch groups"], prompts: int) -> Float[Tensor, "b
     groups = log_g.shape[-1]
     lifted = (log_g + math.log(groups)).clamp(min=torch.finfo(log_g.dtype).min)
     return lifted.repeat_interleave(prompts // groups, -1)
+
+
+def dimmed(bias: Float[Tensor, "batch columns"], lost: Float[Tensor, " batch"]) -> Float[Tensor, "batch columns"]:
+    """The bias on columns once a share `lost` of the gate's weight has gone to no column; CLOSED where all has."""
+    shut = (lost >= 1)[:, None]
+    left = torch.log1p(-lost.masked_fill(lost >= 1, 0))[:, None]
+    return (bias + left).masked_fill(shut, 2 * CLOSED)

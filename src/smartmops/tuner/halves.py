@@ -67,9 +67,14 @@ def lower(backbone: nn.Module, n: int) -> Any:
     return _view(backbone, 0, n, embed=True, final=False)
 
 
+def middle(backbone: nn.Module, first: int, last: int) -> Any:
+    """Decoder layers `first`..`last` - 1: from `inputs_embeds`, what enters them, to `last_hidden_state`."""
+    return _view(backbone, first, last, embed=False, final=False)
+
+
 def layer(backbone: nn.Module, index: int) -> Any:
     """Decoder layer `index` alone: from `inputs_embeds`, what enters it, to `last_hidden_state`, what leaves it."""
-    return _view(backbone, index, index + 1, embed=False, final=False)
+    return middle(backbone, index, index + 1)
 
 
 def upper(backbone: nn.Module, n: int) -> Any:

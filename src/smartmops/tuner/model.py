@@ -17,11 +17,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 
-from . import experts, gate, halves
-from .attention import KeyValue, Passage
+from . import experts, fresh, gate, halves, keys_values, null, states
+from .attention import Beside, KeyValue, Passage
 from .config import MoPsConfig
-from .engine import Engine
-from .packed import IGNORED, Packed, Segments, each_nats, mean_loss, text_positions
+from .engine import Engine, refuse_scaled_embeddings
+from .packed import Packed, each_nats, mean_loss, text_positions
 
 NO_MERGE = "gated prompts depend on the input and cannot be merged into weights: keep the adapter, or call unload()"
 
@@ -29,12 +29,22 @@ NO_MERGE = "gated prompts depend on the input and cannot be merged into weights:
 class MoPsLayer(nn.Module, BaseTunerLayer):
     """The injection layer, and the parameters of every adapter that enters there.
 
-    Shapes, per adapter: `mops_prompts` [K, hidden]; `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
-    frozen: `mops_recovery` [R, hidden]; `mops_gate_mean`, `mops_gate_scale` [inputs], which standardise its input.
+    Shapes, per adapter, where experts are hidden states: `mops_prompts` [K, hidden], `mops_shared` [S, hidden]; where
+    they are keys and values: `mops_keys` [K, layers, kv_heads, key], `mops_values`, and `mops_shared_keys`,
+    `mops_shared_values` with S for K, all in units of `mops_key_size`, `mops_value_size` [layers];
+    `mops_head_weight` [layers, heads]. The gate: `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
+    `mops_gate_bias` [groups]. Frozen: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean` and `mops_gate_scale`
+    [inputs], which standardise the gate's input, and the null expert's `mops_null_basis`, `_centres`, `_cut`.
     """
 
-    adapter_layer_names = ("mops_prompts", "mops_gate_in", "mops_gate_out")
-    other_param_names = ("mops_recovery", "mops_gate_mean", "mops_gate_scale")
+    adapter_layer_names = (
+        "mops_prompts", "mops_shared", "mops_keys", "mops_values", "mops_shared_keys", "mops_shared_values",
+        "mops_head_weight", "mops_gate_in", "mops_gate_out", "mops_gate_bias",
+    )  # fmt: skip
+    other_param_names = (
+        "mops_recovery", "mops_gate_mean", "mops_gate_scale", "mops_key_size", "mops_value_size", "mops_null_basis",
+        "mops_null_centres", "mops_null_cut",
+    )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, index: int, engine: Engine) -> None:
         super().__init__()
@@ -52,20 +62,11 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
             return getattr(super().__getattr__("base_layer"), name)
 
     def add(self, adapter: str, config: MoPsConfig, inference: bool) -> None:
-        """Create the parameters of one adapter: random prompts of the embeddings' spread, a uniform gate."""
-        hidden, width = config.base_hidden_size, config.embedding_size or config.base_hidden_size
-        assert hidden is not None and width is not None
-        table = self.engine.backbone.get_input_embeddings().weight
-        spread = float(table.detach().float().std()) if table.is_floating_point() and not table.is_meta else 0.02
+        """Create the parameters of one adapter: random experts of the base's own size, a uniform gate."""
+        trained, frozen = fresh.parameters(self.engine.backbone, self.index, config)
         self.configs[adapter] = config
-        self.mops_prompts[adapter] = nn.Parameter(torch.randn(config.num_prompts, hidden) * spread)
-        self.mops_gate_in[adapter] = nn.Parameter(torch.randn(config.gate_hidden_size, width) * (2 / width) ** 0.5)
-        self.mops_gate_out[adapter] = nn.Parameter(torch.zeros(config.num_groups, config.gate_hidden_size))
-        frozen = {
-            "mops_recovery": torch.randn(config.num_recovery_prompts, hidden) * spread,
-            "mops_gate_mean": torch.zeros(width),
-            "mops_gate_scale": torch.ones(width),
-        }
+        for name, value in trained.items():
+            getattr(self, name)[adapter] = nn.Parameter(value)
         for name, value in frozen.items():
             getattr(self, name)[adapter] = nn.Parameter(value, requires_grad=False)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -83,24 +84,42 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     @property
     def current(self) -> str | None:
         """The adapter of this layer that is switched on."""
-        on = [name for name in self.active_adapters if name in self.mops_prompts]
+        on = [name for name in self.active_adapters if name in self.configs]
         if len(on) > 1:
             raise ValueError(f"adapters {on} are active at once: activate one with set_adapter({on[0]!r})")
         return on[0] if on and not self.disable_adapters else None
 
+    def _float(self, name: str, adapter: str) -> Tensor:
+        found: Tensor = getattr(self, name)[adapter].to(torch.float32)
+        return found
+
+    def standardised(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch inputs"]:
+        """Pooled inputs by the mean and scale of the training instructions."""
+        return (pooled - self._float("mops_gate_mean", adapter)) / self._float("mops_gate_scale", adapter)
+
     def log_gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
-        """Natural log of the gate weights for pooled (not yet standardised) inputs."""
+        """Natural log of the gate weights for pooled (not yet standardised) inputs; they sum to one."""
         config = self.configs[adapter]
-        mean, scale, w_in, w_out = (
-            getattr(self, name)[adapter].to(torch.float32)
-            for name in ("mops_gate_mean", "mops_gate_scale", "mops_gate_in", "mops_gate_out")
-        )
+        names = ("mops_gate_mean", "mops_gate_scale", "mops_gate_in", "mops_gate_out")
         how = (config.gate_temperature, config.gate_top_k, config.gate_renormalise)
-        return gate.log_gate(pooled, mean, scale, w_in, w_out, *how)
+        constant = self._float("mops_gate_bias", adapter) if config.gate_bias else None
+        return gate.log_gate(pooled, *(self._float(name, adapter) for name in names), *how, constant)
 
     def gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
-        """Gate weights, summing to one over the groups, for pooled inputs."""
-        return self.log_gate(pooled, adapter).exp()
+        """Gate weights for pooled inputs; they sum to one, less what goes to the null expert."""
+        weights = self.log_gate(pooled, adapter).exp()
+        lost = self.null_weight(pooled, adapter)
+        return weights if lost is None else weights * (1 - lost)[:, None]
+
+    def null_weight(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, " batch"] | None:
+        """Weight that goes to no expert; None where there is no null expert, and in training."""
+        config = self.configs[adapter]
+        if config.null_threshold <= 0:
+            return torch.ones(len(pooled), device=pooled.device)
+        if not config.null_expert or self.training:
+            return None
+        basis, centres, cut = (self._float(f"mops_null_{name}", adapter) for name in ("basis", "centres", "cut"))
+        return null.weight(self.standardised(pooled, adapter), basis, centres, cut, config.null_threshold)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """At prefill, read the gate and put the experts in front of this and all later layers; then run the layer."""
@@ -126,11 +145,22 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         adapter, config = passage.adapter, self.configs[passage.adapter]
         with torch.autocast(pooled.device.type, enabled=False):
             log_g = self.log_gate(pooled, adapter)
-        passage.gate = log_g.exp()
+            lost = self.null_weight(pooled, adapter)
+        passage.gate = log_g.exp() if lost is None else log_g.exp() * (1 - lost)[:, None]
         columns, scale = gate.bias(log_g, config.num_prompts), None
+        shared = columns.new_zeros(len(columns), config.shared_prompts)
+        if lost is not None:
+            if bool((lost >= 1).all()):
+                passage.attended = True  # nothing is put anywhere, so the pass is the base's own, bit for bit
+                return
+            passage.closed = lost >= 1 if bool((lost >= 1).any()) else None
+            columns, shared = (gate.dimmed(each, lost) for each in (columns, shared))
         if config.gate_target == "hidden_states":
             scale = passage.gate.repeat_interleave(config.num_prompts // config.num_groups, -1)
             columns = torch.zeros_like(columns)
+        if config.experts == "keys_values":
+            self._put_keys_values(passage, torch.cat([columns, shared], -1), lost)
+            return
         isolated = config.expert_attention == "isolated"
         prompts, backbone = self.mops_prompts[adapter], self.engine.backbone
 
@@ -139,6 +169,30 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
 
         kv = make() if scale is not None else self.engine.kept.get(adapter, prompts, backbone, make)
         passage.put(kv, columns)
+        if config.shared_prompts:
+            own = self.mops_shared[adapter]
+            kv = self.engine.kept.get(f"shared of {adapter}", own, backbone,
+                                      lambda: experts.prefix(backbone, self.index, own, 1, False))  # fmt: skip
+            passage.put(kv, shared)
+
+    def _put_keys_values(self, passage: Passage, bias: Float[Tensor, "batch columns"], lost: Tensor | None) -> None:
+        adapter, config = passage.adapter, self.configs[passage.adapter]
+        keys, values = self.mops_keys[adapter], self.mops_values[adapter]
+        if config.shared_prompts:
+            keys = torch.cat([keys, self.mops_shared_keys[adapter]])
+            values = torch.cat([values, self.mops_shared_values[adapter]])
+        if not torch.is_grad_enabled():  # what no row sees need not be there
+            live = (bias > gate.CLOSED).any(0)
+            if not bool(live.all()):
+                keys, values, bias = keys[live], values[live], bias[:, live]
+        kv = keys_values.prefix(self.index, keys, values, self.mops_key_size[adapter], self.mops_value_size[adapter])
+        if config.prefix_attention == "joint":
+            passage.put(kv, bias)
+            return
+        strength = torch.ones_like(bias[:, 0]) if lost is None else 1 - lost
+        weights = self.mops_head_weight[adapter] if config.prefix_attention == "separate" else None
+        for number, (layer, (key, value)) in enumerate(kv.items()):
+            passage.beside[layer] = Beside(key, value, bias, strength, None if weights is None else weights[number])
 
 
 class _Output(MoeModelOutputWithPast):
@@ -170,6 +224,8 @@ class MoPsModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: MoPsConfig, model_config: dict[str, Any]) -> MoPsConfig:
         engine = Engine.on(self.model)
         peft_config.resolve(len(engine.layers), halves.hidden_size(engine.backbone))
+        if peft_config.experts == "hidden_states" or peft_config.num_recovery_prompts:
+            refuse_scaled_embeddings(self.model, engine.backbone, engine.layers[0])
         wrapped = {id(layer.get_base_layer()) for layer in engine.wrappers.values()}
         layer = engine.layers[peft_config.injection_layer]  # type: ignore[index]
         if id(layer) in wrapped:
@@ -255,7 +311,7 @@ class MoPsModel(BaseTuner):
         name = adapter or self.active_adapters[0]
         wrappers: list[MoPsLayer] = list(Engine.on(self.model).wrappers.values())
         for wrapper in wrappers:
-            if name in wrapper.mops_prompts:
+            if name in wrapper.configs:
                 return wrapper
         raise ValueError(f"no adapter {name!r}: there are {sorted(self.peft_config)}")
 
@@ -263,7 +319,7 @@ class MoPsModel(BaseTuner):
         """The base model's `forward`; with `packed`, the mean loss of examples laid end to end (`packed.Packed`)."""
         if packed is None:
             return self.model(*args, **kwargs)
-        batch = Packed.of(packed)
+        batch = self._reduced(Packed.of(packed))
         at, targets = batch.targets()
         hidden = self._through(batch)[at]
         return CausalLMOutputWithPast(loss=mean_loss(self._head, hidden, targets, self._vocabulary))
@@ -274,7 +330,9 @@ class MoPsModel(BaseTuner):
         batch = Packed.of(packed)
         at, targets = batch.targets()
         found = torch.zeros(len(batch.labels), device=targets.device)
-        found[at] = each_nats(self._head, self._through(batch)[at], targets, self._vocabulary)
+        reduced = self._reduced(batch)
+        hidden = self._through(reduced)[reduced.targets()[0]]
+        found[at] = each_nats(self._head, hidden, targets, self._vocabulary)
         return found
 
     @property
@@ -296,40 +354,32 @@ class MoPsModel(BaseTuner):
     ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "segments inputs"] | None]:
         """Of packed tokens, what enters the injection layer, and what the gate reads (before standardisation).
 
-        Neither changes while prompts and gate are trained. With adapters off: what enters the final norm, and None.
+        Neither changes while experts and gate are trained. With adapters off: what enters the final norm, and None.
         """
-        packed = Packed.of(batch)
-        return self._lower(packed, self._passage(packed))
+        return states.below(Engine.on(self.model), Packed.of(batch))
 
-    def _passage(self, batch: Packed) -> Passage:
-        engine = Engine.on(self.model)
-        wrapper = engine.active()
-        passage = Passage("", len(engine.layers)) if wrapper is None else Passage(wrapper.current, wrapper.index)
-        passage.segments = Segments(batch.lengths.tolist(), batch.labels.device)
-        if wrapper is not None and wrapper.configs[passage.adapter].num_recovery_prompts:
-            engine.recover(passage, wrapper, wrapper.configs[passage.adapter])
-        return passage
+    @torch.no_grad()
+    def answers(self, batch: Packed | Mapping[str, Tensor]) -> Packed:
+        """Of packed tokens, all that training needs where answers alone see experts; none of it ever changes."""
+        return states.answers(Engine.on(self.model), Packed.of(batch))
 
-    def _lower(self, batch: Packed, passage: Passage) -> tuple[Tensor, Tensor | None]:
-        engine = Engine.on(self.model)
-        hidden, wrapper = batch.hidden, engine.active()
-        if hidden is None:
-            assert batch.input_ids is not None
-            below = halves.lower(engine.backbone, passage.first)
-            with torch.no_grad():
-                hidden = below(input_ids=batch.input_ids[None], **_packed(passage)).last_hidden_state[0]
-        return hidden, None if wrapper is None else _pooled(batch, passage, hidden, wrapper.configs[passage.adapter])
+    def _reduced(self, batch: Packed) -> Packed:
+        wrapper = Engine.on(self.model).active()
+        if wrapper is None or batch.past_keys is not None:
+            return batch
+        return self.answers(batch) if wrapper.configs[wrapper.current].visible_to == "answers" else batch
 
     def _through(self, batch: Packed) -> Float[Tensor, "tokens hidden"]:
         """Normed last hidden states, from tokens or from hidden states at the injection layer."""
-        engine, passage = Engine.on(self.model), self._passage(batch)
-        hidden, pooled = self._lower(batch, passage)
+        engine = Engine.on(self.model)
+        passage = states.passage(engine, batch)
+        hidden, pooled = states.below(engine, batch)
         if (wrapper := engine.active()) is not None:
             wrapper.enter(passage, pooled)
             engine.last = passage
         above = halves.upper(engine.backbone, passage.first)
         dtype = next(p.dtype for p in engine.backbone.parameters() if p.is_floating_point())
-        out: Tensor = above(inputs_embeds=hidden[None].to(dtype), **_packed(passage)).last_hidden_state
+        out: Tensor = above(inputs_embeds=hidden[None].to(dtype), **states.packed(passage)).last_hidden_state
         return out[0]
 
     @property
@@ -340,13 +390,16 @@ class MoPsModel(BaseTuner):
 
     @torch.no_grad()
     def hidden_at_injection(self, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "batch seq hidden"]:
-        """Hidden states entering the injection layer, as the gate meets them (recovery prompts in front, if any)."""
+        """Hidden states entering the injection layer (recovery prompts in front, if any)."""
+        return self._entering(self.layer().index, input_ids, attention_mask)
+
+    def _entering(self, layer: int, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "batch seq hidden"]:
         engine, wrapper = Engine.on(self.model), self.layer()
         config = wrapper.configs[wrapper.current or self.active_adapters[0]]
-        passage = Passage(self.active_adapters[0], wrapper.index)
+        passage = Passage(self.active_adapters[0], len(engine.layers))
         if config.num_recovery_prompts:
             engine.recover(passage, wrapper, config)
-        out = halves.lower(engine.backbone, wrapper.index)(
+        out = halves.lower(engine.backbone, layer)(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=text_positions(attention_mask),
@@ -355,31 +408,12 @@ class MoPsModel(BaseTuner):
         )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
+    @torch.no_grad()
     def pooled(
         self, input_ids: Tensor, attention_mask: Tensor, gate_mask: Tensor | None = None
     ) -> Float[Tensor, "batch hidden"]:
-        """What the gate reads, before standardisation: the mean over `gate_mask` of `hidden_at_injection`."""
-        mask = attention_mask if gate_mask is None else gate_mask
-        return gate.pool(self.hidden_at_injection(input_ids, attention_mask), mask.bool())
-
-
-def _packed(passage: Passage) -> dict[str, Any]:
-    """What a backbone is called with. The mask is 4-D, so that none is made, and is never read."""
-    segments = passage.segments
-    assert segments is not None
-    mask = torch.zeros(1, 1, 1, 1, device=segments.device)
-    return {"attention_mask": mask, "position_ids": segments.positions[None], "use_cache": False, "mops": passage}
-
-
-def _pooled(
-    batch: Packed, passage: Passage, hidden: Float[Tensor, "tokens hidden"], config: MoPsConfig
-) -> Float[Tensor, "segments inputs"]:
-    """What the gate reads of each segment: given, or the mean over its instruction."""
-    if batch.pooled is not None:
-        return batch.pooled.float()
-    if config.embedding_size is not None:
-        raise ValueError(f"this adapter's gate reads an embedding of width {config.embedding_size} made by "
-                         f"{config.embedder!r}: give those as `pooled` of a packed batch")  # fmt: skip
-    every = torch.ones_like(batch.labels, dtype=torch.bool)
-    assert passage.segments is not None
-    return passage.segments.mean(hidden, every if config.gate_input == "sequence" else batch.labels == IGNORED)
+        """What the gate reads, before standardisation: the mean over `gate_mask` of what enters the gate's layer."""
+        mask, wrapper = attention_mask if gate_mask is None else gate_mask, self.layer()
+        config = wrapper.configs[wrapper.current or self.active_adapters[0]]
+        layer = wrapper.index if config.gate_layer is None else config.gate_layer
+        return gate.pool(self._entering(layer, input_ids, attention_mask), mask.bool())

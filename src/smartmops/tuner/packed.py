@@ -55,14 +55,16 @@ class Segments:
 
     lengths: list[int]
     device: torch.device
+    offsets: Int[Tensor, " segments"] | None = None  # position of each segment's first token; None: 0
     masks: dict[Any, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.longest = max(self.lengths)
         sizes = torch.tensor(self.lengths)
         self.of = torch.arange(len(sizes)).repeat_interleave(sizes).to(self.device)  # segment of each token
-        self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(self.device)
-        self.index = self.of * self.longest + self.positions  # of each token in the padded table
+        within = torch.cat([torch.arange(n) for n in self.lengths]).to(self.device)
+        self.index = self.of * self.longest + within  # of each token in the padded table
+        self.positions = within if self.offsets is None else within + self.offsets[self.of]
 
     def slices(self) -> list[slice]:
         """Each segment's tokens in the row."""
@@ -92,6 +94,21 @@ class Segments:
             self.masks[key] = full.masked_fill(gone, torch.finfo(dtype).min)[None, None]
         return self.masks[key]
 
+    def before(
+        self, lengths: Int[Tensor, " segments"], longest: int, window: int | None, dtype: torch.dtype
+    ) -> Float[Tensor, "segments 1 queries before"]:
+        """Added to logits over the `lengths` tokens before each segment, padded on the right to `longest`."""
+        key = ("before", window, dtype)
+        if key not in self.masks:
+            at = torch.arange(longest, device=self.device)
+            gone = (at >= lengths[:, None])[:, None, :].expand(-1, self.longest, -1)
+            if window is not None:
+                own = lengths[:, None] + torch.arange(self.longest, device=self.device)
+                gone = gone | (own[:, :, None] - at >= window)
+            full = torch.zeros(gone.shape, dtype=dtype, device=self.device)
+            self.masks[key] = full.masked_fill(gone, torch.finfo(dtype).min)[:, None]
+        return self.masks[key]
+
     def mean(
         self, hidden: Float[Tensor, "tokens hidden"], where: Bool[Tensor, " tokens"]
     ) -> Float[Tensor, "segments hidden"]:
@@ -105,13 +122,22 @@ class Segments:
 
 @dataclass
 class Packed:
-    """A batch laid end to end: tokens, or the hidden states that enter the injection layer for them."""
+    """A batch laid end to end: tokens, or the hidden states that enter the injection layer for them.
+
+    With `past_keys` and `past_values` the tokens are headers and answers alone, and these are what the bare base made
+    of the text before them, in the layers from the injection layer up.
+    """
 
     lengths: Int[Tensor, " segments"]
     labels: Int[Tensor, " tokens"]  # IGNORED but on responses
     input_ids: Int[Tensor, " tokens"] | None = None
     hidden: Float[Tensor, "tokens hidden"] | None = None
     pooled: Float[Tensor, "segments inputs"] | None = None  # what the gate reads, before standardisation
+    gate_mask: Bool[Tensor, " tokens"] | None = None  # what the gate may read; None: all tokens without a label
+    headers: Int[Tensor, " segments"] | None = None  # tokens right before the answer that open it; None: 1
+    past_keys: Float[Tensor, "layers segments kv_heads longest key"] | None = None
+    past_values: Float[Tensor, "layers segments kv_heads longest value"] | None = None
+    past_lengths: Int[Tensor, " segments"] | None = None
 
     @classmethod
     def of(cls, batch: Packed | Mapping[str, Tensor]) -> Packed:
@@ -130,6 +156,23 @@ class Packed:
                 f"{int(packed.lengths.sum())}: all three must agree"
             )
         return packed
+
+    def starts(self) -> Int[Tensor, " segments"]:
+        """Of each segment, the number of tokens before the answer's header.
+
+        Raises:
+            ValueError: a segment has no label, or one on its first token.
+        """
+        firsts = []
+        for labels in self.labels.split(self.lengths.tolist()):
+            at = (labels != IGNORED).nonzero()[:, 0]
+            if not len(at) or int(at[0]) == 0:
+                raise ValueError("an example has no answer (no label), or nothing before it: experts that answers "
+                                 "alone see need both")  # fmt: skip
+            firsts.append(int(at[0]))
+        first = torch.tensor(firsts, device=self.labels.device)
+        headers = torch.ones_like(first) if self.headers is None else self.headers.to(first.device).clamp(min=1)
+        return (first - headers).clamp(min=0)
 
     def targets(self) -> tuple[Int[Tensor, " predicted"], Int[Tensor, " predicted"]]:
         """Positions whose next token has a label, and that label; a segment never predicts the next one's first."""

@@ -1,0 +1,141 @@
+"""What the frozen half makes of packed text: hidden states, what the gate reads, keys and values before answers.
+
+Knows halves of a backbone and packed batches. None of it depends on experts or gate, so it can be kept for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import halves
+from .attention import Passage, Past
+from .config import MoPsConfig
+from .engine import Engine
+from .packed import IGNORED, Packed, Segments
+
+
+def passage(engine: Engine, batch: Packed) -> Passage:
+    """Where the segments of a batch lie, recovery prompts and what came before in front of them."""
+    wrapper = engine.active()
+    found = Passage("", len(engine.layers)) if wrapper is None else Passage(wrapper.current, wrapper.index)
+    found.segments = Segments(batch.lengths.tolist(), batch.labels.device, batch.past_lengths)
+    if batch.past_keys is not None:
+        assert batch.past_values is not None and batch.past_lengths is not None
+        found.past = Past(batch.past_keys, batch.past_values, batch.past_lengths)
+    if wrapper is not None and wrapper.configs[found.adapter].num_recovery_prompts:
+        engine.recover(found, wrapper, wrapper.configs[found.adapter])
+    return found
+
+
+def packed(carried: Passage) -> dict[str, Any]:
+    """What a backbone is called with. The mask is 4-D, so that none is made, and is never read."""
+    segments = carried.segments
+    assert segments is not None
+    mask = torch.zeros(1, 1, 1, 1, device=segments.device)
+    return {"attention_mask": mask, "position_ids": segments.positions[None], "use_cache": False, "mops": carried}
+
+
+def below(engine: Engine, batch: Packed) -> tuple[Float[Tensor, "tokens hidden"], Tensor | None]:
+    """What enters the injection layer, and what the gate reads of each segment, [segments, inputs]."""
+    wrapper = engine.active()
+    first = len(engine.layers) if wrapper is None else wrapper.index
+    if batch.hidden is not None and (wrapper is None or batch.pooled is not None):
+        return batch.hidden, None if batch.pooled is None else batch.pooled.float()
+    if wrapper is None:
+        return _run(engine, batch, [first])[0], None
+    config = wrapper.configs[wrapper.current]
+    reads = config.gate_layer if config.reads_ahead and batch.pooled is None else first
+    hidden, read = _run(engine, batch, [first, reads])
+    return hidden, _pooled(batch, read, config)
+
+
+def _bare(engine: Engine, batch: Packed) -> Passage:
+    """Under this one no layer takes itself for the injection layer."""
+    found = passage(engine, batch)
+    found.first = len(engine.layers)
+    return found
+
+
+@torch.no_grad()
+def _run(
+    engine: Engine, batch: Packed, at: list[int], carried: Passage | None = None
+) -> list[Float[Tensor, "tokens hidden"]]:
+    """What enters the layers `at`, where no text sees experts; the batch's hidden states are what enters the first."""
+    carried = _bare(engine, batch) if carried is None else carried
+    found, done = dict[int, Tensor](), 0
+    if batch.hidden is not None:
+        done = at[0]
+        found[done] = batch.hidden
+    for layer in sorted(set(at)):
+        if layer in found:
+            continue
+        if done == 0 and not found:
+            assert batch.input_ids is not None
+            out = halves.lower(engine.backbone, layer)(input_ids=batch.input_ids[None], **packed(carried))
+        else:
+            if layer < done:
+                raise ValueError(f"the gate reads what enters layer {layer}, but the batch holds what enters layer "
+                                 f"{done}: give `pooled` of a packed batch")  # fmt: skip
+            part = halves.middle(engine.backbone, done, layer)
+            out = part(inputs_embeds=found[done][None], **packed(carried))
+        found[layer], done = out.last_hidden_state[0], layer
+    return [found[layer] for layer in at]
+
+
+def _pooled(
+    batch: Packed, hidden: Float[Tensor, "tokens hidden"], config: MoPsConfig
+) -> Float[Tensor, "segments inputs"]:
+    """What the gate reads of each segment: given, or the mean over its instruction."""
+    if batch.pooled is not None:
+        return batch.pooled.float()
+    if config.embedding_size is not None:
+        raise ValueError(f"this adapter's gate reads an embedding of width {config.embedding_size} made by "
+                         f"{config.embedder!r}: give those as `pooled` of a packed batch")  # fmt: skip
+    segments = Segments(batch.lengths.tolist(), batch.labels.device)
+    if config.gate_input == "sequence":
+        return segments.mean(hidden, torch.ones_like(batch.labels, dtype=torch.bool))
+    unlabelled = batch.labels == IGNORED
+    return segments.mean(hidden, unlabelled if batch.gate_mask is None else batch.gate_mask.bool() & unlabelled)
+
+
+@torch.no_grad()
+def answers(engine: Engine, batch: Packed) -> Packed:
+    """Headers and answers alone, with what the bare base makes of the text before them in the upper layers.
+
+    Raises:
+        ValueError: an example has no answer, or nothing before it.
+    """
+    wrapper = engine.active()
+    assert wrapper is not None and batch.input_ids is not None
+    config, count = wrapper.configs[wrapper.current], len(engine.layers)
+    carried = _bare(engine, batch)
+    carried.taken = {}
+    reads = config.gate_layer if config.reads_ahead and batch.pooled is None else wrapper.index
+    hidden, read, _ = _run(engine, batch, [wrapper.index, reads, count], carried)
+    starts = batch.starts()
+    segments = carried.segments
+    assert segments is not None
+    own = segments.positions >= starts[segments.of]
+    pairs = [carried.taken[layer] for layer in range(wrapper.index, count)]
+    keys, values = (_before(torch.stack([pair[i][0] for pair in pairs]), segments, starts, own) for i in (0, 1))
+    return Packed(
+        lengths=batch.lengths - starts.to(batch.lengths.device), labels=batch.labels[own], hidden=hidden[own],
+        pooled=_pooled(batch, read, config), headers=batch.headers, past_keys=keys, past_values=values,
+        past_lengths=starts,
+    )  # fmt: skip
+
+
+def _before(
+    columns: Float[Tensor, "layers kv_heads tokens width"], segments: Segments, starts: Tensor, own: Tensor
+) -> Float[Tensor, "layers segments kv_heads longest width"]:
+    """The columns that are not `own` to the answers, a padded row for each segment."""
+    layers, heads, _, width = columns.shape
+    longest = max(int(starts.max()), 1)
+    table = columns.new_zeros(layers, len(starts) * longest, heads, width)
+    index = (segments.of * longest + segments.positions)[~own]
+    table[:, index] = columns[:, :, ~own].transpose(1, 2)
+    return table.view(layers, len(starts), longest, heads, width).transpose(2, 3)
