@@ -27,6 +27,7 @@ from smartmops.base import load_base
 from smartmops.compression import calibration, layerwise
 from smartmops.compression.solvers import Pattern
 from smartmops.tiny import BASE
+from smartmops.training.loop import HF_SCHEDULE
 from smartmops.training.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
@@ -65,7 +66,7 @@ def quantised(model: Any, tokenizer: Any, held_out: list[dict[str, torch.Tensor]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return {name: perplexity(load_base(folder, "auto", name)[0], held_out) for name in QUANTISATIONS}
+        return {name: perplexity(load_base(folder, "stored", name)[0], held_out) for name in QUANTISATIONS}
 
 
 def prune(name: str) -> None:
@@ -138,7 +139,7 @@ def train_all() -> None:
                     base = work / f"base-{setting}-{form.replace(', ', '-')}"
                     run = train(TrainConfig(model=str(base), data="office", out=work / f"run-{key.replace('/', '-')}",
                                             steps=40, prompt_lr=3.0, seed=seed, samples_per_task=0, resume=True,
-                                            recovery_prompts=0))  # fmt: skip
+                                            recovery_prompts=0, dtype="float32", **HF_SCHEDULE))  # fmt: skip
                     put("train", key, {"perplexity": run["perplexity"]["overall"],
                                        "frozen": run["perplexity_frozen"]["overall"]})  # fmt: skip
 
@@ -147,7 +148,7 @@ def _quantised_and_dequantised(folder: Path, work: Path, setting: str, kind: Any
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (work / f"base-{setting}-{kind}-dequantised" / "tokenizer.json").exists():
         return
-    model, _ = load_base(str(folder), "auto", kind)
+    model, _ = load_base(str(folder), "stored", kind)
     for name, each in ((kind, model), (f"{kind}-dequantised", None)):
         if each is None:
             each = model.dequantize(torch.bfloat16)

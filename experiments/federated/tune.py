@@ -17,16 +17,18 @@ from typing import Any
 
 from smartmops.data.tasks import splits
 from smartmops.federated.federate import FederateConfig, federate
+from smartmops.training.loop import HF_SCHEDULE
 from smartmops.training.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 COMMON: dict[str, Any] = {
+    "dtype": "float32",
     "model": "tiny", "batch_size": 1, "max_length": 256, "samples_per_task": 0, "seed": 100, "test_share": 0.1,
     "recovery_prompts": 0,
 }  # fmt: skip
 ROUNDS = {"clients": 100, "clients_per_round": 10, "rounds": 10, "local_steps": 10, "eval_every": 10}
-STEPS = {"steps": 1000, "save_every": 10**9, "log_every": 100}
+STEPS = {"steps": 1000, "save_every": 10**9, "log_every": 100, **HF_SCHEDULE}
 METHODS = {"federated": ("fedprompt", "mops"), "central": ("prompt-tuning", "mops")}
 
 

@@ -23,13 +23,15 @@ from smartmops.data.tasks import split
 from smartmops.training.baselines import Method
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import evaluate
+from smartmops.training.loop import HF_SCHEDULE
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig, fit
 
 HERE = Path(__file__).parent
 RATES = {40: (0.3, 1.0, 3.0, 10.0), 20: (1.0, 3.0, 10.0), 160: (0.3, 1.0, 3.0)}  # Adam, by budget in optimiser steps
 SEEDS = (0, 1, 2)
-SETTING = {"model": "tiny", "data": "office", "batch_size": 16, "recovery_prompts": 10, "save_every": 10**9}
+SETTING = {"model": "tiny", "dtype": "float32", "data": "office", "batch_size": 16, "recovery_prompts": 10,
+           "save_every": 10**9, **HF_SCHEDULE}  # fmt: skip
 
 
 def tune() -> None:
@@ -38,7 +40,7 @@ def tune() -> None:
     found: dict[str, dict[str, dict[str, float]]] = json.loads(file.read_text()) if file.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(out=Path(folder) / "run", **SETTING)
-        base, tokenizer = load_base("tiny")
+        base, tokenizer = load_base("tiny", "float32")
         prune(base, [], Pattern.parse(0.5), "magnitude")
         task = Task.load(config, base, tokenizer)
         kept, held = split(task.train_examples, 0.1, seed=1)

@@ -176,8 +176,8 @@ class Lab:
             seen.append(list(indices))
             return side.collate(indices)
 
-        schedule = Schedule(steps=steps, batch_size=self.config.batch_size, warmup_steps=0, log_every=1,
-                            save_every=10**9)  # fmt: skip
+        schedule = Schedule(steps=steps, batch_size=self.config.batch_size, lr_schedule="linear",
+                            warmup_steps=0, max_grad_norm=1.0, log_every=1, save_every=10**9)  # fmt: skip
         folder = self.config.out / "checkpoints"
         side.model.train()
         fit(side.model, side.method, schedule, range(len(self.rows)), collate, folder,
@@ -196,7 +196,8 @@ class Lab:
         """A left-padded batch of one instruction of each task (of as many tasks as experts)."""
         of_task = {example.category: example for example in reversed(self.examples)}
         chosen = [of_task[task] for task in sorted(of_task)] * self.config.experts
-        return dict(prompts(chosen[: self.config.experts], self.tokenizer, self.config.max_length))
+        batch = prompts(chosen[: self.config.experts], self.tokenizer, self.config.max_length)
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 # -------------------------------------------------------------------------------------------------------------- clocks

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from smartmops.bench import bench
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.data.example import Example
+from smartmops.data.template import Template
 from smartmops.deployment.client import ClientConfig, federate_client
 from smartmops.deployment.keys import KeysConfig, make_keys
 from smartmops.deployment.server import ServerConfig, federate_server
@@ -27,13 +28,15 @@ from smartmops.federated.rounds import QuorumLost
 from smartmops.flower.simulation import simulate
 from smartmops.reproduce.reproduce import reproduce
 from smartmops.training.answers import questions, score
-from smartmops.training.baselines import Method, load_run
+from smartmops.training.baselines import Method, load_run, template_of
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import answer, evaluate
+from smartmops.training.loop import HF_SCHEDULE
 from smartmops.training.pretrain import Embedder
 from smartmops.training.selection import TOLD
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig, train
+from smartmops.training.validation import verdict
 from smartmops.tuner.gate import by_expert
 
 console = Console()
@@ -53,8 +56,8 @@ def quickstart(
         seeds: of experts and training; the data split is the same for all
     """
     config = CompareConfig(
-        model="tiny", data="office", out=out, steps=steps, seeds=seeds, sparsity=0.5,
-        methods=dict(QUICKSTART_RATES), save_every=10**9, log_every=5, samples_per_task=1,
+        model="tiny", data="office", dtype="float32", out=out, steps=steps, seeds=seeds, sparsity=0.5,
+        methods=dict(QUICKSTART_RATES), save_every=10**9, log_every=5, samples_per_task=1, **HF_SCHEDULE,
     )  # fmt: skip
     metrics = compare(config)
     _print_comparison(metrics)
@@ -81,6 +84,8 @@ def train_command(config: TrainConfig) -> dict[str, Any]:
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     if "answers" in metrics:
         _print_answers(metrics["answers"])
+    if said := verdict(metrics):
+        console.print(f"[bold yellow]{escape(said)}[/bold yellow]")
     return metrics
 
 
@@ -138,6 +143,7 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
         data_seed=arguments.get("data_seed", arguments["seed"]),
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
+        validation_share=0.0, template=template_of(run),
     )  # fmt: skip
     task = Task.load(again, model, tokenizer)
     rows = [*task.train, *task.test] if config.data else task.test
@@ -145,9 +151,14 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
     metrics = evaluate(model, rows, task.collator, config.batch_size, progress=True).metrics()
     _print_perplexity({"adapted": metrics["perplexity"]})
     if config.answers:
-        asked = questions(model, tokenizer, examples, config.answers, config.answer_tokens)
+        asked = questions(model, tokenizer, examples, config.answers, config.answer_tokens, task.template)
         metrics["answers"] = score(
-            model, tokenizer, [examples[i] for i in asked], [rows[i] for i in asked], config.answer_tokens
+            model,
+            tokenizer,
+            [examples[i] for i in asked],
+            [rows[i] for i in asked],
+            config.answer_tokens,
+            task.template,
         )
         _print_answers(metrics["answers"])
     run.write_evaluation(metrics | {"data": again.data})
@@ -176,13 +187,14 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
                          "inspect a run of --method mops")  # fmt: skip
     mops = model.peft_config["default"]
     example = Example(config.text, config.context, "")
+    template = Template.of(template_of(run), tokenizer)
     inputs = {}
     if mops.embedder:
         inputs["gate_embedding"] = torch.tensor(Embedder(mops.embedder)([config.text]))
-    adapted = answer(model, tokenizer, [example], config.max_new_tokens, **inputs)[0]
+    adapted = answer(model, tokenizer, [example], config.max_new_tokens, template, **inputs)[0]
     weights = by_expert(model.base_model.last_gate, mops.num_experts)[0].tolist()
     with model.disable_adapter():
-        frozen = answer(model, tokenizer, [example], config.max_new_tokens)[0]
+        frozen = answer(model, tokenizer, [example], config.max_new_tokens, template)[0]
     names = mops.expert_names or [f"expert {i}" for i in range(mops.num_experts)]
     table = Table("expert", "gate weight", "")
     for name, weight in sorted(zip(names, weights, strict=True), key=lambda pair: -pair[1]):

@@ -55,10 +55,11 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def test_one_client_that_holds_everything_trains_as_the_centre_does(config: Make, tmp_path: Path, method: str) -> None:
     settings = config(clients=1, clients_per_round=1, rounds=1, local_steps=12, method=method)
     federate(settings)
-    base, tokenizer = load_base(settings.model)
+    base, tokenizer = load_base(settings.model, "float32")
     task = Task.load(settings.central(), base, tokenizer)
     model, _, _ = task.adapt(settings.central(), settings, settings.seed)
-    schedule = Schedule(steps=12, batch_size=2, warmup_steps=0, lr_schedule="constant", seed=seed_of(0, 1, 0))
+    schedule = Schedule(steps=12, batch_size=2, warmup_steps=0, lr_schedule="constant", max_grad_norm=1.0,
+                        seed=seed_of(0, 1, 0))  # fmt: skip
     fit(model, settings.central(), schedule, *task.feed(model), tmp_path / "central")
     central = {name.removesuffix(".default"): value.detach() for name, value in arrays_of(model)[0].items()}
     found = adapter(settings.out)
@@ -233,13 +234,13 @@ def test_other_bases_tasks_and_versions_are_refused_before_any_training(
 ) -> None:
     monkeypatch.setattr(module, "train_locally", lambda *args: pytest.fail("trained"))
     monkeypatch.setattr(client_module, "train_locally", lambda *args: pytest.fail("trained"))
-    other, tokenizer = load_base(config().model)
+    other, tokenizer = load_base(config().model, "float32")
     with torch.no_grad():
         next(other.parameters()).view(-1)[7] += 1e-3  # one weight of the base, by a little
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     elsewhere = worker_of(config(model=str(tmp_path / "other")))
-    with pytest.raises(ValueError, match="another base model or tokenizer"):
+    with pytest.raises(ValueError, match="another base model, tokenizer or template"):
         federate(config(out=tmp_path / "a"), lambda _: InProcess(elsewhere))
     files = tmp_path / "clients"
     shutil.copytree(clients_folder, files)
@@ -286,7 +287,7 @@ def hello(**changes: Any) -> bytes:
     ("change", "said"),
     [
         ({"examples": 0}, "'x' holds no examples"),
-        ({"base": "other"}, "another base model or tokenizer"),
+        ({"base": "other"}, "another base model, tokenizer or template"),
         ({"versions": versions() | {"messages": "1", "torch": "1.0"}}, r"runs torch 1\.0, the server .*--allow-other-versions"),
         ({"versions": versions() | {"messages": "7"}}, "runs messages 7, the server 1: install the same$"),
         ({"categories": ["a", "zebra"]}, "'zebra', which the gate does not know .*--gate-pretraining clusters"),

@@ -44,9 +44,9 @@ def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(base_folder: Path, two_tasks: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     def make(**changes: Any) -> TrainConfig:
         settings: dict[str, Any] = {
-            "model": str(base_folder), "data": str(two_tasks), "out": tmp_path / "run", "experts": 2,
+            "model": str(base_folder), "dtype": "float32", "data": str(two_tasks), "out": tmp_path / "run", "experts": 2,
             "prompts_per_expert": 3, "steps": 8, "batch_size": 4, "max_length": 96, "log_every": 1, "save_every": 4,
-            "gate_pretraining_steps": 20, "samples_per_task": 1, "recovery_prompts": 0,
+            "gate_pretraining_steps": 20, "samples_per_task": 1, "recovery_prompts": 0, "validation_share": 0.0,
         }  # fmt: skip
         return TrainConfig(**(settings | changes))
 

@@ -27,11 +27,11 @@ import dataclasses, json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from smartmops.training import ranks, trainer
+from smartmops.training import loop, ranks
 from smartmops.training.trainer import TrainConfig, train
 
 settings, ill = json.loads(Path(sys.argv[1]).read_text())
-step = trainer.Trainer.training_step
+step = loop.Trainer.training_step
 
 def poisoned(self, *args, **kwargs):
     return step(self, *args, **kwargs) * (float("nan") if self.state.global_step == 4 else 1)
@@ -44,7 +44,7 @@ def leaves(self, *args, **kwargs):
 for number, each in enumerate(settings):
     config = TrainConfig(**each | {"out": Path(each["out"])})
     if ill and os.environ["RANK"] == "1":
-        trainer.Trainer.training_step = leaves if number else poisoned
+        loop.Trainer.training_step = leaves if number else poisoned
     try:
         found = train(config)
     except (ValueError, FileExistsError) as error:

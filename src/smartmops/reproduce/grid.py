@@ -21,6 +21,7 @@ from rich.console import Console
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.federated.federate import FederateConfig, federate
 from smartmops.training.baselines import load_run
+from smartmops.training.loop import HF_SCHEDULE
 from smartmops.training.runs import Run, write_text
 from smartmops.training.trainer import TrainConfig, train
 
@@ -142,9 +143,12 @@ class Grid:
         began = time.perf_counter()
         folder = self.out / "runs" / cell.key
         common: dict[str, Any] = {"model": self.base(cell), "data": cell.data.path, "out": folder, "seed": cell.seed,
-                                  "limit": self.limit, "resume": True}  # fmt: skip
+                                  "limit": self.limit, "resume": True, "template": "plain", "dtype": "float32"}  # fmt: skip
         given = common | dict(cell.settings)
-        metrics = train(TrainConfig(**given)) if cell.command == "train" else federate(FederateConfig(**given))
+        if cell.command == "train":
+            metrics = train(TrainConfig(**HF_SCHEDULE | given))
+        else:
+            metrics = federate(FederateConfig(**given))
         run = Run.open(folder)
         settings = {k: v for k, v in run.config["arguments"].items() if k not in NOT_SETTINGS}
         found = {

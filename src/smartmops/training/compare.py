@@ -16,10 +16,12 @@ from smartmops.compression.solvers import Pattern
 from smartmops.data.batches import Encoded, few_shot
 
 from .baselines import Method
+from .card import keep
 from .evaluate import Evaluation, evaluate, samples
+from .options import check, check_split
 from .runs import Run
 from .task import Task, console
-from .trainer import TrainConfig, fit
+from .trainer import TrainConfig, learn
 
 NAMES = {"prompt-tuning": "ungated", "input-prompt-tuning": "input_prompts"}  # what reports call a method
 
@@ -40,7 +42,7 @@ def shots_of(task: Task, count: int, max_length: int) -> list[Encoded]:
     for example in task.train_examples:
         by_task[example.category].append(example)
     return [
-        few_shot(example, rng.sample(by_task[example.category], count), task.tokenizer, max_length)
+        few_shot(example, rng.sample(by_task[example.category], count), task.tokenizer, max_length, task.template)
         for example in task.test_examples
     ]
 
@@ -65,6 +67,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     Raises:
         ValueError: data, options or base do not fit, or a measure is asked for that only `train` takes.
     """
+    check(config)
     _check(config)
     run = Run.create(
         config.out,
@@ -76,6 +79,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         return run.read_metrics()
     run.rewind(0)
     task = prepare(config, run)
+    check_split(config, len(task.train), len(task.test), 1)
+    marks = evaluate(task.base, task.validation, task.collator) if task.validation else None
+    gains: dict[str, list[dict[str, Any]]] = defaultdict(list)
     found: dict[str, list[Evaluation]] = {"frozen": [evaluate(task.base, task.test, task.collator)]}
     if config.shots:
         length = getattr(task.base.config, "max_position_embeddings", 4096)
@@ -88,17 +94,20 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         for method, rate in config.methods.items():
             started = time.perf_counter()
             name = NAMES.get(method, method)
-            found.setdefault(name, []).append(
-                _one(task, replace(config, method=method, prompt_lr=rate, seed=seed), name, run)
-            )
+            settings = replace(config, method=method, prompt_lr=rate, seed=seed)
+            result, said = _one(task, settings, name, run, marks)
+            found.setdefault(name, []).append(result)
+            gains[name].append(said)
             seconds[name].append(time.perf_counter() - started)
-            console.print(f"seed {seed} {name}: perplexity {found[name][-1].overall:.3f}")
+            console.print(f"seed {seed} {name}: perplexity {result.overall:.3f}{_told(said)}")
     metrics = summary(found) | {
         "seeds": list(config.seeds),
         "seconds": dict(seconds),
         "tokens": found["frozen"][0].tokens,
+        "examples": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
     }
-    metrics["examples"] = {"train": len(task.train), "test": len(task.test)}
+    if marks:
+        metrics["validation"] = dict(gains)
     run.write_metrics(metrics)
     return metrics
 
@@ -112,8 +121,21 @@ def _check(config: CompareConfig) -> None:
                          f"{config.shots}: choose shots=0")  # fmt: skip
 
 
-def _one(task: Task, config: CompareConfig, name: str, run: Run) -> Evaluation:
-    """Adapt, train, evaluate one method under one seed; the first seed's MoPs leaves adapter, gates and samples."""
+def _told(said: dict[str, Any]) -> str:
+    """What the state that counts is, where validation chose it."""
+    if not said:
+        return ""
+    step = said["best"]["step"]
+    return f", best at step {step}" if said["gained"] else ", nothing gained on validation data over the frozen base"
+
+
+def _one(
+    task: Task, config: CompareConfig, name: str, run: Run, marks: Evaluation | None
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Adapt, train, evaluate one method under one seed; the first seed's MoPs leaves adapter, gates and samples.
+
+    `marks` is the base's evaluation on validation data. Also returned: what validation says of this method.
+    """
     shared, task = task, task.told(config, config.seed)
     model, names, accuracy = task.adapt(config, config, config.seed)
     kept = config.method == "mops" and config.seed == config.seeds[0]
@@ -123,17 +145,19 @@ def _one(task: Task, config: CompareConfig, name: str, run: Run) -> Evaluation:
         run.append_curve({"method": name, "seed": config.seed, **row})
 
     folder = run.checkpoints / f"{name}-{config.seed}"
-    fit(model, config, config, *task.feed(model), folder, write)
+    said = learn(task, model, config, folder, write, marks)
     result = evaluate(model, task.test, task.collator)
     if kept:
-        run.save_adapter(model.save_pretrained)
+        keep(run, model, task.template)
         run.write_gates({"experts": names, "before": before, "after": task.gates(model), "accuracy": accuracy})
         if config.samples_per_task:
-            run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
+            run.write_samples(
+                samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template)
+            )
     base = model.base_model.unload() if config.method != "input-prompt-tuning" else model.base_model
     shared.base = base.requires_grad_(False).eval()
     shutil.rmtree(folder, ignore_errors=True)
-    return result
+    return result, said
 
 
 def summary(found: dict[str, list[Evaluation]]) -> dict[str, Any]:

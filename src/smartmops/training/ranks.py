@@ -99,16 +99,27 @@ def share(count: int, device: torch.device) -> float:
     return count * world() / max(int(total), 1)
 
 
+def part(rows: Sequence[Encoded]) -> Sequence[Encoded]:
+    """The rows that this process evaluates."""
+    return rows if world() == 1 else rows[rank() :: world()]
+
+
+def together(own: Evaluation | None) -> Evaluation:
+    """The evaluation of all rows, of each process's evaluation of its part; None: it has none."""
+    found: list[Evaluation | None] = [own]
+    if world() > 1:
+        found = [None] * world()
+        dist.all_gather_object(found, own)
+    parts = [each for each in found if each is not None]
+    return parts[0] if len(parts) == 1 else merged(parts)
+
+
 def evaluate_together(
     model: Any, rows: Sequence[Encoded], collator: Collator, progress: bool = False
 ) -> Evaluation:  # fmt: skip
     """`evaluate`, each process on its part of the rows; all return the whole."""
-    if world() == 1 or not rows:
-        return evaluate(model, rows, collator, progress=progress)
-    own = rows[rank() :: world()]
-    found: list[Evaluation | None] = [None] * world()
-    dist.all_gather_object(found, evaluate(model, own, collator, progress=progress) if own else None)
-    return merged([part for part in found if part is not None])
+    own = part(rows)
+    return together(evaluate(model, own, collator, progress=progress) if own or not rows else None)
 
 
 def merged(parts: Sequence[Evaluation]) -> Evaluation:

@@ -24,6 +24,7 @@ from smartmops.data.batches import Collator, Encoded, encode_all, packed
 from smartmops.data.example import Example
 from smartmops.data.stored import take
 from smartmops.data.tasks import splits
+from smartmops.data.template import Template, check_template
 from smartmops.tuner import MoPsModel
 from smartmops.tuner.gate import by_expert
 
@@ -31,6 +32,7 @@ from . import ranks
 from .activations import ActivationCache, free_memory
 from .baselines import OURS, MethodConfig, build
 from .evaluate import Evaluation, evaluate
+from .options import check_base, check_split
 from .pretrain import (
     Embedder,
     GatePretraining,
@@ -42,6 +44,7 @@ from .pretrain import (
     train_recovery,
 )
 from .selection import TOLD, level, told, wire
+from .validation import ValidationConfig, hold_out
 
 console = Console()
 
@@ -52,7 +55,8 @@ class TaskConfig(MethodConfig, GatePretraining):
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a local folder, a hub id, or tiny
     data: str
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; prompts and gate are trained in float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: bfloat16 where it is faster
+    template: str = "auto"  # chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one
     max_length: int = 512  # tokens; longer examples lose the end of their context
     limit: int | None = None  # use only so many examples, drawn at random (the paper: 5000)
     test_share: float = 0.1  # of each category
@@ -86,9 +90,11 @@ class Task:
     train_examples: Sequence[Example]
     test_examples: Sequence[Example]
     collator: Collator
+    template: Template  # that texts are rendered with
     recovery: torch.Tensor | None = None
     embedder: Embedder | None = None
     activations: str = "auto"
+    validation: Sequence[Encoded] = ()  # of the training split, not trained on
     caches: dict[Any, ActivationCache | None] = field(default_factory=dict)
 
     @classmethod
@@ -105,7 +111,10 @@ class Task:
         if config.hold_out is not None:
             _check_hold_out(config.hold_out, train)
         _warn_of_calibration(config)
+        check_template(config.template)
         if base is None:
+            check_base(config, local(config.model))
+            check_split(config, len(train), len(test), ranks.world())
             base, tokenizer = load_base(config.model, config.dtype)
         task = cls.of(base, tokenizer, train, test, config)
         if config.recovery_prompts and config.method in OURS and not isinstance(base, PeftModel):
@@ -124,21 +133,26 @@ class Task:
         """
         if config.hold_out is not None:
             train = take(train, (i for i, example in enumerate(train) if example.category != config.hold_out))
+        held: Sequence[Example] = []
+        if isinstance(config, ValidationConfig):
+            train, held = hold_out(train, config, config.data_seed)
         limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
+        template = Template.of(config.template, tokenizer)
         collator = Collator(tokenizer)
         embedder = Embedder(config.embedder) if config.embedder else None
         rows: list[Sequence[Encoded]] = []
         kept: list[Sequence[Example]] = []
-        for name, part in (("train", train), ("test", test)):
+        for name, part in (("train", train), ("test", test), ("validation", held)):
             if not part:
                 rows.append([])
                 kept.append([])
                 continue
-            encoding = encode_all(part, tokenizer, limit, embedder, config.folder)
+            encoding = encode_all(part, tokenizer, limit, embedder, config.folder, template)
             console.print(f"{name}: {len(encoding.rows)} examples; {encoding.truncation}")
             kept.append(take(part, encoding.kept))
             rows.append(encoding.rows)
-        return cls(base, tokenizer, rows[0], rows[1], kept[0], kept[1], collator, None, embedder, config.activations)
+        return cls(base, tokenizer, rows[0], rows[1], kept[0], kept[1], collator, template, None, embedder,
+                   config.activations, rows[2])  # fmt: skip
 
     def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
         """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""
@@ -185,8 +199,9 @@ class Task:
         """
         if method.method not in TOLD:
             return self
-        train, test = told(self.base, self.train, self.test, method, seed)
-        return replace(self, train=train, test=test, caches={})
+        train, rest = told(self.base, self.train, [*self.test, *self.validation], method, seed)
+        count = len(self.test)
+        return replace(self, train=train, test=rest[:count], validation=rest[count:], caches={})
 
     def cache(self, model: Any, rows: Sequence[Encoded] | None = None) -> ActivationCache | None:
         """The lower half's results on the training split, computed once for all methods and seeds that share it.
@@ -214,10 +229,14 @@ class Task:
         folder = None if self.activations in ("auto", "memory") else Path(self.activations)
         return ActivationCache.fill(model, rows, folder)
 
-    def evaluate(self, model: Any, progress: bool = False) -> Evaluation:
-        """Perplexity on the test split; a MoPs model runs its upper half only, from the second time on."""
-        cache = self.cache(model, self.test) if isinstance(model.base_model, MoPsModel) else None
-        return evaluate(model, self.test, self.collator, progress=progress, cache=cache)
+    def evaluate(self, model: Any, progress: bool = False, rows: Sequence[Encoded] | None = None) -> Evaluation:
+        """Perplexity on the test split, or on `rows`; a MoPs model runs its upper half only, from the second time on.
+
+        `rows` must outlive this task's caches, which know them by their identity.
+        """
+        rows = self.test if rows is None else rows
+        cache = self.cache(model, rows) if isinstance(model.base_model, MoPsModel) else None
+        return evaluate(model, rows, self.collator, progress=progress, cache=cache)
 
     def feed(self, model: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], dict[str, Any]]]:
         """A data set and its collator for `fit`: MoPs train on examples end to end, from the injection layer up."""

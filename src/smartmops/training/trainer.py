@@ -1,4 +1,4 @@
-"""Central training: data, base and method in, run folder out. The loop itself is Hugging Face's `Trainer`."""
+"""Central training: data, base and method in, run folder out."""
 
 from __future__ import annotations
 
@@ -6,49 +6,32 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 import tyro
-from rich.progress import Progress
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-from smartmops.tuner.packed import Packed
 
 from . import ranks
 from .answers import questions, score
-from .baselines import OURS, MethodConfig, parameter_groups
+from .baselines import OURS
+from .card import keep
 from .evaluate import Evaluation, samples
 from .interference import interference
+from .kept import Kept, state_of
+from .loop import Diverged, Schedule, fit
+from .options import check
+from .progress import Phases
 from .runs import Run, check_adapter
 from .selection import TOLD
 from .task import Task, TaskConfig
+from .validation import ValidationConfig, settle, spacing
 
-SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
-
-
-class Diverged(ValueError):
-    """The loss is no longer a finite number; the model holds the last state whose loss was."""
+__all__ = ["Diverged", "Schedule", "TrainConfig", "fit", "last_checkpoint", "learn", "train"]
 
 
 @dataclass(kw_only=True)
-class Schedule:
-    """How long, how much at a time, from which seed."""
-
-    steps: int = 1000  # optimiser steps
-    batch_size: int = 16  # examples; of each process where a launcher started several
-    lr_schedule: Literal["linear", "constant"] = "linear"  # down to zero, or level; both after the warm-up
-    warmup_steps: int = 50  # optimiser steps
-    seed: int = 0
-    log_every: int = 20  # optimiser steps
-    save_every: int = 200  # optimiser steps between checkpoints a killed run resumes from
-    eval_every: int | None = None  # optimiser steps between evaluations on the test split; None: only at the end
-
-
-@dataclass(kw_only=True)
-class TrainConfig(TaskConfig, Schedule):
+class TrainConfig(TaskConfig, ValidationConfig, Schedule):
     """Everything `smartmops train` takes. DATA is office, dolly, superni, a JSONL file, a folder or a hub id."""
 
     out: Path  # run folder
@@ -57,124 +40,6 @@ class TrainConfig(TaskConfig, Schedule):
     answer_tokens: int = 48  # at which a scored answer ends that has not ended itself
     interference_examples: int = 0  # of each training task, whose gradients on the prompts are compared; not for PEFT's
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
-
-
-class _Trainer(Trainer):
-    """HF's loop with our parameter groups, stopping at the first loss that is not finite."""
-
-    def __init__(self, config: MethodConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.method, self.good = config, [p.detach().clone() for p in self._trained()]
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        if getattr(self, "optimizer", None) is None:
-            self.optimizer: Any = torch.optim.AdamW(parameter_groups(self.model, self.method), weight_decay=0.0)
-        return self.optimizer
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Of all processes together, the mean over response tokens; HF sees to that where labels are not packed."""
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if ranks.world() == 1 or "packed" not in inputs:
-            return loss
-        return loss * ranks.share(len(Packed.of(inputs["packed"]).targets()[0]), loss.device)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss = ranks.mean(super().training_step(*args, **kwargs))
-        if not torch.isfinite(loss):
-            for parameter, value in zip(self._trained(), self.good, strict=True):
-                parameter.data.copy_(value)
-            raise Diverged(f"loss became {loss.item()} at step {self.state.global_step + 1} with learning rate "
-                           f"{self.method.rate}: choose a smaller prompt_lr")  # fmt: skip
-        self.good = [p.detach().clone() for p in self._trained()]
-        return loss
-
-
-class _Curves(TrainerCallback):
-    def __init__(self, write: Callable[[dict[str, Any]], None], look: Callable[[], Evaluation] | None,
-                 every: int | None, halfway: Callable[[], None] | None) -> None:  # fmt: skip
-        self.write, self.look, self.every, self.halfway = write, look, every, halfway
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            row: dict[str, Any] = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
-            self.write({"step": state.global_step} | row)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.look and self.every and state.global_step % self.every == 0:
-            self.write({"step": state.global_step, "eval_perplexity": self.look().overall})
-        if self.halfway and state.global_step == (state.max_steps + 1) // 2:
-            self.halfway()
-
-
-class _Progress(TrainerCallback):
-    """One line: step, loss, time left."""
-
-    def __init__(self) -> None:
-        self.bar = Progress(*Progress.get_default_columns(), transient=True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.line = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
-        self.bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(self.line, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.update(self.line, description=f"training, loss {logs['loss']:.3f}")
-
-
-def fit(
-    model: Any,
-    method: MethodConfig,
-    schedule: Schedule,
-    rows: Sequence[Any],
-    collator: Callable[[Sequence[Any]], dict[str, Any]],
-    folder: Path,
-    write: Callable[[dict[str, Any]], None] = lambda row: None,
-    look: Callable[[], Evaluation] | None = None,
-    checkpoint: Path | None = None,
-    halfway: Callable[[], None] | None = None,
-) -> None:
-    """Train the adapter of `model` in place; `look` at it every so often, and do something `halfway`.
-
-    Raises:
-        Diverged: the loss is not finite; the model then holds the last state whose loss was.
-    """
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=schedule.batch_size,
-        max_steps=schedule.steps,
-        learning_rate=method.rate,
-        lr_scheduler_type=SCHEDULERS[schedule.lr_schedule],
-        warmup_steps=min(schedule.warmup_steps, schedule.steps // 5),
-        logging_steps=schedule.log_every,
-        logging_nan_inf_filter=False,
-        save_steps=schedule.save_every,
-        save_strategy="steps" if schedule.save_every <= schedule.steps else "no",
-        save_total_limit=2,
-        seed=schedule.seed,
-        data_seed=schedule.seed,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=ranks.on_cpu(),
-    )
-    progress = _Progress()
-    trainer = _Trainer(
-        method, model=model, args=arguments, train_dataset=rows, data_collator=collator,
-        callbacks=[_Curves(write, look, schedule.eval_every, halfway), progress],
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    model.config.use_cache = False
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        progress.bar.stop()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -190,6 +55,26 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def learn(
+    task: Task, model: Any, config: TrainConfig, folder: Path, write: Callable[[dict[str, Any]], None],
+    frozen: Evaluation | None, checkpoint: Path | None = None, halfway: Callable[[], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the adapter and keep the best state, or the base where `frozen`, its validation, is better than all.
+
+    Returns:
+        What validation says, as `metrics.json` holds it; empty without `frozen`.
+    """
+    start, own = state_of(model), ranks.part(task.validation)
+
+    def look() -> Evaluation:
+        return ranks.together(task.evaluate(model, rows=own) if own else None)
+
+    schedule = replace(config, eval_every=spacing(config, len(task.validation), ranks.world()))
+    kept: Kept = fit(model, config, schedule, *task.feed(model), folder, write, look if frozen else None, checkpoint,
+                     halfway)  # fmt: skip
+    return settle(model, kept, start, frozen.overall, len(task.validation)) if frozen else {}
+
+
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train one method on one data set and write the run folder; returns what `metrics.json` holds.
 
@@ -198,65 +83,84 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ValueError: data, options or base do not fit; the message names value, limit and way out.
         Diverged: the loss is not finite; the last good adapter is in `out`/adapter.
     """
+    check(config)
     ranks.join()
     run, metrics = ranks.first_does(lambda: _begin(config))
     if metrics:
         return metrics
-    task = Task.load(config)
-    asked = _asked(config, task)
-    frozen = ranks.evaluate_together(task.base, task.test, task.collator, progress=True)
-    task = task.told(config, config.seed)
-    model, names, accuracy = task.adapt(config, config, config.seed)
-    gated = len(names) > 1
-    before = task.gates(model) if gated else {}
-    pulled = ranks.first_does(lambda: _pulled(config, task, model))
-    checkpoint = ranks.first_does(lambda: _rewound(run))
-
-    def look() -> Evaluation:
-        return ranks.evaluate_together(model, task.test, task.collator)
+    phases = Phases()
+    with phases("prepare"):
+        task = Task.load(config)
+        asked = _asked(config, task)
+    with phases("evaluate"):
+        frozen, marks = (ranks.evaluate_together(task.base, rows, task.collator, progress=True) if rows else None
+                         for rows in (task.test, task.validation))  # fmt: skip
+        assert frozen is not None
+    with phases("prepare"):
+        task = task.told(config, config.seed)
+        model, names, accuracy = task.adapt(config, config, config.seed)
+        before = task.gates(model) if len(names) > 1 else {}
+        pulled = ranks.first_does(lambda: _pulled(config, task, model))
+        checkpoint = ranks.first_does(lambda: _rewound(run))
 
     def halfway() -> None:
         stages = {"experts": names, "before": before, "during": task.gates(model)}
         run.write_gates(stages)
 
-    write = ranks.only_first(run.append_curve)
-    middle = (lambda: ranks.first_does(halfway)) if gated else None
+    middle = (lambda: ranks.first_does(halfway)) if before else None
     try:
-        fit(model, config, config, *task.feed(model), run.checkpoints, write, look, checkpoint, middle)
+        with phases("train"):
+            write = ranks.only_first(run.append_curve)
+            said = learn(task, model, config, run.checkpoints, write, marks, checkpoint, middle)
     except Diverged as error:
-        ranks.first_does(lambda: run.save_adapter(model.save_pretrained))
+        ranks.first_does(lambda: keep(run, model, task.template))
         raise Diverged(f"{error}; the last good adapter is in {run.adapter_dir}") from None
-    ranks.first_does(lambda: run.save_adapter(model.save_pretrained))
-    after = ranks.evaluate_together(model, task.test, task.collator, progress=True)
+    ranks.first_does(lambda: keep(run, model, task.template))
+    with phases("evaluate"):
+        after = ranks.evaluate_together(model, task.test, task.collator, progress=True)
     assert math.isfinite(after.overall)
-    metrics = after.metrics() | {
+    metrics = after.metrics() | said
+    metrics |= {
         "perplexity_frozen": frozen.metrics()["perplexity"],
+        "gained": said.get("gained", after.overall < frozen.overall),
         "gate_pretraining_accuracy": accuracy,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "examples": {"train": len(task.train), "test": len(task.test)},
+        "examples": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
     }
 
     def finish() -> dict[str, Any]:
-        found = metrics | _measured(config, task, model, asked, pulled)
-        if gated:
-            weights = task.weights(model)
-            stages = {"experts": names, "before": before, "after": task.mean_weights(weights)}
-            run.write_gates((run.read_gates() or {}) | stages)
-            found["gate"] = task.choices(weights, names)
-        speaks = task.embedder is None and config.method not in ("input-prompt-tuning", *TOLD)
-        if speaks and config.samples_per_task:
-            run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
+        with phases("evaluate"):
+            found = metrics | _measured(config, task, model, asked, pulled)
+            if before:
+                found |= _gates(run, task, model, names, before, not said or said["gained"])
+            speaks = task.embedder is None and config.method not in ("input-prompt-tuning", *TOLD)
+            if speaks and config.samples_per_task:
+                run.write_samples(
+                    samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template)
+                )
+        found["seconds"] = phases.seconds
         run.write_metrics(found)
         return found
 
     return ranks.first_does(finish)
 
 
+def _gates(
+    run: Run, task: Task, model: Any, names: Sequence[str], before: dict[str, list[float]], is_open: bool
+) -> dict[str, Any]:
+    """Write what the gate does after training; how decided it is, where it is open."""
+    weights = task.weights(model)
+    stages = {"experts": names, "before": before, "after": task.mean_weights(weights)}
+    run.write_gates((run.read_gates() or {}) | stages)
+    return {"gate": task.choices(weights, names)} if is_open else {}
+
+
 def _asked(config: TrainConfig, task: Task) -> list[int]:
     """Numbers of the test examples whose answers are to be scored."""
     if not config.answers_per_task:
         return []
-    return questions(task.base, task.tokenizer, task.test_examples, config.answers_per_task, config.answer_tokens)
+    return questions(task.base, task.tokenizer, task.test_examples, config.answers_per_task, config.answer_tokens,
+                     task.template)  # fmt: skip
 
 
 def _pulled(config: TrainConfig, task: Task, model: Any) -> dict[str, Any]:
@@ -273,7 +177,7 @@ def _measured(
     found: dict[str, Any] = {}
     if asked:
         examples, rows = [task.test_examples[i] for i in asked], [task.test[i] for i in asked]
-        found["answers"] = score(model, task.tokenizer, examples, rows, config.answer_tokens)
+        found["answers"] = score(model, task.tokenizer, examples, rows, config.answer_tokens, task.template)
     if pulled:
         found["interference"] = {"before": pulled, "after": _pulled(config, task, model)}
     return found
