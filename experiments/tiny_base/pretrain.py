@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smartmops.data.batches import prompt_text
 from smartmops.data.example import Example
 from smartmops.data.office import TASKS, contents, episode, random_style
 from smartmops.data.tasks import read_superni
+from smartmops.data.template import prompt_text
 
 # Tasks of the paper, and tasks built from the same passages or questions: never in pretraining.
 EXCLUDED = ("subtask044", "subtask043", "task002_quoref", "task1510_evalution")

@@ -7,7 +7,8 @@ for _name in ("bitsandbytes", "torchao"):
     if logging.getLogger(_name).level == logging.NOTSET:
         logging.getLogger(_name).setLevel(logging.ERROR)
 
+from .data import render  # noqa: E402
 from .tuner import MoPsConfig, MoPsModel  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["MoPsConfig", "MoPsModel", "__version__"]
+__all__ = ["MoPsConfig", "MoPsModel", "__version__", "render"]

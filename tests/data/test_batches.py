@@ -24,12 +24,12 @@ from smartmops.data.batches import (
     encode,
     encode_all,
     few_shot,
-    prompt_text,
     prompts,
 )
 from smartmops.data.example import Example
 from smartmops.data.office import episode
 from smartmops.data.tasks import read, sample
+from smartmops.data.template import prompt_text
 
 Make = Callable[..., Tokenizer]
 EXAMPLE = Example("Name it.", "A text about a cat.", "The cat", "closed_qa")

@@ -20,14 +20,16 @@ from smartmops.data.batches import Encoded, encode_all
 from smartmops.data.example import Example
 from smartmops.data.office import office
 from smartmops.data.stored import Stored, store, take
-from smartmops.data.tasks import DOLLY_TASKS, TEXTS, read, read_stored, splits
+from smartmops.data.tasks import DOLLY_TASKS, TEXTS, read, read_stored, restored, splits
 
 text = st.text(st.characters(codec="utf-8"), max_size=20)
-examples = st.builds(Example, text, text, text, text, text)
+examples = st.builds(
+    Example, text, text, text, text, text, text, st.lists(st.tuples(text, text), max_size=2).map(tuple)
+)
 
 
 def kept(items: list[Example], folder: Path) -> Stored[Example]:
-    return store(items, TEXTS, attrgetter(*TEXTS.names), Example, folder)
+    return store(items, TEXTS, attrgetter(*TEXTS.names), restored, folder)
 
 
 @given(items=st.lists(examples, max_size=12), data=st.data())
@@ -83,7 +85,7 @@ def test_items_are_read_once_and_a_batch_at_a_time(tmp_path: Path, monkeypatch: 
         return record_batch(columns, schema=schema)
 
     monkeypatch.setattr(pa, "record_batch", counted)
-    assert len(store(items(), TEXTS, attrgetter(*TEXTS.names), Example, tmp_path)) == 35
+    assert len(store(items(), TEXTS, attrgetter(*TEXTS.names), restored, tmp_path)) == 35
     assert written == [10, 10, 10, 5] and max(ahead) == 9
 
 

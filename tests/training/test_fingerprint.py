@@ -12,7 +12,6 @@ from cached import EXAMPLES, adapted, base, made_up, over
 from peft import LoraConfig, get_peft_model
 
 from smartmops import MoPsConfig
-from smartmops.data import batches
 from smartmops.data.batches import IGNORED, encode_all
 from smartmops.training.fingerprint import fingerprint
 
@@ -81,9 +80,7 @@ def test_a_second_adapter_elsewhere_changes_nothing() -> None:
     assert fingerprint(model, rows, torch.float32) != want
 
 
-def test_tokenizer_template_and_truncation_are_in_the_key(
-    tokenizer: Any, make_tokenizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokenizer_template_and_truncation_are_in_the_key(tokenizer: Any, make_tokenizer: Callable[..., Any]) -> None:
     model = adapted()
 
     def key(tokenizer: Any, max_length: int = 200) -> str:
@@ -92,5 +89,9 @@ def test_tokenizer_template_and_truncation_are_in_the_key(
     longest = max(len(row.input_ids) for row in encode_all(EXAMPLES, tokenizer, 200).rows)
     keys = [key(tokenizer), key(make_tokenizer(eos_token="<pad>")), key(tokenizer, longest - 3)]
     assert key(tokenizer) == key(tokenizer, longest) == keys[0]
-    monkeypatch.setattr(batches, "prompt_text", lambda example: f"Q: {example.instruction} {example.context}\nA: ")
-    assert len({*keys, key(tokenizer)}) == 4
+    chat = make_tokenizer()
+    chat.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A: {% else %}{{ m.content }}{{ eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    assert len({*keys, key(chat)}) == 4

@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from smartmops.data.batches import Collator, Encoded, encode_all, prompt_text
+from smartmops.data.batches import Collator, Encoded, encode_all
 from smartmops.data.example import Example
 from smartmops.data.tasks import splits
+from smartmops.data.template import prompt_text
 
 TEXT_ENDINGS = (".txt", ".raw", ".md", ".xz")
 PIECE = 20_000  # characters that are tokenised at once

@@ -1,29 +1,25 @@
-"""Examples in, padded batches of token ids out. Knows templates and labels; knows no models."""
+"""Examples in, padded batches of token ids out. Knows labels and lengths; knows no models."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smartmops.tuner.packed import IGNORED
 
 from .example import Example
+from .parts import Prompt
 from .stored import BATCH, store
-
-
-def prompt_text(example: Example) -> str:
-    """Everything before the response, as the model reads it."""
-    context = f"\n\n### Context:\n{example.context}" if example.context else ""
-    return f"### Instruction:\n{example.instruction}{context}\n\n### Response:\n"
+from .template import Template, Turns
 
 
 class TooLong(ValueError):
@@ -35,16 +31,19 @@ class Encoded:
     """One row of tokens, not yet padded."""
 
     input_ids: list[int]
-    labels: list[int]  # IGNORED but on the response and its EOS
+    labels: list[int]  # IGNORED but on the response and the token that ends it
     category: str = ""
     tokens_cut: int = 0  # tokens of context, or of solved examples, left out to fit
     shots: int = 0  # solved examples that stand before the prompt
     gate_embedding: Float[Tensor, " width"] | None = None  # what an external embedder makes of the instruction
+    gate_mask: list[int] | None = None  # 1 on tokens of the user's own text; None: on every token without a label
+    header: int = 0  # tokens right before the response that open the assistant's turn
 
 
 ROWS = pa.schema({
     "input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "category": pa.large_string(),
     "tokens_cut": pa.int32(), "shots": pa.int32(), "gate_embedding": pa.list_(pa.float32()),
+    "gate_mask": pa.list_(pa.int8()), "header": pa.int32(),
 })  # fmt: skip
 
 
@@ -73,16 +72,25 @@ class Encoding:
     kept: list[int]  # index of each row's example
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Prompt with the tokenizer's special tokens, response without, then EOS; loss on response and EOS only.
+def encode(
+    example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Template | None = None
+) -> Encoded:
+    """Prompt and response as the template writes them; loss on the response and the token that ends it only.
 
     A row longer than `max_length` tokens loses the end of its context, never of its response or instruction.
 
+    Args:
+        example: With its earlier turns, which are not learnt.
+        tokenizer: The model's.
+        max_length: Tokens.
+        template: Of this tokenizer; None: `auto`.
+
     Raises:
         TooLong: Instruction and response alone do not fit.
-        ValueError: Empty response, or a tokenizer without EOS.
+        ValueError: Empty response, a plain frame for a tokenizer without EOS, or as `Template.of`.
     """
-    return _row(example, *_tokens([example], tokenizer)[0], tokenizer, max_length)
+    chosen = template or Template.of("auto", tokenizer)
+    return _row(example, [], *_tokens([example.turns()], chosen)[0], chosen, max_length)
 
 
 def encode_all(
@@ -91,17 +99,22 @@ def encode_all(
     max_length: int,
     embed: Callable[[Sequence[str]], Sequence[Sequence[float]]] | None = None,
     folder: Path | None = None,
+    template: Template | None = None,
 ) -> Encoding:
     """`encode` of every example that fits `max_length` tokens, and a count of what was cut and dropped.
 
     Args:
         examples: Read once, a thousand at a time.
+        tokenizer: The model's.
+        max_length: Tokens.
         embed: Makes each row's `gate_embedding` of its instruction.
         folder: Where the rows are written and memory-mapped from; None: a list of them.
+        template: Of this tokenizer; None: `auto`.
 
     Raises:
         ValueError: As `encode`; also if no example fits, or the folder cannot hold the rows.
     """
+    chosen = template or Template.of("auto", tokenizer)
     cut: list[int] = []
     kept: list[int] = []
     dropped: list[TooLong] = []
@@ -110,9 +123,10 @@ def encode_all(
         for start in range(0, len(examples), BATCH):
             some = examples[start : start + BATCH]
             vectors = torch.tensor(embed([each.instruction for each in some])) if embed else [None] * len(some)
-            for number, (each, tokens) in enumerate(zip(some, _tokens(some, tokenizer, start), strict=True)):
+            tokens = _tokens([each.turns() for each in some], chosen, start)
+            for number, (each, found) in enumerate(zip(some, tokens, strict=True)):
                 try:
-                    row = _row(each, *tokens, tokenizer, max_length)
+                    row = _row(each, [], *found, chosen, max_length)
                 except TooLong as error:
                     dropped[:] = [error]
                     continue
@@ -129,39 +143,48 @@ def encode_all(
 
 
 def few_shot(
-    example: Example, shots: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    example: Example,
+    shots: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: Template | None = None,
 ) -> Encoded:
-    """Solved examples before the prompt of `example`; loss on its response and EOS only.
+    """Solved examples before the prompt of `example`, as earlier turns; loss on its response and the end of it only.
 
-    Each shot is prompt, response, EOS, and special tokens stand once, at the start: the episodes of pretraining. Where
-    `max_length` is short the first shots are left out; `shots` and `tokens_cut` of the row say so.
+    In the plain frame these are the episodes of pretraining. Where `max_length` is short the first shots are left out;
+    `shots` and `tokens_cut` of the row say so.
 
     Raises:
         TooLong: Not even `example` alone fits.
         ValueError: As `encode`.
     """
-    row = encode(example, tokenizer, max_length)
-    lead = _lead(tokenizer)
-    blocks = [prompt[lead:] + response for prompt, response in _tokens(shots, tokenizer)]
-    cut = 0
-    while blocks and sum(map(len, blocks)) + len(row.input_ids) > max_length:
-        cut += len(blocks.pop(0))
-    solved = [token for block in blocks for token in block]
-    return replace(
-        row,
-        input_ids=row.input_ids[:lead] + solved + row.input_ids[lead:],
-        labels=[IGNORED] * len(solved) + row.labels,
-        tokens_cut=row.tokens_cut + cut,
-        shots=len(blocks),
-    )
+    chosen = template or Template.of("auto", tokenizer)
+    _check_responses(shots)
+
+    def row(count: int) -> Encoded:
+        solved = [turn for shot in shots[len(shots) - count :] for turn in shot.turns()]
+        return _row(example, solved, *_tokens([[*solved, *example.turns()]], chosen)[0], chosen, 2**62)
+
+    whole, kept = row(len(shots)), len(shots)
+    found = whole
+    while kept and len(found.input_ids) > max_length:
+        kept -= 1
+        found = row(kept)
+    if len(found.input_ids) > max_length:
+        found = encode(example, tokenizer, max_length, chosen)
+    return replace(found, tokens_cut=len(whole.input_ids) - len(found.input_ids), shots=kept)
 
 
 def prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    template: Template | None = None,
 ) -> dict[str, Int[Tensor, "batch length"]]:
-    """A batch to generate from: `input_ids` and `attention_mask`, padded on the left.
+    """A batch to generate from: `input_ids`, `attention_mask` and `gate_mask`, padded on the left.
 
-    A prompt longer than `max_length` tokens loses the end of its context.
+    `gate_mask` is 1 on tokens of the user's own text, and left out where the tokenizer cannot say which those are. A
+    prompt longer than `max_length` tokens loses the end of its context.
 
     Raises:
         TooLong: An instruction alone does not fit.
@@ -169,20 +192,25 @@ def prompts(
     """
     if not examples:
         raise ValueError("no examples to make prompts of: give one at least")
-    rows = _prompt_tokens(examples, tokenizer)
+    pad, chosen = _pad_id(tokenizer), template or Template.of("auto", tokenizer)
+    rows = chosen.prompts([example.turns() for example in examples])
     if max_length is not None:
         rows = [
-            ids if len(ids) <= max_length else _shorten(example, tokenizer, max_length, 0)
-            for ids, example in zip(rows, examples, strict=True)
+            row if len(row.input_ids) <= max_length else _shorten(example, [], chosen, max_length, 0)
+            for row, example in zip(rows, examples, strict=True)
         ]
-    ones = [[1] * len(row) for row in rows]
-    return {"input_ids": _pad(rows, _pad_id(tokenizer), "left"), "attention_mask": _pad(ones, 0, "left")}
+    ids, masks = [row.input_ids for row in rows], [row.gate_mask for row in rows if row.gate_mask is not None]
+    batch = {"input_ids": _pad(ids, pad, "left"), "attention_mask": _pad([[1] * len(row) for row in ids], 0, "left")}
+    return batch | {"gate_mask": _pad(masks, 0, "left")} if masks else batch
 
 
-def pack(rows: Sequence[Encoded]) -> dict[str, Int[Tensor, " _"] | Float[Tensor, "segments width"]]:
-    """Rows laid end to end, without padding: `input_ids` and `labels` [tokens], `lengths` [segments].
+def pack(
+    rows: Sequence[Encoded],
+) -> dict[str, Int[Tensor, " _"] | Bool[Tensor, " _"] | Float[Tensor, "segments width"]]:
+    """Rows laid end to end, without padding: `input_ids` and `labels` [tokens], `lengths` and `headers` [segments].
 
-    `pooled` [segments, width] where the rows carry a gate embedding.
+    `gate_mask` [tokens], true on what the gate may read, where the rows have one; `pooled` [segments, width] where they
+    carry a gate embedding.
 
     Raises:
         ValueError: Only some of the rows carry one.
@@ -191,7 +219,10 @@ def pack(rows: Sequence[Encoded]) -> dict[str, Int[Tensor, " _"] | Float[Tensor,
         "input_ids": torch.tensor([token for row in rows for token in row.input_ids]),
         "labels": torch.tensor([label for row in rows for label in row.labels]),
         "lengths": torch.tensor([len(row.input_ids) for row in rows]),
+        "headers": torch.tensor([row.header for row in rows]),
     }
+    if masks := _masks(rows):
+        batch["gate_mask"] = torch.tensor([bool(each) for mask in masks for each in mask])
     embeddings = _embeddings(rows)
     return batch if embeddings is None else batch | {"pooled": embeddings}
 
@@ -226,6 +257,7 @@ class Collator:
     tokenizer: PreTrainedTokenizerBase
     padding_side: str = "right"  # or "left"
     pad_to_multiple_of: int | None = None  # tokens
+    gate_mask: bool = False  # hand on what a gate may read; models without a gate do not know the word
 
     def __post_init__(self) -> None:
         self.pad_id = _pad_id(self.tokenizer)
@@ -244,89 +276,82 @@ class Collator:
             "attention_mask": _pad([[1] * len(row) for row in ids], 0, side, multiple),
             "labels": _pad([row.labels for row in rows], IGNORED, side, multiple),
         }
+        if self.gate_mask and (masks := _masks(rows)):
+            batch["gate_mask"] = _pad(masks, 0, side, multiple)
         embeddings = _embeddings(rows)
         return batch if embeddings is None else batch | {"gate_embedding": embeddings}
 
 
 def _embeddings(rows: Sequence[Encoded]) -> Float[Tensor, "rows width"] | None:
     found = [row.gate_embedding for row in rows if row.gate_embedding is not None]
+    return torch.stack(found) if _all_or_none(found, rows, "gate_embedding") else None
+
+
+def _masks(rows: Sequence[Encoded]) -> list[list[int]]:
+    found = [row.gate_mask for row in rows if row.gate_mask is not None]
+    return found if _all_or_none(found, rows, "gate_mask") else []
+
+
+def _all_or_none(found: Sequence[Any], rows: Sequence[Encoded], name: str) -> bool:
     if 0 < len(found) < len(rows):
-        raise ValueError(f"{len(found)} of {len(rows)} rows carry a gate_embedding: give one to all or to none")
-    return torch.stack(found) if found else None
+        raise ValueError(f"{len(found)} of {len(rows)} rows carry a {name}: give one to all or to none")
+    return bool(found)
 
 
 def _row(
-    example: Example, prompt: list[int], response: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+    example: Example, solved: Turns, prompt: Prompt, response: list[int], template: Template, max_length: int
 ) -> Encoded:
-    whole = len(prompt)
+    whole = len(prompt.input_ids)
     if whole + len(response) > max_length:
-        prompt = _shorten(example, tokenizer, max_length, len(response))
-    labels = [IGNORED] * len(prompt) + response
-    return Encoded(prompt + response, labels, example.category, tokens_cut=whole - len(prompt))
+        prompt = _shorten(example, solved, template, max_length, len(response))
+    ids = prompt.input_ids
+    mask = None if prompt.gate_mask is None else prompt.gate_mask + [0] * len(response)
+    return Encoded(ids + response, [IGNORED] * len(ids) + response, example.category, whole - len(ids),
+                   gate_mask=mask, header=prompt.header)  # fmt: skip
 
 
-def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, reserved: int) -> list[int]:
-    """Prompt tokens with as much of the context's beginning as `max_length - reserved` tokens hold."""
+def _shorten(example: Example, solved: Turns, template: Template, max_length: int, reserved: int) -> Prompt:
+    """A prompt with as much of the context's beginning as `max_length - reserved` tokens hold."""
 
-    def tokens(characters: int) -> list[int]:
-        return _prompt_tokens([replace(example, context=example.context[:characters])], tokenizer)[0]
+    def turns(characters: int) -> Turns:
+        return [*solved, *replace(example, context=example.context[:characters]).turns()]
 
     # Cutting characters and tokenising again, not cutting tokens: a row is always some example's own tokenisation.
     lengths = range(len(example.context) + 1)
-    characters = bisect_right(lengths, max_length - reserved, key=lambda n: len(tokens(n))) - 1
+    characters = bisect_right(lengths, max_length - reserved, key=lambda n: template.count(turns(n))) - 1
     if characters < 0:
         what = "instruction and response" if reserved else "instruction"
         raise TooLong(
-            f"{what} take {len(tokens(0)) + reserved} tokens without any context, but max_length={max_length}: raise "
-            f"max_length or shorten the example ({example.instruction[:60]!r})"
+            f"{what} take {template.count(turns(0)) + reserved} tokens without any context, but max_length="
+            f"{max_length}: raise max_length or shorten the example ({example.instruction[:60]!r})"
         )
-    return tokens(characters)
+    return template.prompts([turns(characters)])[0]
 
 
 def _parts(row: Encoded) -> tuple[Any, ...]:
     vector = None if row.gate_embedding is None else row.gate_embedding.numpy()
-    return row.input_ids, row.labels, row.category, row.tokens_cut, row.shots, vector
+    return row.input_ids, row.labels, row.category, row.tokens_cut, row.shots, vector, row.gate_mask, row.header
 
 
-def _restored(ids: list[int], labels: list[int], category: str, cut: int, shots: int, vector: Any) -> Encoded:
-    return Encoded(ids, labels, category, cut, shots, None if vector is None else torch.tensor(vector))
+def _restored(ids: list[int], labels: list[int], category: str, cut: int, shots: int, vector: Any,
+              mask: list[int] | None, header: int) -> Encoded:  # fmt: skip
+    embedding = None if vector is None else torch.tensor(vector)
+    return Encoded(ids, labels, category, cut, shots, embedding, mask, header)
 
 
-def _tokens(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, first: int = 0
-) -> list[tuple[list[int], list[int]]]:
-    """Prompt and response of each example, the first one being number `first`; the response ends with EOS."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no EOS token, so no response would ever end: set tokenizer.eos_token"
-        )
+def _tokens(conversations: Sequence[Turns], template: Template, first: int = 0) -> list[tuple[Prompt, list[int]]]:
+    """Prompt and response of each conversation's last turn, the first one being number `first`."""
+    _check_responses([turns[-1] for turns in conversations], first)
+    return template.rows(conversations)
+
+
+def _check_responses(examples: Sequence[Example], first: int = 0) -> None:
     for index, example in enumerate(examples, first):
         if not example.response.strip():
             raise ValueError(
                 f"example {index} ({example.instruction[:60]!r}) has an empty response, so nothing to learn: "
                 "write one or leave the example out"
             )
-    if not examples:
-        return []
-    responses = tokenizer([example.response for example in examples], add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    ended = [[*ids, tokenizer.eos_token_id] for ids in responses]
-    return list(zip(_prompt_tokens(examples, tokenizer), ended, strict=True))
-
-
-def _prompt_tokens(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompts with the special tokens that the tokenizer puts before a text, without those it puts behind."""
-    texts = [prompt_text(example) for example in examples]
-    rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
-    return [row[:-1] if row[-1] == tokenizer.eos_token_id else row for row in rows]
-
-
-def _lead(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many special tokens start a text."""
-    example = Example("", "", "")
-    bare = tokenizer(prompt_text(example), add_special_tokens=False)["input_ids"]
-    return len(_prompt_tokens([example], tokenizer)[0]) - len(bare)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,8 +1,11 @@
-"""The one record that passes between rooms. Text only."""
+"""The one record that passes between rooms, and how a conversation becomes such records. Text only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -14,3 +17,63 @@ class Example:
     response: str
     category: str = ""  # the task; empty where unknown
     source: str = ""  # who holds it: a client, a team, a file
+    system: str = ""  # what an application says before the user does
+    history: tuple[tuple[str, str], ...] = ()  # earlier turns: what the user said, what the assistant answered
+
+    def turns(self) -> list[Example]:
+        """The earlier turns, as examples of their own, and this one."""
+        return [*(Example(user, "", answer) for user, answer in self.history), self]
+
+
+def conversation(messages: Sequence[Mapping[str, str]], category: str = "", source: str = "") -> list[Example]:
+    """One example for each of the assistant's turns: what came before it is context, and only its own words are learnt.
+
+    Args:
+        messages: `role` (system, user or assistant) and `content` of each, as chat templates take them. A system
+            message stands first, and users and assistant take turns.
+        category: The task of all of them.
+        source: Who holds them.
+
+    Raises:
+        ValueError: no messages, an unknown role, turns out of order, an empty turn of the assistant, or an end with the
+            user.
+    """
+    system, history, question = opened(messages)
+    if question is not None:
+        raise ValueError(f"the conversation of {len(messages)} messages ends with the user ({question[:40]!r}), so "
+                         "its last turn has nothing to learn: add the assistant's answer or leave it out")  # fmt: skip
+    return [Example(user, "", answer, category, source, system, history[:number])
+            for number, (user, answer) in enumerate(history)]  # fmt: skip
+
+
+def opened(messages: Sequence[Mapping[str, str]]) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
+    """The system's text, finished turns, and what the user said last where nobody answered it yet.
+
+    Raises:
+        ValueError: as `conversation`, but for the end.
+    """
+    system, history, question = "", list[tuple[str, str]](), None
+    for number, message in enumerate(messages, 1):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"message {number} has role={role!r}: choose one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"message {number} has content={str(content)[:40]!r}, not text: write it in quotes")
+        if role == "system" and number > 1:
+            raise ValueError(f"message {number} is the system's, which stands first or nowhere: move it to the start")
+        if role == ("user" if question is not None else "assistant"):
+            wanted = "assistant" if role == "user" else "user"
+            raise ValueError(f"message {number} is the {role}'s, but the {wanted}'s turn has come: users and assistant "
+                             "take turns, so join what one of them says in a row")  # fmt: skip
+        if role == "system":
+            system = content
+        elif role == "user":
+            question = content
+        elif question is not None:
+            if not content.strip():
+                raise ValueError(f"message {number} is an empty turn of the assistant, so nothing to learn: write one "
+                                 "or leave the turn out")  # fmt: skip
+            history, question = [*history, (question, content)], None
+    if question is None and not history:
+        raise ValueError(f"{len(messages)} messages, and none of a user: give at least one")
+    return system, tuple(history), question

@@ -51,7 +51,10 @@ SUPERNI_COLUMNS = {"definition": "instruction", "inputs": "context", "targets": 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NEEDED = ("instruction", "response")
-TEXTS = pa.schema([(field.name, pa.large_string()) for field in fields(Example)])
+TEXTS = pa.schema([
+    (field.name, pa.list_(pa.list_(pa.large_string())) if field.name == "history" else pa.large_string())
+    for field in fields(Example)
+])  # fmt: skip
 
 
 def read(data: str | Path, *, keep_general_qa: bool = False) -> list[Example]:
@@ -76,7 +79,7 @@ def read_stored(data: str | Path, folder: Path, *, keep_general_qa: bool = False
         ValueError: As `read`; also if the folder cannot be written to, or its disk is full.
     """
     return _read(
-        str(data), lambda examples: store(examples, TEXTS, attrgetter(*TEXTS.names), Example, folder), keep_general_qa
+        str(data), lambda examples: store(examples, TEXTS, attrgetter(*TEXTS.names), restored, folder), keep_general_qa
     )
 
 
@@ -205,6 +208,12 @@ def _read(
     examples = keep(_path(name))
     is_dolly = name == DOLLY_HUB or {example.category for example in examples} <= {*DOLLY_TASKS, GENERAL_QA}
     return _dolly(examples, name, keep_general_qa) if is_dolly else examples
+
+
+def restored(*parts: Any) -> Example:
+    """An example of its parts, as `TEXTS` keeps them."""
+    given = dict(zip(TEXTS.names, parts, strict=True))
+    return Example(**given | {"history": tuple((user, answer) for user, answer in given["history"])})
 
 
 def _path(name: str) -> Iterator[Example]:

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from smartmops.base import load_base
 from smartmops.data.tasks import read_jsonl
+from smartmops.data.template import Template
 from smartmops.federated.client import Worker
 from smartmops.federated.federate import client_task
 from smartmops.federated.messages import Job, Reply, unpack
@@ -50,9 +51,10 @@ class ClientConfig:
     keys: Path  # the folder of this client that `federate-keys` made
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # the same as the server's
     name: str | None = None  # None: the data's file name without its ending
+    template: str = "auto"  # as the server's
     max_length: int = 512  # tokens; as the server's
     activations: str = "auto"  # as for `train`
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; as the server's
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen weights; as the server's
     max_wait: float | None = None  # seconds without a server after which the client ends; None: it waits
 
 
@@ -93,7 +95,7 @@ def worker_of_file(config: ClientConfig) -> Worker:
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in known}
     examples = read_jsonl(config.data)
     base, tokenizer = load_base(config.model, config.dtype)
-    fingerprint = of_base(base, tokenizer)
+    fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
     task = client_task(TaskConfig(**given | {"data": str(config.data)}), base, tokenizer, examples)
     return Worker(task, [range(len(task.train))], [config.name or config.data.stem], fingerprint)
 

@@ -57,8 +57,8 @@ def admitted(found: Mapping[int, bytes], config: Any, base: str, experts: Sequen
         if hello.examples < 1:
             raise ValueError(f"client {hello.name!r} holds no examples: give it some, or leave it out")
         if hello.base != base:
-            raise ValueError(f"client {hello.name!r} has another base model or tokenizer (fingerprint {hello.base}, "
-                             f"here {base}): load the same on both sides")  # fmt: skip
+            raise ValueError(f"client {hello.name!r} has another base model, tokenizer or template (fingerprint "
+                             f"{hello.base}, here {base}): load the same on both sides")  # fmt: skip
         _check_versions(hello, config.allow_other_versions)
         unknown = [task for task in hello.categories if task not in experts]
         if experts and config.gate_pretraining == "labels" and unknown:

@@ -21,6 +21,8 @@ from torch import Tensor
 from smartmops.base import load_base
 from smartmops.data.example import Example
 from smartmops.data.partition import PartitionConfig, partition, read_clients
+from smartmops.data.template import Template
+from smartmops.training.card import keep
 from smartmops.training.evaluate import Evaluation, evaluate, samples
 from smartmops.training.fingerprint import of_base
 from smartmops.training.runs import Run
@@ -55,6 +57,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
     recovery_prompts: int = (
         0  # of the server, which would train them on data that clients hold; give it data of its own
     )
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen base; the same on every client's machine
     batch_size: int = 1  # examples of a local step, as in the paper
     clients_data: Path | None = None  # a folder with one JSONL per client; DATA is then the server's own
     skip_empty: bool = False  # leave clients without examples out, instead of refusing to start
@@ -144,7 +147,7 @@ def client_task(config: TaskConfig, base: Any, tokenizer: Any, examples: Sequenc
 def worker_of(config: FederateConfig) -> Worker:
     """All clients of a config in a process of their own, as Flower's simulation wants them."""
     base, tokenizer = load_base(config.model, config.dtype)
-    fingerprint = of_base(base, tokenizer)
+    fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
     central = config.central()
     central.recovery_prompts = 0  # they come with the adapter
     task = Task.load(central, base, tokenizer)
@@ -174,7 +177,7 @@ def federate(config: FederateConfig, connect: Callable[[FederateConfig], Transpo
     if run.finished:
         return run.read_metrics()
     base, tokenizer = load_base(config.model, config.dtype)
-    fingerprint = of_base(base, tokenizer)
+    fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
     task = Task.load(config.central(), base, tokenizer)
     here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
     held = holdings_of(config, task) if here else None
@@ -274,14 +277,14 @@ def _finish(
 ) -> dict[str, Any]:
     """Adapter, gates, samples and, last, the numbers."""
     _take(model, state.arrays)
-    run.save_adapter(model.save_pretrained)
+    keep(run, model, task.template)
     rows = state.rows
     seen = [row for row in rows if "eval_perplexity" in row]
     if names := extra.pop("experts"):
         stages = {"before": seen[0], "during": seen[len(seen) // 2], "after": seen[-1]}
         run.write_gates({"experts": names} | {stage: row["gates"] for stage, row in stages.items()})
     if task.embedder is None and config.samples_per_task:
-        run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task))
+        run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template))
     keys = ("round", "bytes_up", "bytes_down", "clients_ok", "clients_failed", "loss", "drift", "mass", "epsilon",
             "perplexity", "seconds")  # fmt: skip
     metrics = {

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from smartmops.base import local
 from smartmops.data.batches import encode_all
 from smartmops.data.tasks import splits
+from smartmops.data.template import Template
 
 from .grid import Base, Cell, Data, Grid
 from .studies import Study, Variant, held_out, layered
@@ -73,7 +74,8 @@ class Plan:
         """Those with a test example that fits the length."""
         _, test = splits(data.path, self.grid.limit)
         tokenizer = AutoTokenizer.from_pretrained(local(self.grid.model))
-        kept = encode_all(test, tokenizer, self.shared["train"]["max_length"]).kept
+        length, template = self.shared["train"]["max_length"], Template.of("plain", tokenizer)
+        kept = encode_all(test, tokenizer, length, template=template).kept
         return sorted({test[i].category for i in kept})
 
     def names(self) -> list[str]:

@@ -17,6 +17,7 @@ from rich.progress import track
 
 from smartmops.data.batches import Encoded, prompts
 from smartmops.data.example import Example
+from smartmops.data.template import Template
 from smartmops.tuner import MoPsModel
 
 from .evaluate import answer, firsts, room
@@ -61,7 +62,14 @@ def _common(one: Sequence[str], two: Sequence[str]) -> int:
     return above[-1]
 
 
-def questions(model: Any, tokenizer: Any, examples: Sequence[Example], per_task: int, max_new_tokens: int) -> list[int]:
+def questions(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    per_task: int,
+    max_new_tokens: int,
+    template: Template | None = None,
+) -> list[int]:
     """Numbers of the first `per_task` examples of each task that leave room for `max_new_tokens`, tasks in order.
 
     Raises:
@@ -70,7 +78,7 @@ def questions(model: Any, tokenizer: Any, examples: Sequence[Example], per_task:
     for name, value in (("examples of each task", per_task), ("new tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{value} {name} to answer: choose 1 or more")
-    found = firsts(model, tokenizer, examples, per_task, max_new_tokens)
+    found = firsts(model, tokenizer, examples, per_task, max_new_tokens, template)
     if not found:
         left = max(0, room(model, max_new_tokens))
         raise ValueError(f"none of {len(examples)} instructions fits into the {left} positions that {max_new_tokens} "
@@ -79,11 +87,17 @@ def questions(model: Any, tokenizer: Any, examples: Sequence[Example], per_task:
 
 
 def score(
-    model: Any, tokenizer: Any, examples: Sequence[Example], rows: Sequence[Encoded], max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    rows: Sequence[Encoded],
+    max_new_tokens: int,
+    template: Template | None = None,
 ) -> dict[str, Any]:
     """Scores of greedy answers to `examples`, as `metrics.json` holds them: shares from 0 to 1, means over answers.
 
-    An answer ends with EOS or after `max_new_tokens`. `frozen` holds the scores with the adapter switched off.
+    An answer ends with the end of its turn or after `max_new_tokens`. `frozen` holds the scores with the adapter
+    switched off.
 
     Args:
         model: A PEFT model of any method.
@@ -91,15 +105,16 @@ def score(
         examples: That leave room for an answer, as `questions` chooses them.
         rows: The examples encoded; of these, only a `gate_embedding` is read.
         max_new_tokens: Of each answer.
+        template: Of this tokenizer; None: `auto`.
     """
-    groups = _groups(model, tokenizer, examples, max_new_tokens)
+    groups = _groups(model, tokenizer, examples, max_new_tokens, template)
 
     def marks(what: str) -> dict[str, Any]:
         given = [""] * len(examples)
         for group in track(groups, f"{what} answers", transient=True):
             own = [examples[i] for i in group]
             told = _told(model, [rows[i] for i in group])
-            for i, text in zip(group, answer(model, tokenizer, own, max_new_tokens, **told), strict=True):
+            for i, text in zip(group, answer(model, tokenizer, own, max_new_tokens, template, **told), strict=True):
                 given[i] = text
         return {"exact_match": _shares(exact_match, given, examples), "rouge_l": _shares(rouge_l, given, examples)}
 
@@ -110,9 +125,12 @@ def score(
     return adapted | {"frozen": frozen, "count": dict(sorted(counts.items())), "max_new_tokens": max_new_tokens}
 
 
-def _groups(model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> list[list[int]]:
+def _groups(
+    model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, template: Template | None
+) -> list[list[int]]:
     """Numbers of the examples in batches, the shortest prompts first."""
-    lengths = prompts(examples, tokenizer, room(model, max_new_tokens))["attention_mask"].sum(-1).tolist()
+    made = prompts(examples, tokenizer, room(model, max_new_tokens), template)
+    lengths = made["attention_mask"].sum(-1).tolist()
     # PEFT's prompts at the input know no positions, and left padding would come between them and the text.
     alike = model.active_peft_config.is_prompt_learning
     groups: list[list[int]] = []

@@ -10,6 +10,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from smartmops.base import load_base
+from smartmops.data.template import FILE, read_template
 from smartmops.tuner import MoPsConfig
 from smartmops.tuner.config import default_injection_layer
 
@@ -107,6 +108,8 @@ class MethodConfig:
 def load_run(path: Path) -> tuple[Any, Any, Run]:
     """The adapted model of a run in eval mode, its tokenizer, and the run; a run's own base wins over the one it names.
 
+    The tokenizer's chat template is the one that the run was trained with, whatever the base has today.
+
     Raises:
         FileNotFoundError: no finished run, or no adapter, at `path`.
         ValueError: the adapter file is damaged, or belongs to another base model.
@@ -116,7 +119,14 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     own = run.path / "base"
     dtype = run.config["arguments"].get("dtype", "float32")
     base, tokenizer = load_base(str(own) if own.is_dir() else run.config["base"], dtype)
+    if (run.adapter_dir / FILE).is_file():
+        tokenizer.chat_template = read_template(run.adapter_dir / FILE)
     return PeftModel.from_pretrained(base, run.adapter_dir).eval(), tokenizer, run
+
+
+def template_of(run: Run) -> str:
+    """The template that a run was trained with, for the tokenizer that `load_run` returns."""
+    return "chat" if (run.adapter_dir / FILE).is_file() else "plain"
 
 
 def matched(base: Any, config: MethodConfig) -> MethodConfig:

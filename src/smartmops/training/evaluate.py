@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from rich.progress import track
 
-from smartmops.data.batches import Collator, Encoded, by_budget, pack, prompt_text, prompts
+from smartmops.data.batches import Collator, Encoded, by_budget, pack, prompts
 from smartmops.data.example import Example
+from smartmops.data.template import Template
 from smartmops.tuner import MoPsModel
 from smartmops.tuner.packed import IGNORED
 
@@ -117,15 +118,32 @@ def room(model: Any, max_new_tokens: int) -> int:
 
 @torch.no_grad()
 def answer(
-    model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int = 48, **inputs: Any
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    max_new_tokens: int = 48,
+    template: Template | None = None,
+    **inputs: Any,
 ) -> list[str]:
-    """Greedy answers to the examples' instructions, as one left-padded batch."""
-    was_training = model.training
+    """Greedy answers to the examples' instructions, as one left-padded batch; each stops at the end of its turn.
+
+    Args:
+        model: Bare or adapted.
+        tokenizer: Its own.
+        examples: With their earlier turns; responses are not looked at.
+        max_new_tokens: Of each answer.
+        template: Of this tokenizer; None: `auto`.
+        inputs: More for `generate`, such as `gate_embedding`.
+    """
+    was_training, chosen = model.training, template or Template.of("auto", tokenizer)
     model.eval()
-    batch = prompts(examples, tokenizer, room(model, max_new_tokens))
+    batch = prompts(examples, tokenizer, room(model, max_new_tokens), chosen)
+    if not isinstance(getattr(model, "base_model", None), MoPsModel):
+        batch.pop("gate_mask", None)
     batch = {name: value.to(model.device) for name, value in batch.items()}
-    out = model.generate(**batch, **inputs, max_new_tokens=max_new_tokens, do_sample=False,
-                         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)  # fmt: skip
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    out = model.generate(**batch, **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad,
+                         eos_token_id=chosen.stops(model))  # fmt: skip
     model.train(was_training)
     return [
         text.strip() for text in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -133,24 +151,32 @@ def answer(
 
 
 def firsts(
-    model: Any, tokenizer: Any, examples: Sequence[Example], per_task: int, max_new_tokens: int = 48
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    per_task: int,
+    max_new_tokens: int = 48,
+    template: Template | None = None,
 ) -> list[int]:
     """Numbers of the first examples of each task, tasks in order, whose instructions leave room for an answer."""
     taken: dict[str, list[int]] = defaultdict(list)
-    fits = room(model, max_new_tokens)
+    fits, chosen = room(model, max_new_tokens), template or Template.of("auto", tokenizer)
     for i, example in enumerate(examples):
-        bare = prompt_text(replace(example, context=""))
-        if len(taken[example.category]) < per_task and len(tokenizer(bare)["input_ids"]) < fits:
+        if len(taken[example.category]) >= per_task:
+            continue
+        if chosen.count(replace(example, context="").turns()) < fits:
             taken[example.category].append(i)
     return [i for task in sorted(taken) for i in taken[task]]
 
 
-def samples(model: Any, tokenizer: Any, examples: Sequence[Example], per_task: int = 2) -> list[dict[str, str]]:
+def samples(
+    model: Any, tokenizer: Any, examples: Sequence[Example], per_task: int = 2, template: Template | None = None
+) -> list[dict[str, str]]:
     """The frozen model's and the adapted model's answers to the first examples of each task, side by side."""
-    chosen = [examples[i] for i in firsts(model, tokenizer, examples, per_task)]
+    chosen = [examples[i] for i in firsts(model, tokenizer, examples, per_task, template=template)]
     with model.disable_adapter():
-        frozen = answer(model, tokenizer, chosen)
-    adapted = answer(model, tokenizer, chosen)
+        frozen = answer(model, tokenizer, chosen, template=template)
+    adapted = answer(model, tokenizer, chosen, template=template)
     return [
         {"category": e.category, "instruction": e.instruction, "context": e.context, "reference": e.response,
          "frozen": before, "adapted": after}

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from smartmops.data.batches import Encoded
+from smartmops.data.template import Template
 from smartmops.tuner import halves
 from smartmops.tuner.engine import Engine
 from smartmops.tuner.model import MoPsLayer, MoPsModel
@@ -75,15 +76,18 @@ def fingerprint(model: Any, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
     for row in rows:
         total.update(len(row.input_ids).to_bytes(8, "little") + len(row.labels).to_bytes(8, "little"))
         total.update(array("q", row.input_ids).tobytes() + array("q", row.labels).tobytes())
+        if row.gate_mask is not None:
+            total.update(bytes(row.gate_mask))
         if config.embedding_size is not None and row.gate_embedding is not None:
             total.update(_digest(row.gate_embedding))
     return total.hexdigest()
 
 
-def of_base(base: Any, tokenizer: Any) -> str:
-    """What tells one frozen base with its tokenizer from any other, as 32 hexadecimal digits. Take it unadapted.
+def of_base(base: Any, tokenizer: Any, template: Template) -> str:
+    """What tells one frozen base with its tokenizer and template from any other, as 32 hexadecimal digits.
 
-    Content, not names, and no versions of libraries. Reads every weight once: about 1 GB/s for each core.
+    Take it unadapted. Content, not names, and no versions of libraries. Reads every weight once: about 1 GB/s for each
+    core.
     """
     settings = _stable(base.config.to_dict())
     total = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
@@ -93,6 +97,8 @@ def of_base(base: Any, tokenizer: Any) -> str:
             total.update(name.encode() + b"\0" + digest)
     words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str)
     total.update(words.encode())
+    if template.source is not None:
+        total.update(template.source.encode())
     return total.hexdigest()
 
 

@@ -83,7 +83,8 @@ def instructions(model: Any, rows: Sequence[Encoded], budget: int = 4096) -> Flo
 
 def _instruction(row: Encoded) -> Encoded:
     count = row.labels.count(IGNORED)
-    return replace(row, input_ids=row.input_ids[:count], labels=row.labels[:count])
+    mask = None if row.gate_mask is None else row.gate_mask[:count]
+    return replace(row, input_ids=row.input_ids[:count], labels=row.labels[:count], gate_mask=mask)
 
 
 def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: int, how: str, seed: int,

@@ -1,0 +1,60 @@
+"""Texts in parts, and their tokens: which of them stand for what a user wrote. Knows tokenizers; knows no templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Part:
+    """Text that is tokenised on its own."""
+
+    text: str
+    own: tuple[tuple[int, int], ...] = ()  # where in it stands what user or application wrote: first character, end
+    closed: bool = False  # whether the token that ends a turn follows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens up to the answer."""
+
+    input_ids: list[int]
+    gate_mask: list[int] | None  # 1 on tokens of the user's and the application's own text; None: the tokenizer is slow
+    header: int  # tokens at the end that open the assistant's turn
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each part, without special tokens around it, and 1 on those that lie within what the user wrote."""
+    texts = [part.text for part in parts]
+    if not parts or not tokenizer.is_fast:
+        return [(ids, [0] * len(ids)) for ids in ids_of(tokenizer, texts)]
+    made = tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    return [
+        (ids, [int(any(a <= start < end <= b for a, b in part.own)) for start, end in offsets])
+        for part, ids, offsets in zip(parts, made["input_ids"], made["offset_mapping"], strict=True)
+    ]
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens around it."""
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return [list(ids) for ids in found]
+
+
+def whole_after(tokenizer: PreTrainedTokenizerBase, text: str, at: int) -> list[int]:
+    """Whole tokens of a text from character `at` on."""
+    if not tokenizer.is_fast:
+        return ids_of(tokenizer, [text[at:]])[0]
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
+    return [token for token, (start, _) in pairs if start >= at]
+
+
+def shared(one: Sequence[Any], two: Sequence[Any]) -> int:
+    """Length of the common beginning."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False))))
