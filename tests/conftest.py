@@ -57,6 +57,20 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct; tests that need it are skipped where it can be neither found nor fetched.
+
+    It is kept where the user's own is (`SMARTMOPS_CACHE`), so that one download serves every run of the tests.
+    """
+    from smartmops.base import local
+
+    try:
+        return Path(local("smollm2"))
+    except OSError as error:
+        pytest.skip(f"smollm2: {error}")
+
+
 def _tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

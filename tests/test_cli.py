@@ -70,7 +70,8 @@ def test_compress_writes_a_model_that_train_takes(tmp_path: Path, capsys: pytest
     )
     assert found["sparsity"] == pytest.approx(0.875, abs=1e-6)
     assert f"{found['perplexity_after']:.3f}" in capsys.readouterr().out
-    config = TrainConfig(model=str(tmp_path / "base"), data="office", out=tmp_path / "run", steps=2, limit=100)
+    config = TrainConfig(model=str(tmp_path / "base"), data="office", out=tmp_path / "run", steps=2, limit=100,
+                         dtype="float32")  # fmt: skip
     assert cli.train_command(config)["perplexity_frozen"]["overall"] > found["perplexity_before"]
 
 

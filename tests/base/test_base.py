@@ -59,7 +59,7 @@ def linears_of(folder: Path) -> set[str]:
 
 
 def test_a_plain_model_has_nothing_to_check(base_folder: Path) -> None:
-    model, _ = load_base(str(base_folder))
+    model, _ = load_base(str(base_folder), "float32")
     assert quantised_linears(model) == {}
     assert check_gradient(model) == 1.0
 
@@ -240,14 +240,14 @@ def test_a_missing_library_is_named_with_its_install_line(
     with pytest.raises(
         ImportError, match=rf"a model in {kind} needs the package {package} .*: pip install 'smartmops\[{extra}\]'"
     ):
-        load_base(str(base_folder), quantisation=kind)
+        load_base(str(base_folder), "float32", quantisation=kind)
 
 
 @needs("int8")
 def test_a_stored_quantised_model_names_its_missing_library(
     base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_base(str(base_folder), quantisation="int8")[0].save_pretrained(tmp_path)
+    load_base(str(base_folder), "float32", quantisation="int8")[0].save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"needs the package bitsandbytes .*: pip install 'smartmops\[int8\]'"):
@@ -257,7 +257,7 @@ def test_a_stored_quantised_model_names_its_missing_library(
 @pytest.mark.parametrize("where", ["./nowhere", "nowhere.safetensors", "~/nowhere"])
 def test_a_path_with_nothing_there_is_refused(where: str) -> None:
     for read in (load_base, local, quantised_as, describe):
-        with pytest.raises(FileNotFoundError, match=f"MODEL {where} does not exist: give a model folder, a hub id, or"):
+        with pytest.raises(FileNotFoundError, match=f"MODEL {where} does not exist: give a model folder, a hub id, "):
             read(where)
 
 

@@ -153,7 +153,7 @@ def test_quantised_on_top(
     assert found["quantisation"] == kind
     assert f"quantised to {kind}" in (tmp_path / "out" / "README.md").read_text()
     assert metrics["bytes_after"] < 0.75 * metrics["bytes_before"]  # embeddings and head stay as they are
-    model, _ = load_base(str(tmp_path / "out"))
+    model, _ = load_base(str(tmp_path / "out"), "float32")
     assert metrics["perplexity_after"] == pytest.approx(perplexity(model, tokenizer, prose), rel=1e-3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config is not None
     for name, module in quantised_linears(model).items():
@@ -245,7 +245,7 @@ def test_a_missing_model_is_refused(configured: Any, tmp_path: Path) -> None:
 
 @needs("int8")
 def test_a_quantised_model_is_refused(configured: Any, base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
-    load_base(str(base_folder), quantisation="int8")[0].save_pretrained(tmp_path / "base")
+    load_base(str(base_folder), "float32", quantisation="int8")[0].save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for options in (dict(pattern="2:4"), dict(nf4=True)):
         with pytest.raises(ValueError, match=r"MODEL .*base is quantised already \(bitsandbytes\).*it was made from"):

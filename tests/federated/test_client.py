@@ -28,7 +28,7 @@ def adapted(config: Callable[..., FederateConfig]) -> tuple[Task, Any, str]:
 
 
 def made(settings: FederateConfig) -> tuple[Task, Any, str]:
-    base, tokenizer = load_base(settings.model)
+    base, tokenizer = load_base(settings.model, "float32")
     fingerprint = of_base(base, tokenizer)
     task = Task.load(settings.central(), base, tokenizer)
     return task, task.adapt(settings.central(), settings, settings.seed)[0], fingerprint
@@ -83,7 +83,7 @@ def test_a_worker_of_its_own_answers_as_one_that_shares_the_servers_model(
     sent = job(model, base)
     shared = answered(Worker(task, [[0, 1, 2, 5]], ["x"], base, model), sent)
     settings = config()
-    other, tokenizer = load_base(settings.model)
+    other, tokenizer = load_base(settings.model, "float32")
     own = answered(Worker(Task.load(settings.central(), other, tokenizer), [[0, 1, 2, 5]], ["x"], base), sent)
     assert all(torch.equal(own.arrays[n], shared.arrays[n]) for n in shared.arrays)
     assert own.mass == shared.mass and own.loss == shared.loss

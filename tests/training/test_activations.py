@@ -98,12 +98,12 @@ def test_dropout_is_off_while_filling_and_every_module_is_left_in_its_mode() -> 
 
 def test_an_int8_base_can_be_cached(base_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="int8 needs pip install 'smartmops[int8]'")
-    own, _ = load_base(str(base_folder), "auto", "int8")
+    own, _ = load_base(str(base_folder), "stored", "int8")
     model, rows = over(own), made_up()
     cache = fill(model, rows, tmp_path, budget=50)
     agree(gradients(model, cache.batch([4, 1, 6])), gradients(model, packed([rows[i] for i in (4, 1, 6)])), 1e-4)
     assert fingerprint(model, rows, cache.dtype) == cache.key, "a pass must not change what the weights are"
-    again, _ = load_base(str(base_folder), "auto", "int8")
+    again, _ = load_base(str(base_folder), "stored", "int8")
     assert fingerprint(over(again), rows, cache.dtype) == cache.key
     own.model.layers[0].mlp.up_proj.state_dict()["SCB"][0] *= 2
     assert fingerprint(model, rows, cache.dtype) != cache.key

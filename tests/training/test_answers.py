@@ -92,7 +92,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("method", ["mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3"])
 def test_batches_of_any_method_answer_as_one_example_at_a_time(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, tokenizer = load_base("tiny")
+    base, tokenizer = load_base("tiny", "float32")
     torch.manual_seed(0)
     model = build(base, MethodConfig(method=method, experts=2, prompts_per_expert=3, init="random"))
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_batches_of_any_method_answer_as_one_example_at_a_time(method: Any, monk
 
 
 def test_scores_are_means_over_all_answers_and_over_each_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, tokenizer = load_base("tiny")
+    base, tokenizer = load_base("tiny", "float32")
     model = build(base, MethodConfig(experts=2, prompts_per_expert=3))
     given = {0: "a thing", 1: "A thing.", 2: "no", 3: "a"}
     monkeypatch.setattr(answers, "answer", lambda model, tokenizer, chosen, *_, **__: [given.get(EXAMPLES.index(e), "")
@@ -135,7 +135,7 @@ def test_scores_are_means_over_all_answers_and_over_each_tasks(monkeypatch: pyte
 
 
 def test_questions_are_the_first_of_each_task_that_fit() -> None:
-    base, tokenizer = load_base("tiny")
+    base, tokenizer = load_base("tiny", "float32")
     long = Example("very " * 2000, "", "A thing.", "a")
     assert questions(base, tokenizer, [long, *EXAMPLES], 2, 8) == [1, 3, 2, 4]
     with pytest.raises(ValueError, match="none of 9 instructions fits into the 0 positions that 1024 new tokens leave"):
@@ -167,7 +167,7 @@ def test_a_run_holds_scores_and_evaluate_repeats_them(config: Make, base_folder:
 
 @pytest.mark.slow
 def test_who_has_learned_the_tasks_answers_better(tmp_path: Path) -> None:
-    found = train(TrainConfig(model="tiny", data="office", limit=300, out=tmp_path / "run", steps=15, batch_size=8,
+    found = train(TrainConfig(model="tiny", dtype="float32", data="office", limit=300, out=tmp_path / "run", steps=15, batch_size=8,
                               prompt_lr=3.0, answers_per_task=2, samples_per_task=0,
                               recovery_prompts=0))["answers"]  # fmt: skip
     frozen = found["frozen"]

@@ -39,11 +39,11 @@ def kept_bytes(model: Any) -> int:
 
 
 def test_lora_is_matched_in_trained_numbers_up_to_half_a_rank(base_folder: Path) -> None:
-    base, _ = load_base(str(base_folder))
+    base, _ = load_base(str(base_folder), "float32")
     wanted = trained_numbers(build(base, MethodConfig(**SMALL)))
     for match in ("parameters", "memory"):
         config = MethodConfig(method="lora", lora_match=match, lora_rank=1, **SMALL)
-        base, _ = load_base(str(base_folder))
+        base, _ = load_base(str(base_folder), "float32")
         own = matched(base, config)
         found = trained_numbers(build(base, config))
         assert abs(found - wanted) <= found / own.lora_rank / 2
@@ -57,7 +57,7 @@ def test_lora_matched_in_memory_goes_no_deeper_than_mops(base_folder: Path) -> N
         "memory": MethodConfig(method="lora", lora_match="memory", **SMALL),
         "parameters": MethodConfig(method="lora", lora_match="parameters", **SMALL),
     }.items():
-        kept[name] = kept_bytes(build(load_base(str(base_folder))[0], config).train())
+        kept[name] = kept_bytes(build(load_base(str(base_folder), "float32")[0], config).train())
     assert kept["memory"] < kept["parameters"]
     assert kept["memory"] == pytest.approx(kept["mops"], rel=0.35)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from smartmops.base import load_base
@@ -28,32 +30,80 @@ def _store(model: Any, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sparsity", [None, 0.75])
-def test_training_on_int8_ends_within_2_percent_of_training_on_the_same_weights_dequantised(
-    sparsity: float | None, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module", params=[None, 0.75], ids=["dense", "75% zeros"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The embedded model in int8, and the same weights dequantised."""
     pytest.importorskip("bitsandbytes", reason="int8 needs pip install 'smartmops[int8]'")
-    dense, _ = load_base("tiny", "auto")
-    if sparsity:
-        layerwise.prune(dense, [], Pattern.parse(sparsity), "magnitude")
-    pruned = _store(dense, tmp_path / "pruned")
-    model, _ = load_base(pruned, "auto", "int8")
-    found = {}
-    for name in ("int8", "dequantised"):
-        base = _store(model if name == "int8" else model.dequantize(torch.bfloat16), tmp_path / name)
-        run = train(TrainConfig(model=base, data="office", out=tmp_path / f"run-{name}", limit=300, steps=12,
-                                prompt_lr=3.0, samples_per_task=0, log_every=1))  # fmt: skip
-        found[name] = run["perplexity"]["overall"]
-        assert found[name] < 0.8 * run["perplexity_frozen"]["overall"], "the prompts learn something"
-    assert found["int8"] == pytest.approx(found["dequantised"], rel=0.02)
+    folder = tmp_path_factory.mktemp("both")
+    dense, _ = load_base("tiny", "float32")
+    if request.param:
+        layerwise.prune(dense, [], Pattern.parse(request.param), "magnitude")
+    model, _ = load_base(_store(dense, folder / "dense"), "float32", "int8")
+    return {
+        "int8": _store(model, folder / "int8"),
+        "dequantised": _store(model.dequantize(torch.float32), folder / "dequantised"),
+    }
+
+
+def _config(base: str, out: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(**{
+        "model": base, "data": "office", "out": out, "limit": 100, "dtype": "float32", "steps": 10, "batch_size": 4,
+        "max_length": 160, "prompt_lr": 1.0, "warmup_steps": 0, "samples_per_task": 0, "recovery_prompts": 0,
+    } | changes)  # fmt: skip
+
+
+def _states(base: str, config: TrainConfig, states: list[dict[str, Tensor]]) -> list[tuple[float, Tensor]]:
+    """Loss on the same 4 examples, and gradient of what is trained, at each state; a first one is made if none is given."""
+    task = Task.load(replace(config, model=base))
+    model, _, _ = task.adapt(config, config, 0)
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if not states:
+        start = {name: each.detach().clone() for name, each in trained.items()}
+        states += [start, {name: each + 0.3 * each.std() * torch.randn_like(each) for name, each in start.items()}]
+    found = []
+    for state in states:
+        with torch.no_grad():
+            for name, each in trained.items():
+                each.copy_(state[name])
+        model.zero_grad()
+        loss = model.eval()(**task.collator(task.train[:4])).loss
+        loss.backward()
+        gradient = torch.cat([each.grad.flatten() for name, each in trained.items() if "prompts" in name])
+        found.append((loss.item(), gradient))
+    return found
+
+
+def test_losses_and_gradients_of_the_same_state_are_those_of_the_dequantised_weights(
+    both: dict[str, str], tmp_path: Path
+) -> None:
+    config, states = _config(both["int8"], tmp_path), list[dict[str, Tensor]]()
+    int8, dequantised = (_states(base, config, states) for base in both.values())
+    for (loss, gradient), (want, its) in zip(int8, dequantised, strict=True):
+        assert loss == pytest.approx(want, rel=0.01)
+        assert torch.nn.functional.cosine_similarity(gradient, its, dim=0) > 0.99
+        assert gradient.norm().item() == pytest.approx(its.norm().item(), rel=0.05)
+
+
+@pytest.mark.slow
+def test_what_training_on_int8_reaches_differs_no_more_than_seeds_do(both: dict[str, str], tmp_path: Path) -> None:
+    """Small differences grow in training until runs differ as two seeds do, so single runs are not compared."""
+    found: dict[str, list[float]] = {name: [] for name in both}
+    for name, base in both.items():
+        for seed in range(3):
+            run = train(_config(base, tmp_path / f"{name}-{seed}", seed=seed))
+            found[name].append(run["perplexity"]["overall"])
+            assert found[name][-1] < run["perplexity_frozen"]["overall"], "the prompts learn something"
+    everything = [*found["int8"], *found["dequantised"]]
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    assert abs(means["int8"] - means["dequantised"]) <= max(everything) - min(everything)
 
 
 @pytest.mark.slow
 def test_a_run_on_an_int8_base_loads_again_to_the_same_perplexity(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="int8 needs pip install 'smartmops[int8]'")
     compress(CompressConfig(model="tiny", out=tmp_path / "base", int8=True))
-    config = TrainConfig(model=str(tmp_path / "base"), data="office", out=tmp_path / "run", limit=100, steps=2)
+    config = TrainConfig(model=str(tmp_path / "base"), data="office", out=tmp_path / "run", limit=100, steps=2,
+                         dtype="float32")  # fmt: skip
     metrics = train(config)
     model, tokenizer, _ = load_run(tmp_path / "run")
     again = Task.load(config, model, tokenizer)

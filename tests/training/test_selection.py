@@ -20,7 +20,7 @@ from smartmops.tuner.gate import log_gate
 def adapted(two_tasks: Path) -> Callable[[str], tuple[Task, Any, list[str]]]:
     def make(method: str, **options: Any) -> tuple[Task, Any, list[str]]:
         config = TaskConfig(
-            model="tiny", data=str(two_tasks), method=method, experts=2, prompts_per_expert=3, **options
+            model="tiny", data=str(two_tasks), dtype="float32", method=method, experts=2, prompts_per_expert=3, **options
         )
         task = Task.load(config).told(config, 0)
         model, names, _ = task.adapt(config, GatePretraining(gate_pretraining_steps=20), 0)
@@ -62,7 +62,7 @@ def test_the_even_gate_is_even_and_stays_so(two_tasks: Path, tmp_path: Path, ada
 @pytest.mark.parametrize("method", ["uniform-gate", "oracle", "nearest-cluster", "top-1"])
 def test_every_one_trains_end_to_end_and_lowers_the_perplexity(two_tasks: Path, tmp_path: Path, method: Any) -> None:
     config = TrainConfig(model="tiny", data=str(two_tasks), out=tmp_path / "run", method=method, experts=2,
-                         prompts_per_expert=3, steps=15, batch_size=4, warmup_steps=0, prompt_lr=1.0)  # fmt: skip
+                         dtype="float32", prompts_per_expert=3, steps=15, batch_size=4, warmup_steps=0, prompt_lr=1.0)  # fmt: skip
     metrics = train(config)
     assert metrics["perplexity"]["overall"] < 0.8 * metrics["perplexity_frozen"]["overall"]
 
@@ -91,7 +91,7 @@ def test_a_lora_can_begin_above_the_lower_layers() -> None:
     from smartmops.base import load_base
     from smartmops.training.baselines import build
 
-    base, _ = load_base("tiny")
+    base, _ = load_base("tiny", "float32")
     model = build(base, MethodConfig(method="lora", lora_from=3))
     where = {int(name.split(".layers.")[1].split(".")[0]) for name, p in model.named_parameters() if p.requires_grad}
     assert where == set(range(3, base.config.num_hidden_layers))

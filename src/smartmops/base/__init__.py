@@ -1,13 +1,16 @@
-"""A MODEL argument in, a frozen model and its tokenizer out: built in, a folder, a GGUF, or from the hub."""
+"""A MODEL argument in, a frozen model and its tokenizer out: built in, a folder, a GGUF, or of the hub."""
 
 from .gradient import check_gradient, dense_weight, quantised_linears
-from .load import Quantisation, describe, load_base, local, quantised_as
+from .load import describe, fast_dtype, load_base, quantised_as
+from .names import local
+from .quantised import Quantisation
 
 __all__ = [
     "Quantisation",
     "check_gradient",
     "dense_weight",
     "describe",
+    "fast_dtype",
     "load_base",
     "local",
     "quantised_as",

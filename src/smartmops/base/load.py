@@ -1,111 +1,111 @@
-"""A model folder or hub id in, a frozen model out: plain, pruned, int8 or 4-bit. Its gradient is checked once, here.
-
-Knows quantising libraries by what they do, not by name. Knows no text and no adapters.
-"""
+"""A MODEL argument in, a frozen model and its tokenizer out: plain, pruned or quantised, its gradient checked once."""
 
 from __future__ import annotations
 
-import logging
+from functools import cache as remembered
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartmops.tuner.engine import keep_unpacked
 
-from .builtin import BUILT_IN
+from . import quantised
 from .gradient import check_gradient
+from .names import is_of_hub, local
+from .quantised import Quantisation
 
-Quantisation = Literal["int8", "int8-torchao", "nf4"]
+BUILT_FOR = ("gptq", "awq", "compressed-tensors")  # methods whose kernels were made for the dtype that is stored
+MULTIPLIES = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # what Linux calls the instructions
 
 
-def load_base(model: str, dtype: torch.dtype | str = torch.float32, quantisation: Quantisation | None = None) -> Any:
+def load_base(model: str, dtype: torch.dtype | str = "auto", quantisation: Quantisation | None = None) -> Any:
     """Frozen model in eval mode, on the GPU if there is one, and its tokenizer.
 
     A quantised one has passed `check_gradient`.
 
     Args:
-        model: A local folder, a hub id, or `tiny`.
-        dtype: Of all that is not quantised; `auto`: as stored. What was stored quantised keeps its dtype.
+        model: A folder, a `*.gguf` file, a hub id, `smollm2` or `tiny`.
+        dtype: Of all that is not quantised. `auto`: `fast_dtype()`, except that GPTQ, AWQ and compressed tensors keep
+            what is stored; `stored`: as stored.
         quantisation: Quantise on the way in: `int8` is LLM.int8(), `nf4` 4-bit NormalFloat (both bitsandbytes),
             `int8-torchao` weight-only int8. None: as stored.
 
     Raises:
-        FileNotFoundError: `model` looks like a path, and there is nothing.
+        FileNotFoundError: there is no model of that name.
         ImportError: the quantising library is missing; the message has its `pip install` line.
-        ValueError: gradients do not pass through the quantised model as they should.
+        OSError: the model can neither be found nor fetched.
+        ValueError: it is no model, or gradients do not pass through the quantised one as they should.
     """
     name = local(model)
-    kind = quantisation or quantised_as(model)
-    options: dict[str, Any] = {"dtype": dtype}
+    kind = quantisation or quantised.stored(name)
+    numbers = _dtype(dtype, kind)
+    options: dict[str, Any] = {"dtype": numbers}
     if kind is not None:
-        _installed(kind)
+        quantised.check_installed(kind)
         options |= {"device_map": {"": torch.cuda.current_device()} if torch.cuda.is_available() else "cpu"}
     if quantisation is not None:
-        options["quantization_config"] = _config(quantisation, dtype)
+        compute = numbers if isinstance(numbers, torch.dtype) else torch.bfloat16
+        options["quantization_config"] = quantised.settings(quantisation, compute)
     base = AutoModelForCausalLM.from_pretrained(name, **options)
     if kind is None:
         base = base.to("cuda" if torch.cuda.is_available() else "cpu")
     base = base.requires_grad_(False).eval()
+    if is_of_hub(model):
+        base.name_or_path = base.config._name_or_path = model  # not the snapshot's folder: adapters name their base
     if kind is not None:
         keep_unpacked(base)
         check_gradient(base)
     return base, AutoTokenizer.from_pretrained(name)
 
 
-def local(model: str) -> str:
-    """The folder or hub id behind a MODEL argument.
+def _dtype(dtype: torch.dtype | str, kind: str | None) -> torch.dtype | str:
+    """As transformers takes it, where `auto` means as stored."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "stored" or (dtype == "auto" and kind in BUILT_FOR):
+        return "auto"
+    if dtype == "auto":
+        return fast_dtype()
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: choose auto, stored, float32, bfloat16 or float16")
+    return found
 
-    Raises:
-        FileNotFoundError: it looks like a path, and there is nothing.
+
+@remembered
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the GPU, or without one the processor, multiplies in it; else float32.
+
+    A processor without such instructions converts every product, so bfloat16 would be slower there.
     """
-    if model in BUILT_IN:
-        return str(BUILT_IN[model]())
-    name = model
-    if (name.startswith((".", "/", "~")) or Path(name).suffix) and not Path(name).expanduser().exists():
-        raise FileNotFoundError(f"MODEL {model} does not exist: give a model folder, a hub id, or tiny")
-    return name
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    fast: bool = torch.backends.mkldnn.is_available() and bool(_instructions() & MULTIPLIES)  # type: ignore[no-untyped-call]
+    return torch.bfloat16 if fast else torch.float32
 
 
-def _installed(kind: str) -> None:
-    packages = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8-torchao": "torchao"}
-    package = packages.get(kind, kind)
-    if package == "bitsandbytes":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer and pass on casts to fp16
-    if package in ("bitsandbytes", "torchao"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            extra = {"bitsandbytes": "int8", "torchao": "torchao"}[package]
-            raise ImportError(
-                f"a model in {kind} needs the package {package} ({error}): pip install 'smartmops[{extra}]'"
-            ) from error
-
-
-def _config(quantisation: Quantisation, dtype: torch.dtype | str) -> Any:
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    if quantisation == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if quantisation == "nf4":
-        compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
+def _instructions() -> set[str]:
+    """What the processor can do, as /proc/cpuinfo lists it; elsewhere what torch says of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return {"avx512_bf16"} if ask is not None and ask() else set()
+    return {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
 
 
 def describe(model: str) -> dict[str, Any]:
     """What names a stored model exactly enough to notice another: files, their sizes and, of a local one, times."""
-    folder = Path(local(model)).expanduser()
-    if not folder.is_dir():
+    name = local(model)
+    if is_of_hub(model):
         return {"name": model}
+    folder = Path(name)
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
     return {"name": str(folder.resolve()), "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}}
 
 
 def quantised_as(model: str) -> str | None:
     """`quant_method` of a stored model, None where it is not quantised."""
-    stored = getattr(AutoConfig.from_pretrained(local(model)), "quantization_config", None)
-    return None if stored is None else str(stored.get("quant_method"))
+    return quantised.stored(local(model))

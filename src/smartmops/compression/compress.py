@@ -41,7 +41,7 @@ DOES_NOT_DECIDE = ("out", "resume", "device", "batch_size")  # arguments that le
 class CompressConfig:
     """Everything `smartmops compress` takes: prune to `sparsity` or `pattern`, or quantise, or one after the other."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a local folder, a hub id, or tiny
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # folder, *.gguf, hub id, smollm2, tiny
     out: Path  # model folder
     method: Method = "sparsegpt"
     sparsity: float | None = None  # share of zeros in each linear layer of the decoder, such as 0.75
@@ -123,7 +123,7 @@ def compress(config: CompressConfig) -> dict[str, Any]:
             }
             del model, modules
             _quantise(done_at, partial / "model", quantisation, tokenizer, zeros)
-            model, _ = load_base(str(partial / "model"))
+            model, _ = load_base(str(partial / "model"), "float32")
             metrics["perplexity_after"] = _perplexity(model, rows.held_out, model.device, "perplexity after")
         metrics |= {"sparsity": _sparsity(stats)} | _cost(partial / "model", size, started, device)
         record = {
@@ -278,7 +278,7 @@ def _quantise(
     pruned: Path, folder: Path, quantisation: Quantisation, tokenizer: Any, zeros: dict[str, torch.Tensor]
 ) -> None:
     """Quantise on the way in from `pruned`, check that what was zero is zero, and save."""
-    model, _ = load_base(str(pruned), "auto", quantisation)
+    model, _ = load_base(str(pruned), "stored", quantisation)
     modules = quantised_linears(model)
     for name, before in zeros.items():
         after = (dense_weight(modules[name], model.dtype, most=LOOKED_AT) == 0).float().mean()
