@@ -79,7 +79,7 @@ def test_a_measured_run_is_the_same_run_bit_for_bit(config: Make, tmp_path: Path
     plain = train(config(method=method, out=tmp_path / "plain"))
     metrics = train(config(method=method, out=tmp_path / "measured", interference_examples=4))
     found = metrics.pop("interference")
-    assert metrics == plain
+    assert metrics | {"seconds": 0} == plain | {"seconds": 0}
     for stage in ("before", "after"):
         assert set(found[stage]) == {"mean_cosine", "cosines", "conflicting"}
         assert found[stage]["cosines"] == {"a | b": found[stage]["mean_cosine"]}
@@ -99,7 +99,7 @@ def test_seeds_differ_and_peft_methods_have_none(config: Make, tmp_path: Path) -
 
 
 def test_bad_input_names_value_and_way_out(config: Make, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="interference_examples=-1: choose 1 or more"):
+    with pytest.raises(ValueError, match="--interference-examples -1: choose 0 or more"):
         train(config(interference_examples=-1))
     lone = tmp_path / "lone.jsonl"
     rows = [{"instruction": f"Count {i}.", "response": "one"} for i in range(12)]

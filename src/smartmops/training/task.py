@@ -24,12 +24,14 @@ from smartmops.data.batches import Collator, Encoded, encode_all, packed
 from smartmops.data.example import Example
 from smartmops.data.stored import take
 from smartmops.data.tasks import splits
+from smartmops.data.frames import gate_frame
 from smartmops.data.template import Template, check_template
 from smartmops.tuner import MoPsModel
 from smartmops.tuner.gate import by_expert
 
-from . import ranks
+from . import gating, ranks
 from .activations import ActivationCache, free_memory
+from .answer_states import AnswerStates
 from .baselines import OURS, MethodConfig, build
 from .evaluate import Evaluation, evaluate
 from .options import check_base, check_split
@@ -47,13 +49,14 @@ from .selection import TOLD, level, told, wire
 from .validation import ValidationConfig, hold_out
 
 console = Console()
+GATED = ("mops", "uniform-gate", "top-1")  # methods whose gate reads the model itself
 
 
 @dataclass(kw_only=True)
 class TaskConfig(MethodConfig, GatePretraining):
     """What is adapted to which data, and how both are read."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # a local folder, a hub id, or tiny
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # folder, *.gguf, hub id, smollm2, tiny
     data: str
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: bfloat16 where it is faster
     template: str = "auto"  # chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one
@@ -65,13 +68,20 @@ class TaskConfig(MethodConfig, GatePretraining):
     data_seed: int = 0  # of the draw and the split, so that runs of different seeds are tested on the same examples
     validation: bool = False  # hold out a part of the training split instead of the test split: to choose settings by
     hold_out: str | None = None  # a category to train nothing on, tested all the same: what an unseen task gains
-    recovery_prompts: int = 10  # frozen prompts at the input, trained first; best in the ablation (docs/evidence.md)
+    recovery_prompts: int | None = None  # frozen prompts at the input, trained first; None: 10 with hidden_states
     recovery_steps: int = 20  # optimiser steps
     recovery_lr: float = 0.03
     activations: str = (
         "auto"  # what the lower half makes of the data: kept in memory if it fits; memory, off or a folder
     )
     rows: str = "memory"  # texts and tokens of the data: kept in memory, or written to a folder and mapped from there
+
+    @property
+    def recovered_by(self) -> int:
+        """Number of recovery prompts."""
+        if self.recovery_prompts is not None:
+            return self.recovery_prompts
+        return 10 if self.expert_kind == "hidden_states" else 0  # the best in the ablation of docs/evidence.md
 
     @property
     def folder(self) -> Path | None:
@@ -95,7 +105,8 @@ class Task:
     embedder: Embedder | None = None
     activations: str = "auto"
     validation: Sequence[Encoded] = ()  # of the training split, not trained on
-    caches: dict[Any, ActivationCache | None] = field(default_factory=dict)
+    caches: dict[Any, ActivationCache | AnswerStates | None] = field(default_factory=dict)
+    found: dict[Any, Any] = field(default_factory=dict)  # what was worked out about base and data, once for all
 
     @classmethod
     def load(cls, config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
@@ -117,9 +128,9 @@ class Task:
             check_split(config, len(train), len(test), ranks.world())
             base, tokenizer = load_base(config.model, config.dtype)
         task = cls.of(base, tokenizer, train, test, config)
-        if config.recovery_prompts and config.method in OURS and not isinstance(base, PeftModel):
+        if config.recovered_by and config.method in OURS and not isinstance(base, PeftModel):
             size = config.batch_size * ranks.world()
-            task.recovery = train_recovery(base, task.train, task.collator, config.recovery_prompts,
+            task.recovery = train_recovery(base, task.train, task.collator, config.recovered_by,
                                            config.recovery_steps, config.recovery_lr, size, config.seed)  # fmt: skip
         return task
 
@@ -137,6 +148,8 @@ class Task:
         if isinstance(config, ValidationConfig):
             train, held = hold_out(train, config, config.data_seed)
         limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
+        if limit < config.max_length:
+            console.print(f"--max-length {config.max_length}: this base has {limit} positions, so that is the limit")
         template = Template.of(config.template, tokenizer)
         collator = Collator(tokenizer)
         embedder = Embedder(config.embedder) if config.embedder else None
@@ -158,15 +171,82 @@ class Task:
         """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""
         set_seed(seed)
         width = self.embedder.width if self.embedder and method.method in ("mops", "uniform-gate", "top-1") else None
-        model = build(self.base, method, self.recovery, method.experts if method.method in TOLD else width)
+        method = self._placed(method, gate, width)
+        words = {"answer_header": self.template.header_ids, "gate_frame": gate_frame(self.template)}
+        model = build(self.base, method, self.recovery, method.experts if method.method in TOLD else width, words)
         if method.method not in OURS:
             return model, [], None
-        names, expert_of, accuracy = ["all"], [0] * len(self.train), None
-        if model.base_model.layer().configs["default"].num_experts > 1:
+        config = model.base_model.layer().configs["default"]
+        names, accuracy, rows, expert_of = ["all"], None, self.train, [0] * len(self.train)
+        if config.num_experts > 1 and config.experts == "keys_values" and method.method not in TOLD:
+            rows, expert_of, names, accuracy = self._gate_of_some(model, method, gate, seed)
+        elif config.num_experts > 1:
             expert_of, names, accuracy = self._gate(model, method, gate, seed)
         if method.init == "hidden_states":
-            initialise(model, self.train, self.collator, expert_of, seed)
+            initialise(model, rows, self.collator, expert_of, seed)
         return model, names, accuracy
+
+    def _placed(self, method: MethodConfig, gate: GatePretraining, width: int | None) -> MethodConfig:
+        """With the layer that the gate reads, where that is to be found out."""
+        free = method.gate_layer is None and width is None and method.method in GATED and method.answers_alone
+        if not free:
+            return method
+        layers = int(self.base.config.get_text_config().num_hidden_layers)
+        tasks = sorted({row.category for row in self.train})
+        if gate.gate_pretraining != "labels" or len(tasks) < 2:
+            return replace(method, gate_layer=layers // 2)
+        if "gate_layer" not in self.found:
+            of = [tasks.index(row.category) for row in self.train]
+            chosen = gating.draw(of, gating.PROBED, 0)
+            means = gating.layer_means(self.base, [self.train[i] for i in chosen])
+            layer = gating.best_layer(means, [of[i] for i in chosen], len(tasks), layers - 1)
+            console.print(f"the gate reads layer {layer}, where instructions tell their tasks apart best")
+            self.found["gate_layer"] = layer
+        return replace(method, gate_layer=self.found["gate_layer"])
+
+    def _gate_of_some(
+        self, model: Any, method: MethodConfig, gate: GatePretraining, seed: int
+    ) -> tuple[Sequence[Encoded], list[int], list[str], float | None]:
+        """`_gate` from a sample of the instructions; also that sample, in whose order the experts are meant for."""
+        config = model.base_model.layer().configs["default"]
+        tasks = sorted({row.category for row in self.train})
+        chosen = gating.draw([tasks.index(row.category) for row in self.train], gating.FITTED, 0)
+        rows = [self.train[i] for i in chosen]
+        pooled = self._read(model, "train", rows)
+        standardise(model, pooled)
+        how = gate.gate_pretraining if gate.gate_pretraining != "none" else "clusters"
+        expert_of, names = assign(rows, pooled, config.num_experts, how, seed, gate.expert_names)
+        config.expert_names, accuracy = names, None
+        if method.method == "uniform-gate":
+            level(model)
+        elif gate.gate_pretraining != "none" and method.method != "top-1":
+            if gate.gate_start == "gradient" or not config.gate_bias:
+                accuracy = pretrain_gate(model, pooled, torch.tensor(expert_of), gate)
+            else:
+                features = model.base_model.layer().standardised(pooled, "default")
+                scores = gating.ridge(features, torch.tensor(expert_of), config.num_experts)
+                gating.start_gate(model, scores)
+                accuracy = scores.accuracy
+        if config.null_expert:
+            self._fit_null(model, method, pooled, expert_of)
+        return rows, expert_of, names, accuracy
+
+    def _fit_null(
+        self, model: Any, method: MethodConfig, pooled: Float[Tensor, "n inputs"], expert_of: list[int]
+    ) -> None:
+        texts = gating.unrelated_texts(method.unrelated)
+        examples = [Example(text, "", ".") for text in texts]
+        rows = encode_all(examples, self.tokenizer, 512, template=self.template).rows
+        fitted = gating.fit_null(model, pooled, expert_of, self._read(model, str(method.unrelated), rows))
+        console.print(f"null expert: {fitted.caught:.0%} of {len(rows)} unrelated texts are left to the base, and "
+                      f"{1 - fitted.kept:.0%} of held-out training instructions")  # fmt: skip
+
+    def _read(self, model: Any, what: str, rows: Sequence[Encoded]) -> Float[Tensor, "n inputs"]:
+        """What the gate reads of these rows; the same for all methods and seeds, so read once."""
+        key = (what, *self._key(model))
+        if key not in self.found:
+            self.found[key] = instructions(model, rows).cpu()
+        return self.found[key].to(model.device)  # type: ignore[no-any-return]
 
     def _gate(
         self, model: Any, method: MethodConfig, gate: GatePretraining, seed: int
@@ -201,21 +281,32 @@ class Task:
             return self
         train, rest = told(self.base, self.train, [*self.test, *self.validation], method, seed)
         count = len(self.test)
-        return replace(self, train=train, test=rest[:count], validation=rest[count:], caches={})
+        return replace(self, train=train, test=rest[:count], validation=rest[count:], caches={}, found={})
 
-    def cache(self, model: Any, rows: Sequence[Encoded] | None = None) -> ActivationCache | None:
+    @staticmethod
+    def _key(model: Any) -> tuple[Any, ...]:
+        """What the frozen half's results depend on, beside the rows."""
+        config = model.base_model.layer().configs["default"]
+        return (config.injection_layer, config.num_recovery_prompts, config.gate_input, config.embedding_size,
+                config.gate_layer, config.visible_to)  # fmt: skip
+
+    def cache(self, model: Any, rows: Sequence[Encoded] | None = None) -> ActivationCache | AnswerStates | None:
         """The lower half's results on the training split, computed once for all methods and seeds that share it.
 
         Or on other rows of this task, such as the test split. None where it is off or does not fit the memory.
         """
         rows = self.train if rows is None else rows
-        config = model.base_model.layer().configs["default"]
-        key = (config.injection_layer, config.num_recovery_prompts, config.gate_input, config.embedding_size, id(rows))
+        key = (*self._key(model), id(rows))
         if key not in self.caches:
             self.caches[key] = self._fill(model, rows)
-        return self.caches[key]
+        found = self.caches[key]
+        if isinstance(found, AnswerStates):
+            found.model = model  # of several methods on this base, the one that asks
+        return found
 
-    def _fill(self, model: Any, rows: Sequence[Encoded]) -> ActivationCache | None:
+    def _fill(self, model: Any, rows: Sequence[Encoded]) -> ActivationCache | AnswerStates | None:
+        if model.base_model.layer().configs["default"].visible_to == "answers":
+            return AnswerStates(model, rows, 0 if self.activations == "off" else None)
         if self.activations == "off":
             return None
         if self.activations == "auto":
@@ -250,8 +341,7 @@ class Task:
         model.eval()
         layer = model.base_model.layer()
         config = layer.configs["default"]
-        cache = self.cache(model, self.test)
-        pooled = instructions(model, self.test) if cache is None else cache.pooled.to(model.device)
+        pooled = self._read(model, "test", self.test)
         with torch.no_grad():
             return by_expert(layer.gate(pooled, "default"), config.num_experts)
 
