@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfi
 
 from smartmops.base import load_base
 from smartmops.data.template import FILE, read_template
-from smartmops.tuner import MoPsConfig
+from smartmops.tuner import MoPsConfig, keys_values
 from smartmops.tuner.config import default_injection_layer
 
 from .runs import Run, check_adapter
@@ -23,8 +23,6 @@ Method = Literal[
 OTHER_GATES = ("uniform-gate", "oracle", "nearest-cluster", "top-1")
 OURS = ("mops", "prompt-tuning", *OTHER_GATES)  # that enter at the injection layer
 
-# Adam's rates for hundreds of steps (experiments/office/tuning.json); a few dozen steps want ten times as much.
-PROMPT_RATE = {"hidden_states": 0.3, "random": 0.03}
 OTHER_RATE = {"input-prompt-tuning": 0.03, "lora": 2e-3, "ia3": 1e-2}
 
 
@@ -35,6 +33,17 @@ class MethodConfig:
     method: Method = "mops"
     experts: int = 7
     prompts_per_expert: int = 10
+    expert_kind: Literal["keys_values", "hidden_states"] = "keys_values"  # of every layer from the injection layer up;
+    # hidden_states: of that layer, as in the paper
+    shared_prompts: int = 0  # columns beside the experts that every row sees at full strength
+    prefix_attention: Literal["joint", "separate", "linear"] = "joint"  # with the text in one softmax; in one of its
+    # own, weighted per head from zero; or without softmax
+    visible_to: Literal["all", "answers"] | None = None  # text tokens that see experts; None: answers, with keys_values
+    null_expert: bool | None = None  # leave text unlike the training instructions to the base; None: with keys_values
+    null_threshold: float = 0.5  # weight of the null expert from which on a text is left to the base entirely
+    unrelated: Path | None = None  # texts of no task, to fit the null expert by; None: those that come with the package
+    gate_layer: int | None = None  # layer whose hidden states the gate reads; None: where tasks are told apart best
+    # if answers alone see experts, else the injection layer
     injection_layer: int | None = None  # first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)
     gate_target: Literal["attention", "hidden_states"] = "attention"
     gate_input: Literal["instruction", "sequence"] = "instruction"
@@ -51,23 +60,45 @@ class MethodConfig:
     lora_from: int = 0  # first decoder layer (from 0) with LoRA
     lora_match: Literal["none", "parameters", "memory"] = "none"  # rank for as many trained numbers as MoPs have;
     # memory: that, and from the injection layer up, so that the backward pass goes no deeper than theirs
-    prompt_lr: float | None = None  # Adam's rate for prompts (and for LoRA, IA3); None: the tuned default of the method
-    gate_lr: float = 1e-3
+    relative_lr: float = 0.03  # Adam's rate for prompts, as a share of their root mean square
+    prompt_lr: float | None = None  # the same, absolute, and the rate of LoRA and IA3; None: relative_lr, or tuned ones
+    gate_lr: float | None = None  # Adam's rate for the gate; None: a share of 0.003 of its weights' root mean square
     embedder: str | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
 
     @property
     def rate(self) -> float:
-        """Learning rate of everything but the gate."""
+        """Adam's rate of everything but the gate; of prompts without a rate of their own, relative to their size."""
         if self.prompt_lr is not None:
             return self.prompt_lr
-        return OTHER_RATE.get(self.method, PROMPT_RATE[self.init])
+        return OTHER_RATE.get(self.method, self.relative_lr)
+
+    @property
+    def answers_alone(self) -> bool:
+        """Whether experts are seen by answers alone."""
+        return self.visible_to == "answers" or (self.visible_to is None and self.expert_kind == "keys_values")
+
+    @property
+    def leaves_to_base(self) -> bool:
+        """Whether there is a null expert."""
+        wanted = self.expert_kind == "keys_values" if self.null_expert is None else self.null_expert
+        return wanted and self.method == "mops"
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the gate can start from ridge scores."""
+        return self.expert_kind == "keys_values" and self.gate_granularity == "expert" and self.method == "mops"
 
     def _excluded(self) -> str | None:
         """Names of modules below `lora_from`, as a regular expression."""
         return rf".*\.({'|'.join(map(str, range(self.lora_from)))})\..*" if self.lora_from else None
 
-    def peft(self, recovery_prompts: int = 0, embedding_size: int | None = None) -> PeftConfig:
-        """The PEFT config of the method; ungated prompts are one expert with all K prompts, at the same layer."""
+    def peft(
+        self, recovery_prompts: int = 0, embedding_size: int | None = None, words: dict[str, Any] | None = None
+    ) -> PeftConfig:
+        """The PEFT config of the method; ungated prompts are one expert with all prompts, at the same layer.
+
+        `words` are the fields that say how text is rendered (`answer_header`, `gate_frame`).
+        """
         prompts = self.experts * self.prompts_per_expert
         if self.method == "lora":
             return LoraConfig(task_type="CAUSAL_LM", r=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=0.05,
@@ -84,9 +115,14 @@ class MethodConfig:
             "init": self.init,
             "num_recovery_prompts": recovery_prompts,
             "keep_recovery_prompts": self.keep_recovery_prompts,
+            "experts": self.expert_kind,
+            "prefix_attention": self.prefix_attention,
+            "visible_to": "answers" if self.answers_alone else "all",
+            **(words or {}),
         }
         if self.method == "prompt-tuning":
-            return MoPsConfig(num_experts=1, prompts_per_expert=prompts, expert_attention="causal", **shared)
+            return MoPsConfig(num_experts=1, prompts_per_expert=prompts + self.shared_prompts,
+                              expert_attention="causal", **shared)  # fmt: skip
         one = self.method in ("oracle", "nearest-cluster", "top-1")
         return MoPsConfig(
             num_experts=self.experts,
@@ -94,7 +130,12 @@ class MethodConfig:
             gate_target=self.gate_target,
             gate_input=self.gate_input,
             gate_granularity=self.gate_granularity,
-            gate_hidden_size=self.gate_hidden_size,
+            gate_hidden_size=max(self.gate_hidden_size, 2 * self.experts if self.closed_form else 0),
+            gate_bias=self.closed_form,
+            gate_layer=self.gate_layer if embedding_size is None else None,
+            shared_prompts=self.shared_prompts,
+            null_expert=self.leaves_to_base,
+            null_threshold=self.null_threshold,
             gate_temperature=self.gate_temperature,
             gate_top_k=1 if one else self.gate_top_k,
             gate_renormalise=self.gate_renormalise and self.method != "top-1",
@@ -116,12 +157,17 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     """
     run = Run.open(path)
     check_adapter(run.adapter_dir)
-    own = run.path / "base"
     dtype = run.config["arguments"].get("dtype", "float32")
-    base, tokenizer = load_base(str(own) if own.is_dir() else run.config["base"], dtype)
+    base, tokenizer = load_base(base_of(run), dtype)
     if (run.adapter_dir / FILE).is_file():
         tokenizer.chat_template = read_template(run.adapter_dir / FILE)
     return PeftModel.from_pretrained(base, run.adapter_dir).eval(), tokenizer, run
+
+
+def base_of(run: Run) -> str:
+    """MODEL of a run: the base in its own folder, or the one it names."""
+    own = run.path / "base"
+    return str(own) if own.is_dir() else str(run.config["base"])
 
 
 def template_of(run: Run) -> str:
@@ -142,11 +188,24 @@ def matched(base: Any, config: MethodConfig) -> MethodConfig:
         raise ValueError("lora_match needs modules named q_proj and v_proj, and this model has none: choose lora_rank")
     of_rank_one = sum(m.in_features + m.out_features for m in kinds) * (layers - first) / layers
     gate = config.gate_hidden_size * (hidden + config.experts)
-    wanted = config.experts * config.prompts_per_expert * hidden + gate
+    wanted = (config.experts * config.prompts_per_expert + config.shared_prompts) * _column(base, config) + gate
     return replace(config, lora_from=first, lora_rank=max(1, round(wanted / of_rank_one)))
 
 
-def build(base: Any, config: MethodConfig, recovery: torch.Tensor | None = None, width: int | None = None) -> Any:
+def _column(base: Any, config: MethodConfig) -> int:
+    """Trained numbers of one prompt column."""
+    if config.expert_kind == "hidden_states":
+        return int(base.config.hidden_size)
+    layers = int(base.config.num_hidden_layers)
+    first = default_injection_layer(layers) if config.injection_layer is None else config.injection_layer
+    _, heads, key, value = keys_values.probe(base.base_model, layers - 1).shape
+    return (layers - first) * heads * (key + value)
+
+
+def build(
+    base: Any, config: MethodConfig, recovery: torch.Tensor | None = None, width: int | None = None,
+    words: dict[str, Any] | None = None,
+) -> Any:  # fmt: skip
     """The base with a fresh adapter of the method; `recovery` [R, hidden] are frozen prompts at the input.
 
     Raises:
@@ -154,15 +213,31 @@ def build(base: Any, config: MethodConfig, recovery: torch.Tensor | None = None,
     """
     config = matched(base, config)
     count = 0 if recovery is None or config.method not in OURS else len(recovery)
-    model = get_peft_model(base, config.peft(count, width))
+    model = get_peft_model(base, config.peft(count, width, words))
     if count and recovery is not None:
         model.base_model.layer().mops_recovery["default"].data.copy_(recovery)
     return model
 
 
+GATE_SHARE = 0.003  # of the gate's weights: their rate where none is given
+HEAD_RATE = 0.02  # of the weights per head, which start at zero and so have no size
+
+
 def parameter_groups(model: Any, config: MethodConfig) -> list[dict[str, Any]]:
-    """Trainable parameters for Adam: the gate at its own rate, the rest at the method's."""
-    gate = [p for n, p in model.named_parameters() if p.requires_grad and "mops_gate" in n]
-    rest = [p for n, p in model.named_parameters() if p.requires_grad and "mops_gate" not in n]
-    groups = [{"params": rest, "lr": config.rate}]
-    return [*groups, {"params": gate, "lr": config.gate_lr}] if gate else groups
+    """Trainable parameters for Adam, each with the rate that suits its size.
+
+    Keys and values are held in units of their own size, so that their rate is relative as it stands; hidden states are
+    not. A rate that was given is taken as it is.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [{"params": [parameter], "lr": _rate_of(name, parameter, config)} for name, parameter in trained]
+
+
+def _rate_of(name: str, parameter: torch.Tensor, config: MethodConfig) -> float:
+    size = float(parameter.detach().float().pow(2).mean().sqrt())
+    if "mops_gate" in name:
+        return config.gate_lr if config.gate_lr is not None else GATE_SHARE * max(size, 0.02)
+    if "mops_head_weight" in name:
+        return HEAD_RATE
+    relative = config.prompt_lr is None and ("mops_prompts" in name or "mops_shared." in name)
+    return config.rate * size if relative else config.rate

@@ -20,6 +20,7 @@ from smartmops.tuner import MoPsModel
 from smartmops.tuner.packed import IGNORED
 
 from .activations import ActivationCache
+from .answer_states import AnswerStates
 
 BUDGET = 2048  # tokens that go through a MoPs model at once in evaluation
 
@@ -58,7 +59,7 @@ def evaluate(
     collator: Collator,
     batch_size: int = 32,
     progress: bool = False,
-    cache: ActivationCache | None = None,
+    cache: ActivationCache | AnswerStates | None = None,
 ) -> Evaluation:
     """Evaluate a model (bare or adapted) on encoded examples, in batches of similar length.
 
@@ -83,16 +84,17 @@ def evaluate(
 
 
 def _each(
-    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int, cache: ActivationCache | None
+    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int, cache: ActivationCache | AnswerStates | None
 ) -> Iterator[tuple[str, Float[torch.Tensor, " tokens"]]]:
     """Task and response nats of each row; a MoPs model reads rows end to end, any other padded ones."""
     if isinstance(getattr(model, "base_model", None), MoPsModel):
         for group in by_budget([len(row.input_ids) for row in rows], BUDGET):
             given = pack([rows[i] for i in group]) if cache is None else cache.batch(group)
             batch = {name: value.to(model.device) for name, value in given.items()}
-            found = model.base_model.nats(batch).split(batch["lengths"].tolist())
-            for i, each in zip(group, found, strict=True):
-                yield rows[i].category, each[:-1][torch.tensor(rows[i].labels[1:]) != IGNORED]
+            lengths = batch["lengths"].tolist()
+            found, labels = model.base_model.nats(batch).split(lengths), batch["labels"].split(lengths)
+            for i, each, own in zip(group, found, labels, strict=True):
+                yield rows[i].category, each[:-1][own[1:] != IGNORED]
         return
     lengths = [len(row.input_ids) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: lengths[i])

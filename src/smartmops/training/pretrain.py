@@ -1,4 +1,4 @@
-"""What comes before training: recovery prompts, experts from hidden states, and a gate that already tells tasks apart.
+"""What comes before training: recovery prompts, experts from real text, and a gate that already tells tasks apart.
 
 Knows instructions and their tasks. The gate's pretraining never sees a response (paper, "Pretraining the gating
 function").
@@ -20,10 +20,13 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from smartmops.data.batches import Collator, Encoded, by_budget, pack
-from smartmops.tuner import MoPsConfig
+from smartmops.tuner import MoPsConfig, keys_values
 from smartmops.tuner.packed import IGNORED
 
 from .evaluate import batch_for
+from .gating import close as close
+
+SINKS = 4  # tokens at the start of a text that attention rests on, whatever they say
 
 
 @dataclass
@@ -31,6 +34,7 @@ class GatePretraining:
     """How the gate learns which expert an instruction is meant for."""
 
     gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
+    gate_start: Literal["auto", "ridge", "gradient"] = "auto"  # in closed form, or by Adam; auto: ridge with keys_values
     gate_pretraining_steps: int = 200  # Adam steps on all pooled instructions at once
     gate_pretraining_lr: float = 1e-2
     expert_names: tuple[str, ...] | None = (
@@ -117,19 +121,95 @@ def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: in
 
 @torch.no_grad()
 def initialise(model: Any, rows: Sequence[Encoded], collator: Collator, expert_of: Sequence[int], seed: int) -> None:
-    """Each expert's prompts become hidden states at the injection layer, of instructions it is meant for."""
+    """Each expert starts from real text it is meant for: `expert_of` says for which row which expert.
+
+    Keys and values are those of consecutive tokens of an instruction; hidden states are single ones at the injection
+    layer. Columns that every row sees start from instructions of any task. No attention sink (the first tokens) is among
+    them, unless an instruction has nothing else.
+    """
     layer = model.base_model.layer()
-    prompts, config = layer.mops_prompts["default"], layer.configs["default"]
+    config = layer.configs["default"]
     generator = torch.Generator().manual_seed(seed)
-    for expert in range(config.num_experts):
-        own = [i for i, e in enumerate(expert_of) if e == expert] or range(len(rows))
-        drawn = torch.randint(len(own), (config.prompts_per_expert,), generator=generator).tolist()
-        batch = batch_for(model, [rows[own[i]] for i in drawn], collator)
-        hidden = model.base_model.hidden_at_injection(batch["input_ids"], batch["attention_mask"])
-        read = batch["attention_mask"].bool() & (batch["labels"] == -100)
-        at = torch.multinomial(read.float().cpu(), 1, generator=generator)[:, 0]
-        start = expert * config.prompts_per_expert
-        prompts[start : start + config.prompts_per_expert] = hidden[torch.arange(len(drawn)), at].to(prompts.dtype)
+    members = [[i for i, e in enumerate(expert_of) if e == expert] for expert in range(config.num_experts)]
+    if config.experts == "keys_values":
+        _from_keys_values(model, rows, members, generator)
+        return
+    pools = [(own or list(range(len(rows))), config.prompts_per_expert) for own in members]
+    prompts = layer.mops_prompts["default"]
+    prompts.copy_(torch.cat([_hidden(model, rows, own, count, collator, generator) for own, count in pools]))
+    if config.shared_prompts:
+        every = list(range(len(rows)))
+        layer.mops_shared["default"].copy_(
+            _hidden(model, rows, every, config.shared_prompts, collator, generator)
+        )
+
+
+def _hidden(
+    model: Any, rows: Sequence[Encoded], own: Sequence[int], count: int, collator: Collator, generator: torch.Generator
+) -> Float[Tensor, "count hidden"]:
+    """Hidden states at the injection layer, of one token each of as many instructions."""
+    drawn = torch.randint(len(own), (count,), generator=generator).tolist()
+    batch = batch_for(model, [rows[own[i]] for i in drawn], collator)
+    hidden = model.base_model.hidden_at_injection(batch["input_ids"], batch["attention_mask"])
+    read = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
+    past_sinks = read & (batch["attention_mask"].cumsum(-1) > SINKS)
+    read = torch.where(past_sinks.any(-1, keepdim=True), past_sinks, read)
+    at = torch.multinomial(read.float().cpu(), 1, generator=generator)[:, 0]
+    found: Tensor = hidden[torch.arange(count), at].float()
+    return found
+
+
+def _from_keys_values(
+    model: Any, rows: Sequence[Encoded], members: Sequence[Sequence[int]], generator: torch.Generator
+) -> None:
+    layer = model.base_model.layer()
+    config, every = layer.configs["default"], list(range(len(rows)))
+    parts = [_columns(layer, rows, own or every, config.prompts_per_expert, generator) for own in members]
+    parts += [_columns(layer, rows, every, config.shared_prompts, generator)] if config.shared_prompts else []
+    for name in ("key", "value"):
+        columns = torch.cat([getattr(part, f"{name}s") for part in parts])
+        scale = keys_values.size(columns)
+        getattr(layer, f"mops_{name}_size")["default"].copy_(scale)
+        columns = columns / scale[None, :, None, None]
+        if name == "value" and config.prefix_attention == "linear":
+            columns.zero_()
+        getattr(layer, f"mops_{name}s")["default"].copy_(columns[: config.num_prompts])
+        if config.shared_prompts:
+            getattr(layer, f"mops_shared_{name}s")["default"].copy_(columns[config.num_prompts :])
+
+
+def _columns(
+    layer: Any, rows: Sequence[Encoded], own: Sequence[int], count: int, generator: torch.Generator
+) -> keys_values.Columns:
+    """Keys and values of `count` tokens, as consecutive as the instructions of `own` allow."""
+    backbone, found = layer.engine.backbone, list[keys_values.Columns]()
+    device = backbone.get_input_embeddings().weight.device
+    while (missing := count - sum(len(part.keys) for part in found)) > 0:
+        row = rows[own[int(torch.randint(len(own), (1,), generator=generator))]]
+        first, last = _own_text(row)
+        width = min(missing, last - first)
+        start = first + int(torch.randint(last - first - width + 1, (1,), generator=generator))
+        ids = torch.tensor([row.input_ids[: start + width]], device=device)
+        part = keys_values.observe(backbone, layer.index, ids, start + width)
+        found.append(keys_values.Columns(part.keys[start:], part.values[start:]))
+    return keys_values.Columns(torch.cat([p.keys for p in found]), torch.cat([p.values for p in found]))
+
+
+def _own_text(row: Encoded) -> tuple[int, int]:
+    """The longest run of tokens that the gate reads, past the sinks where there is anything behind them."""
+    count = row.labels.count(IGNORED)
+    mask = [1] * count if row.gate_mask is None else list(row.gate_mask[:count])
+    best, start = (0, max(count, 1)), None
+    runs = []
+    for i, read in enumerate([*mask, 0]):
+        if read and start is None:
+            start = i
+        elif not read and start is not None:
+            runs.append((start, i))
+            start = None
+    if runs:
+        best = max(runs, key=lambda run: run[1] - run[0])
+    return (SINKS, best[1]) if best[0] < SINKS < best[1] else best
 
 
 def standardise(model: Any, pooled: Float[Tensor, "n d_in"]) -> None:

@@ -103,6 +103,10 @@ class MoPsConfig(PeftConfig):
             if self.gate_target == "hidden_states":
                 raise ValueError("gate_target='hidden_states' scales prompts that run through the layers, and "
                                  "experts='keys_values' do not: choose gate_target='attention'")  # fmt: skip
+            if self.visible_to == "answers" and self.num_recovery_prompts:
+                raise ValueError(f"num_recovery_prompts={self.num_recovery_prompts} are seen by every token, and "
+                                 "visible_to='answers' leaves instructions to the bare base: choose 0 of them, or "
+                                 "visible_to='all'")  # fmt: skip
             return
         for name, only in (("prefix_attention", "joint"), ("visible_to", "all")):
             if getattr(self, name) != only:
