@@ -28,7 +28,7 @@ from smartmops.federated.rounds import QuorumLost
 from smartmops.flower.simulation import simulate
 from smartmops.reproduce.reproduce import reproduce
 from smartmops.training.answers import questions, score
-from smartmops.training.baselines import Method, load_run, template_of
+from smartmops.training.baselines import Method, base_of, load_run, template_of
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import answer, evaluate
 from smartmops.training.loop import HF_SCHEDULE
@@ -139,7 +139,7 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
         raise ValueError(f"method {arguments['method']!r} is told which expert to use: it is a mark for tables, "
                          f"and its perplexity is in {config.run / 'metrics.json'}")  # fmt: skip
     again = TrainConfig(
-        model="given", out=config.run, data=config.data or arguments["data"],
+        model=base_of(run), out=config.run, data=config.data or arguments["data"],
         data_seed=arguments.get("data_seed", arguments["seed"]),
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),

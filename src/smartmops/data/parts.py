@@ -35,9 +35,16 @@ def tokens(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part]) -> list[tu
         return [(ids, [0] * len(ids)) for ids in ids_of(tokenizer, texts)]
     made = tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     return [
-        (ids, [int(any(a <= start < end <= b for a, b in part.own)) for start, end in offsets])
+        (ids, [int(any(_within(part.text, *place, *own) for own in part.own)) for place in offsets])
         for part, ids, offsets in zip(parts, made["input_ids"], made["offset_mapping"], strict=True)
     ]
+
+
+def _within(text: str, start: int, end: int, first: int, last: int) -> bool:
+    """Whether a token from `start` to `end` lies within `first` to `last`; blanks around a word may stand outside."""
+    if start >= last or end <= first or start >= end:
+        return False
+    return not text[start : max(start, first)].strip() and not text[min(end, last) : end].strip()
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
