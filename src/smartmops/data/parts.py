@@ -35,7 +35,7 @@ def tokens(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part]) -> list[tu
         return [(ids, [0] * len(ids)) for ids in ids_of(tokenizer, texts)]
     made = tokenizer(texts, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     return [
-        (ids, [int(any(_within(part.text, *place, *own) for own in part.own)) for place in offsets])
+        (ids, [int(any(_within(part.text, start, end, *own) for own in part.own)) for start, end in offsets])
         for part, ids, offsets in zip(parts, made["input_ids"], made["offset_mapping"], strict=True)
     ]
 
