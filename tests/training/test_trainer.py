@@ -57,7 +57,7 @@ def test_a_run_folder_holds_curves_gates_and_samples(config: Make) -> None:
     assert gates is not None and gates["experts"] == ["a", "b"]
     for when in ("before", "during", "after"):
         for weights in gates[when].values():
-            assert sum(weights) == pytest.approx(1, abs=1e-5)
+            assert 0.9 < sum(weights) < 1 + 1e-5, "what is missing is the null expert's"
     assert gates["before"]["a"][0] > 0.9 and gates["before"]["b"][1] > 0.9, "labels pretrain the gate one to one"
     assert metrics["gate_pretraining_accuracy"] == 1.0
     assert {row["category"] for row in run.read_samples()} == {"a", "b"}

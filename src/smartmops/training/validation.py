@@ -18,7 +18,7 @@ from smartmops.data.example import Example
 from smartmops.data.stored import take
 from smartmops.tuner import MoPsModel
 
-from . import pretrain
+from .gating import close
 from .kept import Kept, put_state
 from .loop import Schedule
 
@@ -98,11 +98,10 @@ def settle(model: Any, kept: Kept, start: Mapping[str, Tensor], frozen: float, c
 
 def _shut(model: Any, start: Mapping[str, Tensor]) -> str:
     """Make the model answer as its base does; "untrained" where its method can only go back to where it began."""
-    put_state(model, dict(start))
-    close = getattr(pretrain, "close", None)
-    if isinstance(model.base_model, MoPsModel) and close is not None:
+    if isinstance(model.base_model, MoPsModel):
         close(model)
         return "closed"
+    put_state(model, dict(start))
     begins_at_base = model.peft_config["default"].peft_type in ("LORA", "IA3")
     return "closed" if begins_at_base else "untrained"
 
