@@ -27,7 +27,7 @@ from smartmops.base import load_base
 from smartmops.compression import calibration, layerwise
 from smartmops.compression.solvers import Pattern
 from smartmops.tiny import BASE
-from smartmops.training.loop import HF_SCHEDULE
+from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
@@ -139,7 +139,7 @@ def train_all() -> None:
                     base = work / f"base-{setting}-{form.replace(', ', '-')}"
                     run = train(TrainConfig(model=str(base), data="office", out=work / f"run-{key.replace('/', '-')}",
                                             steps=40, prompt_lr=3.0, seed=seed, samples_per_task=0, resume=True,
-                                            recovery_prompts=0, dtype="float32", **HF_SCHEDULE))  # fmt: skip
+                                            recovery_prompts=0, dtype="float32", **EMBEDDED_SETTING))  # fmt: skip
                     put("train", key, {"perplexity": run["perplexity"]["overall"],
                                        "frozen": run["perplexity_frozen"]["overall"]})  # fmt: skip
 

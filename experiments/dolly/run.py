@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smartmops.training.loop import HF_SCHEDULE
+from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.runs import Run
 from smartmops.training.trainer import TrainConfig, train
 
@@ -35,7 +35,7 @@ def config(method: str, data: str) -> TrainConfig:
     return TrainConfig(
         model="tiny", data=data, out=HERE / "work" / method, method=name, steps=2000, batch_size=1, limit=5000,
         max_length=512, save_every=100, log_every=50, resume=True, prompt_lr=RATES[name],
-        recovery_prompts=0, dtype="float32", **HF_SCHEDULE, **fixed,
+        recovery_prompts=0, dtype="float32", **EMBEDDED_SETTING, **fixed,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from smartmops.data.tasks import splits
 from smartmops.federated.federate import FederateConfig, federate
-from smartmops.training.loop import HF_SCHEDULE
+from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ COMMON: dict[str, Any] = {
     "recovery_prompts": 0,
 }  # fmt: skip
 ROUNDS = {"clients": 100, "clients_per_round": 10, "rounds": 10, "local_steps": 10, "eval_every": 10}
-STEPS = {"steps": 1000, "save_every": 10**9, "log_every": 100, **HF_SCHEDULE}
+STEPS = {"steps": 1000, "save_every": 10**9, "log_every": 100, **EMBEDDED_SETTING}
 METHODS = {"federated": ("fedprompt", "mops"), "central": ("prompt-tuning", "mops")}
 
 

@@ -23,7 +23,7 @@ from smartmops.data.tasks import split
 from smartmops.training.baselines import Method
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import evaluate
-from smartmops.training.loop import HF_SCHEDULE
+from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig, fit
 
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 RATES = {40: (0.3, 1.0, 3.0, 10.0), 20: (1.0, 3.0, 10.0), 160: (0.3, 1.0, 3.0)}  # Adam, by budget in optimiser steps
 SEEDS = (0, 1, 2)
 SETTING = {"model": "tiny", "dtype": "float32", "data": "office", "batch_size": 16, "recovery_prompts": 10,
-           "save_every": 10**9, **HF_SCHEDULE}  # fmt: skip
+           "save_every": 10**9, **EMBEDDED_SETTING}  # fmt: skip
 
 
 def tune() -> None:

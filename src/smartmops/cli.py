@@ -31,7 +31,7 @@ from smartmops.training.answers import questions, score
 from smartmops.training.baselines import Method, base_of, load_run, template_of
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import answer, evaluate
-from smartmops.training.loop import HF_SCHEDULE
+from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.pretrain import Embedder
 from smartmops.training.selection import TOLD
 from smartmops.training.task import Task
@@ -57,7 +57,7 @@ def quickstart(
     """
     config = CompareConfig(
         model="tiny", data="office", dtype="float32", out=out, steps=steps, seeds=seeds, sparsity=0.5,
-        methods=dict(QUICKSTART_RATES), save_every=10**9, log_every=5, samples_per_task=1, **HF_SCHEDULE,
+        methods=dict(QUICKSTART_RATES), save_every=10**9, log_every=5, samples_per_task=1, **EMBEDDED_SETTING,
     )  # fmt: skip
     metrics = compare(config)
     _print_comparison(metrics)

@@ -236,9 +236,7 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(
 
 
 def test_a_missing_model_is_refused(configured: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"MODEL .*nowhere does not exist: give a model folder, a hub id, "
-    ):
+    with pytest.raises(FileNotFoundError, match=r"MODEL .*nowhere does not exist: give a model folder, a hub id, "):
         compress(configured(tmp_path / "out", model=str(tmp_path / "nowhere")))
     assert list(tmp_path.iterdir()) == []
 

@@ -48,7 +48,11 @@ def test_a_run_shows_what_an_unseen_task_gains(config: Make, three_tasks: Path, 
     assert gates is not None and gates["experts"] == ["a", "b"]
     for stage in ("before", "after"):
         assert set(gates[stage]) == {"a", "b", "c"}
-    assert metrics["gate_pretraining_accuracy"] == 1 and metrics["examples"] == {"train": 36, "validation": 0, "test": 6}
+    assert metrics["gate_pretraining_accuracy"] == 1 and metrics["examples"] == {
+        "train": 36,
+        "validation": 0,
+        "test": 6,
+    }
     seen = train(dataclasses.replace(chosen, hold_out=None, experts=3, out=tmp_path / "seen"))
     assert metrics["perplexity_frozen"] == seen["perplexity_frozen"]
     assert seen["perplexity"]["per_task"]["c"] < 0.95 * metrics["perplexity"]["per_task"]["c"], "the unseen is harder"

@@ -61,6 +61,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"activations": "memroy"}, "--activations memroy: choose auto, memory, off, or a folder such as ./memroy"),
         ({"rows": "disk"}, "--rows disk: choose memory, or a folder such as ./disk"),
         ({"injection_layer": -1}, "--injection-layer -1: choose 0 or more"),
+        ({"shared_prompts": -1}, "--shared-prompts -1: choose 0 or more"),
     ],
 )
 def test_an_option_outside_its_limits(config: Make, nothing_loads: None, changes: dict[str, Any], message: str) -> None:
@@ -76,6 +77,7 @@ def test_an_option_outside_its_limits(config: Make, nothing_loads: None, changes
         ({"batch_size": 10**6}, "--batch-size 1000000, but there are 36 training examples: choose 1 to 36"),
         ({"injection_layer": 40}, "injection_layer=40, but this model has 4 layers: choose 0 to 3"),
         ({"gate_top_k": 9}, "gate_top_k=9, but there are 2 gate weights"),
+        ({"visible_to": "answers", "expert_kind": "keys_values", "recovery_prompts": 2}, "choose 0 of them"),
     ],
 )
 def test_what_data_and_the_bases_shape_tell(

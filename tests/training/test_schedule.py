@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartmops.training.kept import WINDOW, Kept, state_of
-from smartmops.training.loop import HF_SCHEDULE, Schedule, fit
+from smartmops.training.loop import EMBEDDED_SETTING, Schedule, fit
 from smartmops.training.runs import Run
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig, train
@@ -107,7 +107,7 @@ def test_a_loss_a_thousand_times_as_large_trains_the_same(config: Make, tmp_path
     one, other = (changes(task, chosen, factor, tmp_path / str(factor)) for factor in (2.0**30, 2.0**40))
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-2, atol=1e-2 * float(value.abs().max()))
-    plain = config(method=method, steps=12, save_every=100, prompt_lr=0.01, **HF_SCHEDULE)
+    plain = config(method=method, steps=12, save_every=100, prompt_lr=0.01, **EMBEDDED_SETTING)
     assert sum(float(value.abs().sum()) for value in changes(task, plain, 1.0, tmp_path / "plain").values()) > 0
 
 

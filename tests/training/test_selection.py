@@ -20,7 +20,13 @@ from smartmops.tuner.gate import log_gate
 def adapted(two_tasks: Path) -> Callable[[str], tuple[Task, Any, list[str]]]:
     def make(method: str, **options: Any) -> tuple[Task, Any, list[str]]:
         config = TaskConfig(
-            model="tiny", data=str(two_tasks), dtype="float32", method=method, experts=2, prompts_per_expert=3, **options
+            model="tiny",
+            data=str(two_tasks),
+            dtype="float32",
+            method=method,
+            experts=2,
+            prompts_per_expert=3,
+            **options,
         )
         task = Task.load(config).told(config, 0)
         model, names, _ = task.adapt(config, GatePretraining(gate_pretraining_steps=20), 0)

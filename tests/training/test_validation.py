@@ -184,11 +184,12 @@ def test_patience_ends_a_run_that_no_longer_gets_better_and_one_killed_then_is_n
     assert train(chosen) | {"seconds": 0} == metrics | {"seconds": 0}
 
 
-@pytest.mark.parametrize("method", ["mops", "lora", "ia3", "input-prompt-tuning"])
+@pytest.mark.parametrize("method", ["mops", "keys_values", "prompt-tuning", "lora", "ia3", "input-prompt-tuning"])
 def test_where_the_frozen_base_is_best_the_run_says_so_and_saves_it(
     config: Make, monkeypatch: Any, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    chosen = config(method=method, steps=4, validation_share=0.2, samples_per_task=0)
+    kind: dict[str, Any] = {"method": "mops", "expert_kind": method} if method == "keys_values" else {"method": method}
+    chosen = config(**kind, steps=4, validation_share=0.2, samples_per_task=0)
     real = Task.evaluate
 
     def worse(self: Task, *args: Any, **kwargs: Any) -> Evaluation:

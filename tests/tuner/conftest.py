@@ -10,7 +10,7 @@ from by_hand import HIDE
 @pytest.fixture
 def masked_out(monkeypatch):
     """Every prompt, expert or recovery, is hidden from every token."""
-    from smartmops.tuner.attention import Passage
+    from smartmops.tuner.passage import Passage
 
     put = Passage.put
     monkeypatch.setattr(Passage, "put", lambda self, kv, bias: put(self, kv, torch.full_like(bias, HIDE)))

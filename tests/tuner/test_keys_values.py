@@ -9,7 +9,7 @@ import pytest
 import torch
 from by_hand_kv import Seen, logits, pooled
 from peft import PeftModel, get_peft_model
-from tiny_models import LAYERS, VOCABULARY, batch, build, relative
+from tiny_models import LAYERS, VOCABULARY, build, relative
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
@@ -18,7 +18,7 @@ from smartmops import MoPsConfig
 HEADER = [7, 8]
 TOLERANCE = 1e-5
 OPTIONS = dict(num_experts=3, prompts_per_expert=4, injection_layer=2, gate_hidden_size=8, gate_bias=True,
-               experts="keys_values", answer_header=HEADER, task_type="CAUSAL_LM")  # fmt: skip
+               experts="keys_values", answer_header=HEADER, gate_reads="own", task_type="CAUSAL_LM")  # fmt: skip
 WAYS = {
     "joint": {},
     "shared": dict(shared_prompts=3),
@@ -293,7 +293,9 @@ def test_generated_tokens_are_those_of_whole_passes(options, way):
 @pytest.mark.parametrize("options", [{}, dict(visible_to="answers", gate_layer=4)], ids=str)
 def test_six_threads_get_what_each_gets_alone(options):
     _, model = adapt(**options)
-    prompts = [torch.cat([torch.randint(10, VOCABULARY, (1, n)), torch.tensor([HEADER])], 1) for n in (5, 9, 13, 17, 21, 25)]
+    prompts = [
+        torch.cat([torch.randint(10, VOCABULARY, (1, n)), torch.tensor([HEADER])], 1) for n in (5, 9, 13, 17, 21, 25)
+    ]
 
     def answer(ids):
         return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,

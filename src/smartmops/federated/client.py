@@ -26,7 +26,8 @@ from smartmops.tuner.gate import by_expert
 from .messages import VERSION, Failure, Hello, Job, Local, Reply, pack, unpack
 
 ADAPTER = "default"
-PROMPTS, GATE = "mops_prompts", "mops_gate"  # in the names of the array that is split by expert, and of the gate's
+PROMPTS = ("mops_prompts", "mops_keys", "mops_values")  # in the names of arrays that are split by expert
+GATE = "mops_gate"  # in the names of the gate's
 
 
 # ------------------------------------------------------------------------------------------------------------- arrays
@@ -71,7 +72,7 @@ def split_by_expert(model: Any) -> tuple[int, frozenset[str]]:
     if not isinstance(model.base_model, MoPsModel):
         return 1, frozenset()
     experts = model.base_model.layer().configs[ADAPTER].num_experts
-    names = frozenset(name for name in arrays_of(model)[0] if PROMPTS in name)
+    names = frozenset(name for name in arrays_of(model)[0] if any(part in name for part in PROMPTS))
     return (experts, names) if experts > 1 else (1, frozenset())
 
 

@@ -22,6 +22,7 @@ from smartmops.base import load_base
 from smartmops.data.example import Example
 from smartmops.data.partition import PartitionConfig, partition, read_clients
 from smartmops.data.template import Template
+from smartmops.training.baselines import EMBEDDED_RATE
 from smartmops.training.card import keep
 from smartmops.training.evaluate import Evaluation, evaluate, samples
 from smartmops.training.fingerprint import of_base
@@ -58,6 +59,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         0  # of the server, which would train them on data that clients hold; give it data of its own
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen base; the same on every client's machine
+    expert_kind: Literal["keys_values", "hidden_states"] = "hidden_states"  # of one layer, as in the paper: fewer bytes
     batch_size: int = 1  # examples of a local step, as in the paper
     clients_data: Path | None = None  # a folder with one JSONL per client; DATA is then the server's own
     skip_empty: bool = False  # leave clients without examples out, instead of refusing to start
@@ -79,7 +81,10 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
     def local(self) -> Local:
         """Of every client's training; the seed is filled in for each."""
         central = self.central()
-        return Local(self.local_steps, self.batch_size, central.rate, self.gate_lr, 0, self.proximal,
+        absolute = central.method != "lora" and self.expert_kind == "hidden_states" and self.prompt_lr is None
+        rate = EMBEDDED_RATE[self.init] if absolute else central.rate
+        gate_rate = 1e-3 if self.gate_lr is None else self.gate_lr
+        return Local(self.local_steps, self.batch_size, rate, gate_rate, 0, self.proximal,
                      half=self.payload == "float16", share_above=self.share_above)  # fmt: skip
 
 

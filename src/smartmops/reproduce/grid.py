@@ -20,8 +20,8 @@ from rich.console import Console
 
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.federated.federate import FederateConfig, federate
-from smartmops.training.baselines import load_run
-from smartmops.training.loop import HF_SCHEDULE
+from smartmops.training.baselines import EMBEDDED_RATE, OURS, load_run
+from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.runs import Run, write_text
 from smartmops.training.trainer import TrainConfig, train
 
@@ -143,10 +143,13 @@ class Grid:
         began = time.perf_counter()
         folder = self.out / "runs" / cell.key
         common: dict[str, Any] = {"model": self.base(cell), "data": cell.data.path, "out": folder, "seed": cell.seed,
-                                  "limit": self.limit, "resume": True, "template": "plain", "dtype": "float32"}  # fmt: skip
+                                  "limit": self.limit, "resume": True, "template": "plain",
+                                  "dtype": "float32"}  # fmt: skip
         given = common | dict(cell.settings)
+        if given.get("prompt_lr") is None and given.get("method") in OURS:
+            given["prompt_lr"] = EMBEDDED_RATE[given.get("init", "hidden_states")]
         if cell.command == "train":
-            metrics = train(TrainConfig(**HF_SCHEDULE | given))
+            metrics = train(TrainConfig(**EMBEDDED_SETTING | given))
         else:
             metrics = federate(FederateConfig(**given))
         run = Run.open(folder)

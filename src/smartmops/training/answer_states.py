@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smartmops.data.batches import Encoded, by_budget, pack
-from smartmops.tuner.packed import IGNORED
 
 from .activations import evaluating, free_memory
 
@@ -101,7 +100,8 @@ class AnswerStates:
                     before = int(found.past_lengths[k])
                     part = {
                         "hidden": found.hidden[own], "labels": found.labels[own], "pooled": found.pooled[k],
-                        "past_keys": found.past_keys[:, k, :, :before], "past_values": found.past_values[:, k, :, :before],
+                        "past_keys": found.past_keys[:, k, :, :before],
+                        "past_values": found.past_values[:, k, :, :before],
                     }  # fmt: skip
                     made[i] = {name: value.clone().cpu() for name, value in part.items()}
                     self._keep(i, made[i])
@@ -112,8 +112,3 @@ class AnswerStates:
         if self.room is None or self.kept + size <= self.room:
             self._found[index] = part
             self.kept += size
-
-    @staticmethod
-    def answer_tokens(row: Encoded) -> int:
-        """Tokens with a label."""
-        return len(row.labels) - row.labels.count(IGNORED)

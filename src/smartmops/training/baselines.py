@@ -23,6 +23,10 @@ Method = Literal[
 OTHER_GATES = ("uniform-gate", "oracle", "nearest-cluster", "top-1")
 OURS = ("mops", "prompt-tuning", *OTHER_GATES)  # that enter at the injection layer
 
+EMBEDDED_RATE = {
+    "hidden_states": 0.3,
+    "random": 0.03,
+}  # absolute, for hundreds of steps (experiments/office/tuning.json)
 OTHER_RATE = {"input-prompt-tuning": 0.03, "lora": 2e-3, "ia3": 1e-2}
 
 

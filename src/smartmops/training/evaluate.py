@@ -84,7 +84,11 @@ def evaluate(
 
 
 def _each(
-    model: Any, rows: Sequence[Encoded], collator: Collator, batch_size: int, cache: ActivationCache | AnswerStates | None
+    model: Any,
+    rows: Sequence[Encoded],
+    collator: Collator,
+    batch_size: int,
+    cache: ActivationCache | AnswerStates | None,
 ) -> Iterator[tuple[str, Float[torch.Tensor, " tokens"]]]:
     """Task and response nats of each row; a MoPs model reads rows end to end, any other padded ones."""
     if isinstance(getattr(model, "base_model", None), MoPsModel):

@@ -59,8 +59,10 @@ def _solve(
     n, d = x.shape
     strength = penalty * d
     if n <= d:
-        return x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(n, device=x.device), y)
-    return torch.linalg.solve(x.T @ x + strength * torch.eye(d, device=x.device), x.T @ y)
+        found: Tensor = x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(n, device=x.device), y)
+        return found
+    found = torch.linalg.solve(x.T @ x + strength * torch.eye(d, device=x.device), x.T @ y)
+    return found
 
 
 def ridge(x: Float[Tensor, "n inputs"], expert_of: Int[Tensor, " n"], experts: int) -> Scores:
@@ -143,11 +145,11 @@ def layer_means(base: Any, rows: Sequence[Encoded], budget: int = 2048) -> Float
 def best_layer(means: Float[Tensor, "layers n hidden"], expert_of: Sequence[int], experts: int, last: int) -> int:
     """The lowest layer (up to `last`) whose ridge scores tell experts apart as well as any layer's, on held-out fifths.
 
-    "As well" is within 5 % of the best likelihood: a lower layer is read sooner. Layer 0 is left out: there is nothing
-    there but the embeddings of words.
+    "As well" is within 5 % of the best likelihood: a lower layer is read sooner. The lowest quarter is left out: there
+    is little there but the words themselves, which tell known tasks apart and say nothing of others.
     """
     of, found = torch.tensor(list(expert_of)), dict[int, float]()
-    for layer in range(min(1, last), last + 1):
+    for layer in range(-(-last // 4), last + 1):
         x = means[layer]
         x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
         found[layer] = ridge(x, of, experts).nats

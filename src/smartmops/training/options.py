@@ -20,7 +20,7 @@ AT_LEAST = {
     "max_length": 1, "limit": 1, "validation_limit": 1, "experts": 1, "prompts_per_expert": 1, "gate_hidden_size": 1,
     "gate_top_k": 1, "injection_layer": 0, "lora_rank": 1, "lora_from": 0, "gate_pretraining_steps": 0,
     "recovery_prompts": 0, "recovery_steps": 0, "samples_per_task": 0, "answers_per_task": 0, "answer_tokens": 1,
-    "interference_examples": 0, "shots": 0,
+    "interference_examples": 0, "shots": 0, "shared_prompts": 0, "gate_layer": 0,
 }  # fmt: skip
 RATES = ("prompt_lr", "gate_lr", "recovery_lr", "gate_pretraining_lr", "relative_lr")
 ABOVE_ZERO = ("clip", "max_grad_norm", "gate_temperature")
@@ -116,4 +116,4 @@ def check_base(method: Any, name: str) -> None:
     shape = AutoConfig.from_pretrained(name).get_text_config()
     layers, width = (getattr(shape, key, None) for key in ("num_hidden_layers", "hidden_size"))
     if layers and width:
-        method.peft().resolve(layers, width)
+        method.peft(getattr(method, "recovery_prompts", None) or 0).resolve(layers, width)

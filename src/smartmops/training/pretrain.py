@@ -34,7 +34,9 @@ class GatePretraining:
     """How the gate learns which expert an instruction is meant for."""
 
     gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
-    gate_start: Literal["auto", "ridge", "gradient"] = "auto"  # in closed form, or by Adam; auto: ridge with keys_values
+    gate_start: Literal["auto", "ridge", "gradient"] = (
+        "auto"  # in closed form, or by Adam; auto: ridge with keys_values
+    )
     gate_pretraining_steps: int = 200  # Adam steps on all pooled instructions at once
     gate_pretraining_lr: float = 1e-2
     expert_names: tuple[str, ...] | None = (
@@ -139,9 +141,7 @@ def initialise(model: Any, rows: Sequence[Encoded], collator: Collator, expert_o
     prompts.copy_(torch.cat([_hidden(model, rows, own, count, collator, generator) for own, count in pools]))
     if config.shared_prompts:
         every = list(range(len(rows)))
-        layer.mops_shared["default"].copy_(
-            _hidden(model, rows, every, config.shared_prompts, collator, generator)
-        )
+        layer.mops_shared["default"].copy_(_hidden(model, rows, every, config.shared_prompts, collator, generator))
 
 
 def _hidden(

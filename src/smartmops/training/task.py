@@ -22,9 +22,9 @@ from transformers import set_seed
 from smartmops.base import load_base, local
 from smartmops.data.batches import Collator, Encoded, encode_all, packed
 from smartmops.data.example import Example
+from smartmops.data.frames import gate_frame
 from smartmops.data.stored import take
 from smartmops.data.tasks import splits
-from smartmops.data.frames import gate_frame
 from smartmops.data.template import Template, check_template
 from smartmops.tuner import MoPsModel
 from smartmops.tuner.gate import by_expert
@@ -172,7 +172,7 @@ class Task:
         set_seed(seed)
         width = self.embedder.width if self.embedder and method.method in ("mops", "uniform-gate", "top-1") else None
         method = self._placed(method, gate, width)
-        words = {"answer_header": self.template.header_ids, "gate_frame": gate_frame(self.template)}
+        words = self._words(method)
         model = build(self.base, method, self.recovery, method.experts if method.method in TOLD else width, words)
         if method.method not in OURS:
             return model, [], None
@@ -185,6 +185,12 @@ class Task:
         if method.init == "hidden_states":
             initialise(model, rows, self.collator, expert_of, seed)
         return model, names, accuracy
+
+    def _words(self, method: MethodConfig) -> dict[str, Any]:
+        """What an adapter must know of the template; with a plain frame, hidden states are read as they always were."""
+        own = method.expert_kind == "keys_values" or self.template.source is not None
+        return {"answer_header": self.template.header_ids, "gate_frame": gate_frame(self.template),
+                "gate_reads": "own" if own else "all"}  # fmt: skip
 
     def _placed(self, method: MethodConfig, gate: GatePretraining, width: int | None) -> MethodConfig:
         """With the layer that the gate reads, where that is to be found out."""

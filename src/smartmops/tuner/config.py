@@ -19,6 +19,7 @@ CHOICES = {
     "experts": ("hidden_states", "keys_values"),
     "prefix_attention": ("joint", "separate", "linear"),
     "visible_to": ("all", "answers"),
+    "gate_reads": ("all", "own"),
 }
 
 
@@ -62,6 +63,7 @@ class MoPsConfig(PeftConfig):
     # experts="keys_values"
     visible_to: str = "all"  # text tokens that see experts; "answers": the assistant's header and answer alone
     answer_header: list[int] | None = None  # token ids that open an answer, for visible_to="answers"
+    gate_reads: str = "all"  # of a prompt; "own": what user and application wrote, not what a template writes around it
     gate_frame: dict[str, list[int]] | None = None  # token ids around what the gate reads (see reading.py)
     gate_layer: int | None = None  # layer (from 0) whose entering hidden states the gate reads; None: injection_layer
     gate_bias: bool = False  # whether the gate adds a constant to each score (a closed-form start needs one)

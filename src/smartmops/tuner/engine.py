@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import attention, experts, gate, growing, halves, prefill, reading
-from .attention import Passage
+from .passage import Passage
 from .config import MoPsConfig
 from .packed import text_positions
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .attention import KeyValue, Record
+from .passage import KeyValue, Record
 from .halves import upper
 
 

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-
 CLOSED = -1e30  # on a column: nobody attends to it, and no sum of such biases is infinite
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .attention import KeyValue, Record
+from .passage import KeyValue, Record
 from .halves import layers_name
 
 PROBE = 16  # tokens whose keys and values show the shapes and the size of a base's own
@@ -55,12 +55,17 @@ def observe(backbone: Any, first: int, ids: Int[Tensor, "1 tokens"], end: int | 
         at = at - (count if end is None else end)
     # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
     contextvars.Context().run(
-        backbone, input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=at[None], use_cache=False, mops=record
+        backbone,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=at[None],
+        use_cache=False,
+        mops=record,
     )
     layers = range(first, len(getattr(backbone, layers_name(backbone))))
     if missing := [layer for layer in layers if layer not in record.kv]:
-        raise ValueError(f"layer {missing[0]} of {type(backbone).__name__} left no keys and values, so it has no "
-                         "attention of the usual kind: choose an injection_layer above it, or another model")  # fmt: skip
+        raise ValueError(f"layer {missing[0]} of {type(backbone).__name__} left no keys and values, so it has no usual "
+                         "attention: choose an injection_layer above it, or another model")  # fmt: skip
     pairs = [record.kv[layer] for layer in layers]
     if len({(key.shape, value.shape) for key, value in pairs}) > 1:
         raise ValueError(f"the layers of {type(backbone).__name__} from {first} up have keys or values of different "

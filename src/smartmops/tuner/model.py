@@ -5,8 +5,6 @@ Knows PEFT and parameters. Knows no text, no tasks, no files.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -15,10 +13,10 @@ from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import experts, fresh, gate, halves, keys_values, null, states
-from .attention import Beside, KeyValue, Passage
+from . import experts, fresh, gate, halves, head, keys_values, null, states
+from .passage import Beside, KeyValue, Passage
 from .config import MoPsConfig
 from .engine import Engine, refuse_scaled_embeddings
 from .packed import Packed, each_nats, mean_loss, text_positions
@@ -100,10 +98,12 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     def log_gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
         """Natural log of the gate weights for pooled (not yet standardised) inputs; they sum to one."""
         config = self.configs[adapter]
-        names = ("mops_gate_mean", "mops_gate_scale", "mops_gate_in", "mops_gate_out")
+        mean, scale, w_in, w_out = (
+            self._float(f"mops_gate_{name}", adapter) for name in ("mean", "scale", "in", "out")
+        )
         how = (config.gate_temperature, config.gate_top_k, config.gate_renormalise)
         constant = self._float("mops_gate_bias", adapter) if config.gate_bias else None
-        return gate.log_gate(pooled, *(self._float(name, adapter) for name in names), *how, constant)
+        return gate.log_gate(pooled, mean, scale, w_in, w_out, *how, constant)
 
     def gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
         """Gate weights for pooled inputs; they sum to one, less what goes to the null expert."""
@@ -193,17 +193,6 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         weights = self.mops_head_weight[adapter] if config.prefix_attention == "separate" else None
         for number, (layer, (key, value)) in enumerate(kv.items()):
             passage.beside[layer] = Beside(key, value, bias, strength, None if weights is None else weights[number])
-
-
-class _Output(MoeModelOutputWithPast):
-    cross_attentions = None  # GPT-2 asks for it
-
-
-class _Given(nn.Module):
-    """Stands in for a backbone that has done its work."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
-        return _Output(last_hidden_state=inputs_embeds)
 
 
 class MoPsModel(BaseTuner):
@@ -340,13 +329,7 @@ class MoPsModel(BaseTuner):
         return int(self.model.config.get_text_config().vocab_size)
 
     def _head(self, hidden: Float[Tensor, "some hidden"]) -> Float[Tensor, "some vocabulary"]:
-        """What the base model makes of normed hidden states: its own `forward` around a backbone that does nothing."""
-        head = copy.copy(self.model)
-        head.__dict__.pop("mops_engine", None)
-        head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()
-        head._modules = {**self.model._modules, self.model.base_model_prefix: _Given()}
-        logits: Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        return logits
+        return head.logits(self.model, hidden)
 
     @torch.no_grad()
     def lower(

@@ -1,6 +1,6 @@
-"""How unlike all training instructions a text is, and the weight that therefore goes to no expert. Features in, weight out.
+"""How unlike all training instructions a text is, and the weight that therefore goes to no expert.
 
-No tasks, no files. A gate is sure of itself on what it never saw too; a distance is not.
+Features in, weight out. No tasks, no files. A gate is sure of itself on what it never saw too; a distance is not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def weight(
     features: Float[Tensor, "n inputs"],
     basis: Float[Tensor, "rank inputs"],
     centres: Float[Tensor, "c rank"],
-    cut: Float[Tensor, "2"],
+    cut: Float[Tensor, " two"],
     threshold: float,
 ) -> Float[Tensor, " n"]:
     """Null weight, sigmoid(cut[1] * (novelty - cut[0])); 1 from `threshold` on. `cut[0]` = inf: 0 everywhere."""
@@ -45,7 +45,7 @@ class Fitted:
 
     basis: Float[Tensor, "rank inputs"]
     centres: Float[Tensor, "c rank"]
-    cut: Float[Tensor, "2"]
+    cut: Float[Tensor, " two"]
     kept: float  # share of held-out training instructions that stay below the cut
     caught: float  # share of the unrelated texts beyond it
 
@@ -91,7 +91,9 @@ def _place(
 ) -> tuple[Float[Tensor, "rank inputs"], Float[Tensor, "c rank"]]:
     """Directions in which other texts lie furthest from the tasks, in units of the spread within tasks."""
     of = torch.tensor(task, device=features.device)
-    means = torch.stack([features[of == c].mean(0) if bool((of == c).any()) else features.mean(0) for c in range(count)])
+    means = torch.stack(
+        [features[of == c].mean(0) if bool((of == c).any()) else features.mean(0) for c in range(count)]
+    )
     within = features - means[of]
     covariance = within.T @ within / max(len(within) - 1, 1)
     size = covariance.diagonal().mean()

@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from . import growing
-from .attention import Passage
+from .passage import Passage
 from .packed import Segments, text_positions
 
 PADDING = 1 / 8  # of a batch, from which on it is worth the trouble

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import halves
-from .attention import Passage, Past
+from .passage import Passage, Past
 from .config import MoPsConfig
 from .engine import Engine
 from .packed import IGNORED, Packed, Segments
@@ -99,7 +99,8 @@ def _pooled(
     if config.gate_input == "sequence":
         return segments.mean(hidden, torch.ones_like(batch.labels, dtype=torch.bool))
     unlabelled = batch.labels == IGNORED
-    return segments.mean(hidden, unlabelled if batch.gate_mask is None else batch.gate_mask.bool() & unlabelled)
+    own = config.gate_reads == "own" and batch.gate_mask is not None
+    return segments.mean(hidden, batch.gate_mask.bool() & unlabelled if own else unlabelled)  # type: ignore[union-attr]
 
 
 @torch.no_grad()

@@ -1,0 +1,204 @@
+"""The ablation on SmolLM2-135M-Instruct: one cell is a data set, a variant of settings and a seed. Resumable.
+
+    python experiments/smollm2/run.py DATA VARIANT... [--seeds 0 1 2]     run cells that have no result yet
+    python experiments/smollm2/run.py page                                write README.md and the picture from results
+
+DATA is mixture, paper7 or dolly, read from ../shared/data. Every cell's result is one file in results/. All cells of a
+data set share base, examples, order of drawing, batch size and steps; a seed is that of experts, gate and order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smartmops.base import load_base
+from smartmops.data.example import Example
+from smartmops.data.tasks import read
+from smartmops.training.evaluate import evaluate
+from smartmops.training.task import Task
+from smartmops.training.trainer import TrainConfig, fit
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parents[2] / "shared" / "data"
+STEPS, BATCH = 150, 4
+# Per data set: folder, examples of each task in training, validation and test, longest example in tokens, tasks that are
+# only tested (nobody trains on them).
+SETS: dict[str, dict[str, Any]] = {
+    "mixture": {"path": "superni/sapt_superni", "train": 60, "validation": 6, "test": 14, "longest": 190,
+                "unseen": ("task639_multi_woz_user_utterance_generation", "task181_outcome_extraction")},
+    "paper7": {"path": "superni/paper7", "train": 80, "validation": 8, "test": 20, "longest": 190, "unseen": ()},
+    "dolly": {"path": "dolly15k/dolly-15k.jsonl", "train": 80, "validation": 8, "test": 20, "longest": 190,
+              "unseen": ("general_qa",)},
+}  # fmt: skip
+MOPS: dict[str, Any] = {"method": "mops"}
+UNGATED: dict[str, Any] = {"method": "prompt-tuning"}
+LORA: dict[str, Any] = {"method": "lora", "lora_match": "memory", "lora_alpha": 16}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mops": MOPS,
+    "ungated": UNGATED,
+    "mops shared 20": MOPS | {"shared_prompts": 20},
+    "mops shared half": MOPS | {"shared": 0.5},
+    "mops seen by all": MOPS | {"visible_to": "all"},
+    "ungated seen by all": UNGATED | {"visible_to": "all"},
+    "mops separate": MOPS | {"prefix_attention": "separate"},
+    "mops linear": MOPS | {"prefix_attention": "linear"},
+    "mops hidden states": MOPS | {"expert_kind": "hidden_states"},
+    "mops top-1": MOPS | {"gate_top_k": 1},
+    "mops gate by gradient": MOPS | {"gate_start": "gradient"},
+    "mops without null": MOPS | {"null_expert": False},
+    "mops from the first layer": MOPS | {"injection_layer": 0},
+    "ungated from the first layer": UNGATED | {"injection_layer": 0},
+}
+for rate in (0.01, 0.02, 0.06, 0.1, 0.2):
+    VARIANTS[f"mops rate {rate:g}"] = MOPS | {"relative_lr": rate}
+    VARIANTS[f"ungated rate {rate:g}"] = UNGATED | {"relative_lr": rate}
+    VARIANTS[f"mops shared half rate {rate:g}"] = MOPS | {"shared": 0.5, "relative_lr": rate}
+for rate in (3e-4, 1e-3, 3e-3, 1e-2):
+    VARIANTS[f"lora rate {rate:g}"] = LORA | {"prompt_lr": rate}
+
+
+def examples(name: str, tokenizer: Any) -> dict[str, list[Example]]:
+    """Training, validation and test examples, of tasks nobody trains on (`unseen`) and of no task (`unrelated`)."""
+    kind = SETS[name]
+    every = read(str(DATA / kind["path"]), keep_general_qa=True)
+    random.Random(0).shuffle(every)
+    found: dict[str, list[Example]] = {part: [] for part in ("train", "validation", "test", "unseen")}
+    taken: dict[str, int] = defaultdict(int)
+    texts: set[str] = set()
+    plan = [("test", kind["test"]), ("validation", kind["validation"]), ("train", kind["train"])]
+    for example in every:
+        text = f"{example.instruction}\n{example.context}"
+        room = sum(count for _, count in plan)
+        if taken[example.category] >= room or text in texts:
+            continue
+        if len(tokenizer(f"{text}\n{example.response}")["input_ids"]) > kind["longest"] - 30:
+            continue
+        texts.add(text)
+        number, taken[example.category] = taken[example.category], taken[example.category] + 1
+        ends = [(name, sum(c for _, c in plan[: i + 1])) for i, (name, _) in enumerate(plan)]
+        part = next(name for name, end in ends if number < end)
+        if example.category in kind["unseen"]:
+            if part == "test":
+                found["unseen"].append(example)
+        else:
+            found[part].append(example)
+    few = {c for c in taken if sum(e.category == c for e in found["train"]) < 10} - set(kind["unseen"])
+    for part in ("train", "validation", "test"):
+        found[part] = [example for example in found[part] if example.category not in few]
+    found["unrelated"] = paragraphs()
+    return found
+
+
+def paragraphs(count: int = 24) -> list[Example]:
+    """Encyclopedic text of no task: the first half of a paragraph asked, the second answered."""
+    lines = [line.strip() for line in (DATA / "text" / "wiki.test.raw").read_text(encoding="utf-8").splitlines()]
+    chosen = [line for line in lines if 300 < len(line) < 500 and not line.startswith("=")]
+    random.Random(0).shuffle(chosen)
+    halves = [line.split(" ") for line in chosen[:count]]
+    return [Example(" ".join(w[: len(w) // 2]), "", " ".join(w[len(w) // 2 :]), "wiki") for w in halves]
+
+
+class Bench:
+    """A base and a data set, shared by all cells."""
+
+    def __init__(self, name: str, base: str) -> None:
+        self.name = name
+        model, tokenizer = load_base(base, "float32")
+        self.parts = examples(name, tokenizer)
+        self.tasks = sorted({example.category for example in self.parts["train"]})
+        self.config = TrainConfig(
+            model=base, data=name, out=HERE, experts=len(self.tasks), steps=STEPS, batch_size=BATCH, validation_share=0.0,
+            max_length=SETS[name]["longest"] + 30, log_every=50,
+        )  # fmt: skip
+        self.task = Task.of(model, tokenizer, self.parts["train"], self.parts["test"], self.config)
+        self.rows = {
+            part: Task.of(model, tokenizer, [], self.parts[part], self.config).test
+            for part in ("validation", "unseen", "unrelated")
+            if self.parts[part]
+        } | {"test": self.task.test}
+
+    def settings(self, variant: str) -> dict[str, Any]:
+        """Of a variant; `shared` moves that share of the columns from the experts to all."""
+        found = dict(VARIANTS[variant])
+        if share := found.pop("shared", None):
+            columns = self.config.experts * self.config.prompts_per_expert
+            found["prompts_per_expert"] = round(self.config.prompts_per_expert * (1 - share))
+            found["shared_prompts"] = columns - self.config.experts * found["prompts_per_expert"]
+        return found
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for part, rows in self.rows.items():
+            adapted = hasattr(model, "base_model") and hasattr(model.base_model, "nats")
+            result = self.task.evaluate(model, rows=rows) if adapted else evaluate(model, rows, self.task.collator)
+            found[part] = {"overall": result.overall, "per_task": result.per_task, "tokens": result.tokens}
+        return found
+
+    def cell(self, variant: str, seed: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        if variant == "frozen":
+            return {"measured": self.measure(self.task.base), "seconds": {"all": time.perf_counter() - started}}
+        config = replace(self.config, seed=seed, **self.settings(variant))
+        model, _, accuracy = self.task.adapt(config, config, seed)
+        prepared = time.perf_counter()
+        curve: list[dict[str, Any]] = []
+        fit(model, config, config, *self.task.feed(model), HERE / "checkpoints", curve.append)
+        trained = time.perf_counter()
+        found = {
+            "measured": self.measure(model), "gate_accuracy": accuracy, "curve": curve,
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "seconds": {"prepare": prepared - started, "train": trained - prepared,
+                        "evaluate": time.perf_counter() - trained},
+        }  # fmt: skip
+        self.task.base = model.base_model.unload().requires_grad_(False).eval()
+        return found
+
+
+def file_of(data: str, variant: str, seed: int) -> Path:
+    return HERE / "results" / data / f"{variant.replace(' ', '-')}-{seed}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=[*SETS, "page"])
+    parser.add_argument("variants", nargs="*")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--base", default="smollm2")
+    parser.add_argument("--threads", type=int, default=1)
+    chosen = parser.parse_args()
+    if chosen.data == "page":
+        from page import write
+
+        write(HERE)
+        return
+    torch.set_num_threads(chosen.threads)
+    bench = None
+    for seed in chosen.seeds:
+        for variant in chosen.variants:
+            file = file_of(chosen.data, variant, seed)
+            if file.exists() or (variant == "frozen" and seed):
+                continue
+            bench = bench or Bench(chosen.data, chosen.base)
+            result = {"data": chosen.data, "variant": variant, "seed": seed, "steps": STEPS, "batch_size": BATCH,
+                      "examples": {part: len(rows) for part, rows in bench.parts.items()}, "tasks": bench.tasks,
+                      "settings": {} if variant == "frozen" else bench.settings(variant)}  # fmt: skip
+            result |= bench.cell(variant, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            beside = file.with_suffix(".tmp")
+            beside.write_text(json.dumps(result, indent=1) + "\n")
+            beside.replace(file)
+            values = {part: round(found["overall"], 3) for part, found in result["measured"].items()}
+            print(chosen.data, variant, seed, values, result["seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
