@@ -96,7 +96,7 @@ def _each(
             given = pack([rows[i] for i in group]) if cache is None else cache.batch(group)
             batch = {name: value.to(model.device) for name, value in given.items()}
             lengths = batch["lengths"].tolist()
-            found, labels = model.base_model.nats(batch).split(lengths), batch["labels"].split(lengths)
+            found, labels = model.base_model.nats(batch).split(lengths), torch.split(batch["labels"], lengths)
             for i, each, own in zip(group, found, labels, strict=True):
                 yield rows[i].category, each[:-1][own[1:] != IGNORED]
         return

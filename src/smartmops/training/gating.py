@@ -1,4 +1,4 @@
-"""A gate in closed form: ridge scores, a calibrated temperature, the layer that tells tasks apart best, the null expert.
+"""A gate in closed form: ridge scores, their temperature, the layer that tells tasks apart best, the null expert.
 
 Knows pooled instructions and the expert each is meant for. Never sees a response.
 """
@@ -68,8 +68,8 @@ def _solve(
 def ridge(x: Float[Tensor, "n inputs"], expert_of: Int[Tensor, " n"], experts: int) -> Scores:
     """Ridge regression onto the right expert; penalty and sharpness are the best on held-out fifths.
 
-    Softmax of sharpness * (W a + c) is the gate. The likelihood is of targets that leave 1 / (n + experts) for surprises,
-    so that a gate that was never wrong is not certain either (Laplace's rule of succession).
+    Softmax of sharpness * (W a + c) is the gate. The likelihood is of targets that leave 1 / (n + experts) for
+    surprises, so that a gate that was never wrong is not certain either (Laplace's rule of succession).
     """
     n = len(x)
     targets = F.one_hot(expert_of, experts).float().to(x.device)

@@ -126,8 +126,8 @@ def initialise(model: Any, rows: Sequence[Encoded], collator: Collator, expert_o
     """Each expert starts from real text it is meant for: `expert_of` says for which row which expert.
 
     Keys and values are those of consecutive tokens of an instruction; hidden states are single ones at the injection
-    layer. Columns that every row sees start from instructions of any task. No attention sink (the first tokens) is among
-    them, unless an instruction has nothing else.
+    layer. Columns that every row sees start from instructions of any task. No attention sink (the first tokens) is
+    among them, unless an instruction has nothing else.
     """
     layer = model.base_model.layer()
     config = layer.configs["default"]

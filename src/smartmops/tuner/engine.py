@@ -17,9 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import attention, experts, gate, growing, halves, prefill, reading
-from .passage import Passage
 from .config import MoPsConfig
 from .packed import text_positions
+from .passage import Passage
 
 
 @dataclass
@@ -327,8 +327,8 @@ def refuse_scaled_embeddings(model: Any, backbone: Any, first: nn.Module) -> Non
         halves.upper(backbone, 0)(inputs_embeds=given, use_cache=False)
     except _Seen as seen:
         if not torch.equal(seen.args[0], given):
-            raise ValueError(f"{type(model).__name__} changes inputs_embeds before its first layer (it scales or "
-                             "normalises them): choose experts='keys_values', or another architecture") from None  # fmt: skip
+            raise ValueError(f"{type(model).__name__} changes inputs_embeds before its first layer (it scales or norms "
+                             "them): choose experts='keys_values', or another architecture") from None  # fmt: skip
     finally:
         handle.remove()
 

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .passage import KeyValue, Record
 from .halves import upper
+from .passage import KeyValue, Record
 
 
 def positions(experts: int, per_expert: int, isolated: bool) -> Int[Tensor, prompts]:

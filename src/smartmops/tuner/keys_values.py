@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .passage import KeyValue, Record
 from .halves import layers_name
+from .passage import KeyValue, Record
 
 PROBE = 16  # tokens whose keys and values show the shapes and the size of a base's own
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import experts, fresh, gate, halves, head, keys_values, null, states
-from .passage import Beside, KeyValue, Passage
 from .config import MoPsConfig
 from .engine import Engine, refuse_scaled_embeddings
 from .packed import Packed, each_nats, mean_loss, text_positions
+from .passage import Beside, KeyValue, Passage
 
 NO_MERGE = "gated prompts depend on the input and cannot be merged into weights: keep the adapter, or call unload()"
 

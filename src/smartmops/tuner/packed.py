@@ -164,7 +164,7 @@ class Packed:
             ValueError: a segment has no label, or one on its first token.
         """
         firsts = []
-        for labels in self.labels.split(self.lengths.tolist()):
+        for labels in torch.split(self.labels, self.lengths.tolist()):
             at = (labels != IGNORED).nonzero()[:, 0]
             if not len(at) or int(at[0]) == 0:
                 raise ValueError("an example has no answer (no label), or nothing before it: experts that answers "

@@ -14,8 +14,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from . import growing
-from .passage import Passage
 from .packed import Segments, text_positions
+from .passage import Passage
 
 PADDING = 1 / 8  # of a batch, from which on it is worth the trouble
 KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",

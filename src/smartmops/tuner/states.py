@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import halves
-from .passage import Passage, Past
 from .config import MoPsConfig
 from .engine import Engine
 from .packed import IGNORED, Packed, Segments
+from .passage import Passage, Past
 
 
 def passage(engine: Engine, batch: Packed) -> Passage:
