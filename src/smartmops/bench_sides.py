@@ -118,11 +118,11 @@ class Lab:
         return LlamaForCausalLM(shape).requires_grad_(False).eval()
 
     def method(self, name: str, experts: int | None = None, per_expert: int | None = None) -> MethodConfig:
-        """A small rate, so that no side runs away from a random model."""
+        """Experts as in the paper; a small rate, so that no side runs away from a random model."""
         c = self.config
-        return MethodConfig(method=METHODS[name], experts=experts or c.experts, prompt_lr=1e-3,
+        return MethodConfig(method=METHODS[name], experts=experts or c.experts, prompt_lr=1e-3, gate_lr=1e-3,
                             prompts_per_expert=per_expert or c.prompts_per_expert,
-                            injection_layer=c.injection_layer)  # fmt: skip
+                            injection_layer=c.injection_layer, expert_kind="hidden_states")  # fmt: skip
 
     def adapted(self, method: MethodConfig) -> Any:
         """The random base with a fresh adapter. LoRA goes without dropout, which would only slow it down."""

@@ -25,8 +25,8 @@ from .progress import Steps
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 # The setting of the results on the embedded base in experiments/ and of `reproduce`, whose cells do not name it:
-# experts are hidden states as in the paper, and the schedule is what Hugging Face's Trainer does by itself, with a fixed
-# warm-up and every example trained on.
+# experts are hidden states as in the paper, and the schedule is what Hugging Face's Trainer does by itself, with a
+# fixed warm-up and every example trained on.
 EMBEDDED_SETTING: dict[str, Any] = {
     "lr_schedule": "linear", "warmup_steps": 50, "max_grad_norm": 1.0, "validation_share": 0.0,
     "expert_kind": "hidden_states", "gate_lr": 1e-3,

@@ -105,6 +105,19 @@ def check_split(config: Any, train: int, test: int, world: int) -> None:
                          f"{max(1, train // world)}")  # fmt: skip
 
 
+def check_hold_out(category: str, found: set[str]) -> None:
+    """Whether a category to train nothing on is one of those `found` in the training split, and not the only one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if category not in found:
+        raise ValueError(f"hold_out={category!r} is no category of the training split: choose one of {sorted(found)}")
+    if len(found) == 1:
+        raise ValueError(f"hold_out={category!r} is the only category of the training split, so nothing is left to "
+                         "train on: give data of several tasks, or leave hold_out away")  # fmt: skip
+
+
 def check_base(method: Any, name: str) -> None:
     """Whether the method's settings fit a base whose `config.json` lies in the folder `name`; nothing where none does.
 

@@ -34,7 +34,7 @@ from .activations import ActivationCache, free_memory
 from .answer_states import AnswerStates
 from .baselines import OURS, MethodConfig, build
 from .evaluate import Evaluation, evaluate
-from .options import check_base, check_split
+from .options import check_base, check_hold_out, check_split
 from .pretrain import (
     Embedder,
     GatePretraining,
@@ -120,7 +120,7 @@ class Task:
         train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation,
                              config.folder)  # fmt: skip
         if config.hold_out is not None:
-            _check_hold_out(config.hold_out, train)
+            check_hold_out(config.hold_out, {example.category for example in train})
         _warn_of_calibration(config)
         check_template(config.template)
         if base is None:
@@ -376,15 +376,6 @@ class Task:
     def _by_task(self, values: Float[Tensor, "test ..."]) -> dict[str, Float[Tensor, "some ..."]]:
         tasks = sorted({row.category for row in self.test})
         return {task: values[[row.category == task for row in self.test]] for task in tasks}
-
-
-def _check_hold_out(category: str, train: Sequence[Example]) -> None:
-    found = sorted({example.category for example in train})
-    if category not in found:
-        raise ValueError(f"hold_out={category!r} is no category of the training split: choose one of {found}")
-    if len(found) == 1:
-        raise ValueError(f"hold_out={category!r} is the only category of the training split, so nothing is left to "
-                         "train on: give data of several tasks, or leave hold_out away")  # fmt: skip
 
 
 def _warn_of_calibration(config: TaskConfig) -> None:

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from . import experts, fresh, gate, halves, head, keys_values, null, states
 from .config import MoPsConfig
 from .engine import Engine, refuse_scaled_embeddings
-from .packed import Packed, each_nats, mean_loss, text_positions
+from .packed import Packed, each_nats, mean_loss
 from .passage import Beside, KeyValue, Passage
 
 NO_MERGE = "gated prompts depend on the input and cannot be merged into weights: keep the adapter, or call unload()"
@@ -374,22 +374,8 @@ class MoPsModel(BaseTuner):
     @torch.no_grad()
     def hidden_at_injection(self, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "batch seq hidden"]:
         """Hidden states entering the injection layer (recovery prompts in front, if any)."""
-        return self._entering(self.layer().index, input_ids, attention_mask)
-
-    def _entering(self, layer: int, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "batch seq hidden"]:
-        engine, wrapper = Engine.on(self.model), self.layer()
-        config = wrapper.configs[wrapper.current or self.active_adapters[0]]
-        passage = Passage(self.active_adapters[0], len(engine.layers))
-        if config.num_recovery_prompts:
-            engine.recover(passage, wrapper, config)
-        out = halves.lower(engine.backbone, layer)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=text_positions(attention_mask),
-            use_cache=False,
-            mops=passage,
-        )
-        return out.last_hidden_state  # type: ignore[no-any-return]
+        wrapper = self.layer()
+        return states.entering(wrapper, self.active_adapters[0], wrapper.index, input_ids, attention_mask)
 
     @torch.no_grad()
     def pooled(
@@ -399,4 +385,5 @@ class MoPsModel(BaseTuner):
         mask, wrapper = attention_mask if gate_mask is None else gate_mask, self.layer()
         config = wrapper.configs[wrapper.current or self.active_adapters[0]]
         layer = wrapper.index if config.gate_layer is None else config.gate_layer
-        return gate.pool(self._entering(layer, input_ids, attention_mask), mask.bool())
+        hidden = states.entering(wrapper, self.active_adapters[0], layer, input_ids, attention_mask)
+        return gate.pool(hidden, mask.bool())

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import halves
 from .config import MoPsConfig
 from .engine import Engine
-from .packed import IGNORED, Packed, Segments
+from .packed import IGNORED, Packed, Segments, text_positions
 from .passage import Passage, Past
 
 
@@ -51,6 +51,20 @@ def below(engine: Engine, batch: Packed) -> tuple[Float[Tensor, "tokens hidden"]
     reads = config.gate_layer if config.reads_ahead and batch.pooled is None else first
     hidden, read = _run(engine, batch, [first, reads])
     return hidden, _pooled(batch, read, config)
+
+
+def entering(
+    wrapper: Any, adapter: str, layer: int, input_ids: Tensor, attention_mask: Tensor
+) -> Float[Tensor, "batch seq hidden"]:
+    """Of padded tokens, what enters `layer` where no text sees experts (recovery prompts in front, if any)."""
+    engine, config = wrapper.engine, wrapper.configs[wrapper.current or adapter]
+    carried = Passage(adapter, len(engine.layers))
+    if config.num_recovery_prompts:
+        engine.recover(carried, wrapper, config)
+    out = halves.lower(engine.backbone, layer)(input_ids=input_ids, attention_mask=attention_mask,
+                                               position_ids=text_positions(attention_mask), use_cache=False,
+                                               mops=carried)  # fmt: skip
+    return out.last_hidden_state  # type: ignore[no-any-return]
 
 
 def _bare(engine: Engine, batch: Packed) -> Passage:
