@@ -5,7 +5,8 @@ Knows pooled instructions and the expert each is meant for. Never sees a respons
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -185,6 +186,17 @@ def fit_null(
     for name, value in (("basis", found.basis), ("centres", found.centres), ("cut", found.cut)):
         getattr(layer, f"mops_null_{name}")["default"].copy_(value)
     return found
+
+
+@contextmanager
+def closed(model: Any) -> Iterator[None]:
+    """For a while, everything is left to the base."""
+    config = model.base_model.layer().configs["default"]
+    before, config.null_threshold = config.null_threshold, 0.0
+    try:
+        yield
+    finally:
+        config.null_threshold = before
 
 
 def close(model: Any) -> None:

@@ -312,6 +312,8 @@ class Task:
 
     def _fill(self, model: Any, rows: Sequence[Encoded]) -> ActivationCache | AnswerStates | None:
         if model.base_model.layer().configs["default"].visible_to == "answers":
+            if self.activations not in ("auto", "memory", "off"):
+                console.print(f"--activations {self.activations}: states of answers are kept in memory, not on disk")
             return AnswerStates(model, rows, 0 if self.activations == "off" else None)
         if self.activations == "off":
             return None

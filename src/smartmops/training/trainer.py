@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import ranks
+from . import gating, ranks
 from .answers import questions, score
 from .baselines import OURS
 from .card import keep
@@ -92,13 +92,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with phases("prepare"):
         task = Task.load(config)
         asked = _asked(config, task)
-    with phases("evaluate"):
-        frozen, marks = (ranks.evaluate_together(task.base, rows, task.collator, progress=True) if rows else None
-                         for rows in (task.test, task.validation))  # fmt: skip
-        assert frozen is not None
+    shared = config.expert_kind == "keys_values" and config.method in OURS and task.recovery is None
+    shared = shared and config.method not in TOLD and ranks.world() == 1  # then the base's states serve both
+    if not shared:
+        with phases("evaluate"):
+            frozen, marks = (_whole(task, task.base, rows) for rows in (task.test, task.validation))
     with phases("prepare"):
         task = task.told(config, config.seed)
         model, names, accuracy = task.adapt(config, config, config.seed)
+    if shared:
+        with phases("evaluate"), gating.closed(model):
+            frozen, marks = (
+                task.evaluate(model, True, rows) if rows else None for rows in (task.test, task.validation)
+            )
+    assert frozen is not None
+    with phases("prepare"):
         before = task.gates(model) if len(names) > 1 else {}
         pulled = ranks.first_does(lambda: _pulled(config, task, model))
         checkpoint = ranks.first_does(lambda: _rewound(run))
@@ -117,7 +125,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise Diverged(f"{error}; the last good adapter is in {run.adapter_dir}") from None
     ranks.first_does(lambda: keep(run, model, task.template))
     with phases("evaluate"):
-        after = ranks.evaluate_together(model, task.test, task.collator, progress=True)
+        after = task.evaluate(model, True) if shared else _whole(task, model, task.test)
+    assert after is not None
     assert math.isfinite(after.overall)
     metrics = after.metrics() | said
     metrics |= {
@@ -143,6 +152,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return found
 
     return ranks.first_does(finish)
+
+
+def _whole(task: Task, model: Any, rows: Sequence[Any]) -> Evaluation | None:
+    """Perplexity from whole passes over rows, of all processes together; None where there are no rows."""
+    return ranks.evaluate_together(model, rows, task.collator, progress=True) if rows else None
 
 
 def _gates(

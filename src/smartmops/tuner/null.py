@@ -91,9 +91,8 @@ def _place(
 ) -> tuple[Float[Tensor, "rank inputs"], Float[Tensor, "c rank"]]:
     """Directions in which other texts lie furthest from the tasks, in units of the spread within tasks."""
     of = torch.tensor(task, device=features.device)
-    means = torch.stack(
-        [features[of == c].mean(0) if bool((of == c).any()) else features.mean(0) for c in range(count)]
-    )
+    seen = sorted(set(task))  # an expert that no instruction is meant for gets the centre of one that some are
+    means = torch.stack([features[of == (c if c in seen else seen[0])].mean(0) for c in range(count)])
     within = features - means[of]
     covariance = within.T @ within / max(len(within) - 1, 1)
     size = covariance.diagonal().mean()
