@@ -64,7 +64,9 @@ def test_report_of_several_runs_goes_where_asked(quick: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_compress_writes_a_model_that_train_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compress_writes_a_model_that_train_takes_and_inspect_says_what_is_left_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = cli.compress_command(
         CompressConfig(model="tiny", out=tmp_path / "base", pattern="7:8", sequences=16, sequence_length=64)
     )
@@ -73,6 +75,10 @@ def test_compress_writes_a_model_that_train_takes(tmp_path: Path, capsys: pytest
     config = TrainConfig(model=str(tmp_path / "base"), data="office", out=tmp_path / "run", steps=2, limit=100,
                          dtype="float32")  # fmt: skip
     assert cli.train_command(config)["perplexity_frozen"]["overall"] > found["perplexity_before"]
+    capsys.readouterr()
+    seen = cli.inspect_command(InspectConfig(tmp_path / "run", text="What is the capital of France?", max_new_tokens=4))
+    assert sum(seen["gate"].values()) + seen["left_to_base"] == pytest.approx(1, abs=1e-5)
+    assert f"{seen['left_to_base']:.3f}" in capsys.readouterr().out.split("left to the base")[1]
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,8 @@ class InspectConfig:
 def inspect_command(config: InspectConfig) -> dict[str, Any]:
     """Show gate weights and the frozen and adapted answers for one instruction.
 
+    Weights sum to one, together with what a null expert leaves to the base.
+
     Raises:
         ValueError: the run's method has no gate.
     """
@@ -193,16 +195,21 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
         inputs["gate_embedding"] = torch.tensor(Embedder(mops.embedder)([config.text]))
     adapted = answer(model, tokenizer, [example], config.max_new_tokens, template, **inputs)[0]
     weights = by_expert(model.base_model.last_gate, mops.num_experts)[0].tolist()
+    lost = model.base_model.last_null
     with model.disable_adapter():
         frozen = answer(model, tokenizer, [example], config.max_new_tokens, template)[0]
     names = mops.expert_names or [f"expert {i}" for i in range(mops.num_experts)]
     table = Table("expert", "gate weight", "")
-    for name, weight in sorted(zip(names, weights, strict=True), key=lambda pair: -pair[1]):
+    rows = sorted(zip(names, weights, strict=True), key=lambda pair: -pair[1])
+    left = 0.0 if lost is None else float(lost[0])
+    rows += [] if lost is None else [("left to the base", left)]
+    for name, weight in rows:
         table.add_row(name, f"{weight:.3f}", "█" * round(30 * weight))
     console.print(table)
     console.print("[bold]frozen[/bold] ", escape(frozen))  # an answer's own [brackets] are no markup
     console.print("[bold]adapted[/bold]", escape(adapted))
-    return {"gate": dict(zip(names, weights, strict=True)), "frozen": frozen, "adapted": adapted}
+    gate = dict(zip(names, weights, strict=True))
+    return {"gate": gate, "left_to_base": left, "frozen": frozen, "adapted": adapted}
 
 
 @dataclass

@@ -145,7 +145,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         adapter, config = passage.adapter, self.configs[passage.adapter]
         with torch.autocast(pooled.device.type, enabled=False):
             log_g = self.log_gate(pooled, adapter)
-            lost = self.null_weight(pooled, adapter)
+            passage.lost = lost = self.null_weight(pooled, adapter)
         passage.gate = log_g.exp() if lost is None else log_g.exp() * (1 - lost)[:, None]
         columns, scale = gate.bias(log_g, config.num_prompts), None
         shared = columns.new_zeros(len(columns), config.shared_prompts)
@@ -370,6 +370,12 @@ class MoPsModel(BaseTuner):
         """Gate weights of the latest pass of text."""
         last = Engine.on(self.model).last
         return None if last is None or last.gate is None else last.gate.detach()
+
+    @property
+    def last_null(self) -> Float[Tensor, " batch"] | None:
+        """What the latest pass of text left to the base; None where there is no null expert."""
+        last = Engine.on(self.model).last
+        return None if last is None or last.lost is None else last.lost.detach()
 
     @torch.no_grad()
     def hidden_at_injection(self, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "batch seq hidden"]:
