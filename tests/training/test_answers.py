@@ -18,6 +18,7 @@ from smartmops.data.example import Example
 from smartmops.training import answers, trainer
 from smartmops.training.answers import exact_match, questions, rouge_l, score
 from smartmops.training.baselines import MethodConfig, build
+from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.runs import Run
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig, train
@@ -168,8 +169,8 @@ def test_a_run_holds_scores_and_evaluate_repeats_them(config: Make, base_folder:
 @pytest.mark.slow
 def test_who_has_learned_the_tasks_answers_better(tmp_path: Path) -> None:
     found = train(TrainConfig(model="tiny", dtype="float32", data="office", limit=300, out=tmp_path / "run", steps=15, batch_size=8,
-                              prompt_lr=3.0, answers_per_task=2, samples_per_task=0,
-                              recovery_prompts=0))["answers"]  # fmt: skip
+                              prompt_lr=3.0, answers_per_task=2, samples_per_task=0, recovery_prompts=0,
+                              **EMBEDDED_SETTING))["answers"]  # fmt: skip
     frozen = found["frozen"]
     assert found["rouge_l"]["overall"] > frozen["rouge_l"]["overall"] + 0.1
     assert found["exact_match"]["per_task"]["open_qa"] > frozen["exact_match"]["per_task"]["open_qa"] == 0
@@ -198,4 +199,5 @@ def test_a_killed_and_resumed_run_measures_the_same(
         patched.setattr(trainer, "score", kill)
         with pytest.raises(KeyboardInterrupt):
             train(config(out=tmp_path / "killed", **asked))
-    assert train(config(out=tmp_path / "killed", resume=True, **asked)) == whole
+    again = train(config(out=tmp_path / "killed", resume=True, **asked))
+    assert again | {"seconds": 0} == whole | {"seconds": 0}

@@ -83,4 +83,4 @@ def test_a_validated_run_counts_the_smaller_splits(config: Callable[..., TrainCo
         train(config(validation=on, out=tmp_path / str(on), steps=2, samples_per_task=0))["examples"]
         for on in (False, True)
     ]
-    assert counts == [{"train": 36, "test": 4}, {"train": 32, "test": 4}]
+    assert counts == [{"train": 36, "validation": 0, "test": 4}, {"train": 32, "validation": 0, "test": 4}]

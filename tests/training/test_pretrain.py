@@ -32,7 +32,7 @@ def test_recovery_prompts_lower_the_loss_and_leave_the_base_untouched(task: Task
     after = task.base.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert evaluate(task.base, task.test, task.collator).overall == frozen
-    ungated = MethodConfig(method="prompt-tuning", experts=1)
+    ungated = MethodConfig(method="prompt-tuning", experts=1, expert_kind="hidden_states")
     model = build(task.base, ungated, recovery=found)
     model.base_model.layer().mops_prompts["default"].data.zero_()
     assert evaluate(model, task.test, task.collator).overall < frozen
@@ -106,9 +106,11 @@ def test_perplexity_is_over_response_tokens_of_all_rows(task: Task) -> None:
         evaluate(task.base, [], task.collator)
 
 
-def test_recovery_prompts_are_made_by_default_and_not_on_a_base_that_is_adapted(config: Make) -> None:
-    assert TrainConfig(model="tiny", data="office", out=Path("nowhere")).recovery_prompts == 10
-    assert FederateConfig(model="tiny", data="office", out=Path("nowhere")).recovery_prompts == 0
+def test_recovery_prompts_go_with_hidden_states_and_not_on_a_base_that_is_adapted(config: Make) -> None:
+    anywhere = {"model": "tiny", "data": "office", "out": Path("nowhere")}
+    assert TrainConfig(**anywhere).recovered_by == 0
+    assert TrainConfig(**anywhere, expert_kind="hidden_states").recovered_by == 10
+    assert FederateConfig(**anywhere).recovered_by == 0
     chosen = config(recovery_prompts=2, recovery_steps=2)
     made = Task.load(chosen)
     assert made.recovery is not None and len(made.recovery) == 2

@@ -13,6 +13,7 @@ from smartmops.base import load_base
 from smartmops.data.template import FILE, read_template
 from smartmops.tuner import MoPsConfig, keys_values
 from smartmops.tuner.config import default_injection_layer
+from smartmops.tuner.engine import Engine
 
 from .runs import Run, check_adapter
 
@@ -191,7 +192,8 @@ def matched(base: Any, config: MethodConfig) -> MethodConfig:
     if not kinds:
         raise ValueError("lora_match needs modules named q_proj and v_proj, and this model has none: choose lora_rank")
     of_rank_one = sum(m.in_features + m.out_features for m in kinds) * (layers - first) / layers
-    gate = config.gate_hidden_size * (hidden + config.experts)
+    mops: Any = replace(config, method="mops").peft()
+    gate = mops.gate_hidden_size * (hidden + config.experts) + mops.gate_bias * config.experts
     wanted = (config.experts * config.prompts_per_expert + config.shared_prompts) * _column(base, config) + gate
     return replace(config, lora_from=first, lora_rank=max(1, round(wanted / of_rank_one)))
 
@@ -202,7 +204,11 @@ def _column(base: Any, config: MethodConfig) -> int:
         return int(base.config.hidden_size)
     layers = int(base.config.num_hidden_layers)
     first = default_injection_layer(layers) if config.injection_layer is None else config.injection_layer
-    _, heads, key, value = keys_values.probe(base.base_model, layers - 1).shape
+    adapted = "mops_engine" in base.__dict__
+    engine = Engine.on(base)
+    _, heads, key, value = keys_values.probe(engine.backbone, layers - 1).shape
+    if not adapted:
+        engine.remove()
     return (layers - first) * heads * (key + value)
 
 

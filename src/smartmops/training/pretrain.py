@@ -127,7 +127,8 @@ def initialise(model: Any, rows: Sequence[Encoded], collator: Collator, expert_o
 
     Keys and values are those of consecutive tokens of an instruction; hidden states are single ones at the injection
     layer. Columns that every row sees start from instructions of any task. No attention sink (the first tokens) is
-    among them, unless an instruction has nothing else.
+    among them, unless an instruction has nothing else; hidden states of a plain frame are drawn from all of it, as the
+    results on the embedded base have it.
     """
     layer = model.base_model.layer()
     config = layer.configs["default"]
@@ -152,8 +153,9 @@ def _hidden(
     batch = batch_for(model, [rows[own[i]] for i in drawn], collator)
     hidden = model.base_model.hidden_at_injection(batch["input_ids"], batch["attention_mask"])
     read = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
-    past_sinks = read & (batch["attention_mask"].cumsum(-1) > SINKS)
-    read = torch.where(past_sinks.any(-1, keepdim=True), past_sinks, read)
+    if model.base_model.layer().configs["default"].gate_reads == "own":
+        past_sinks = read & (batch["attention_mask"].cumsum(-1) > SINKS)
+        read = torch.where(past_sinks.any(-1, keepdim=True), past_sinks, read)
     at = torch.multinomial(read.float().cpu(), 1, generator=generator)[:, 0]
     found: Tensor = hidden[torch.arange(count), at].float()
     return found
