@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from smartmops.data.parts import ids_of
-from smartmops.data.template import Chat, Template
+from .parts import ids_of, shared
+from .template import Chat, Template
 
 
 def gate_frame(template: Template) -> dict[str, list[int]] | None:
-    """What opens a user's and a system's turn, what closes one, and the system's words that a template adds by itself.
+    """What opens a user's and a system's turn, tokens that end one, and the system's words that a template adds itself.
 
     None for a plain frame, and where a template opens turns without a token of its own: then the gate is told what to
     read by `gate_mask`, or reads everything.
     """
-    if not isinstance(template, Chat) or not template.end_ids:
+    if not isinstance(template, Chat):
         return None
-    asked, before = _before(template, ["user"]), _before(template, ["user", "assistant", "user"])
-    user = _opening(template, asked)
-    if not user or _opening(template, before) != user:
+    asked = _before(template, ["user"])
+    user = _opening(template, asked, _before(template, ["user", "assistant", "user"]))
+    if not user:
         return None
-    frame = {"user": user, "close": list(template.end_ids), "system": [], "default_system": []}
-    if template._takes_system:
+    special = {*template.tokenizer.all_special_ids, *template.tokenizer.added_tokens_decoder}
+    frame = {"user": user, "header": list(template.header_ids), "close": sorted(special), "system": []}
+    frame["default_system"] = []
+    if template.takes_system:
         told = _before(template, ["system"])
-        frame["system"] = _opening(template, told)
+        frame["system"] = _opening(template, told, told)
         if frame["system"] and (at := _find(asked, frame["system"])) is not None:
             rest = asked[at + len(frame["system"]) :]
-            if template.end_ids[0] in rest:
-                frame["default_system"] = rest[: rest.index(template.end_ids[0])]
+            ends = [i for i, token in enumerate(rest) if token in special]
+            frame["default_system"] = rest[: ends[0]] if ends else []
     return frame
 
 
@@ -36,14 +38,17 @@ def _before(template: Chat, roles: list[str]) -> list[int]:
                 for number, role in enumerate(roles)]  # fmt: skip
     if roles == ["system"]:
         messages.append({"role": "user", "content": "x"})
-    return ids_of(template.tokenizer, [template._written(messages).partition(mark)[0]])[0]
+    return ids_of(template.tokenizer, [template.written(messages).partition(mark)[0]])[0]
 
 
-def _opening(template: Chat, ids: list[int]) -> list[int]:
-    """The tokens from the last special one on."""
+def _opening(template: Chat, first: list[int], later: list[int]) -> list[int]:
+    """What both end with, from the first special token behind the end of an earlier turn on."""
     special = {*template.tokenizer.all_special_ids, *template.tokenizer.added_tokens_decoder}
-    at = [i for i, token in enumerate(ids) if token in special]
-    return ids[at[-1] :] if at else []
+    alike = first[len(first) - shared(first[::-1], later[::-1]) :]
+    ends = [i for i, token in enumerate(alike) if token in template.end_ids]
+    alike = alike[ends[-1] + 1 :] if ends else alike
+    starts = [i for i, token in enumerate(alike) if token in special]
+    return alike[starts[0] :] if starts else []
 
 
 def _find(ids: list[int], pattern: list[int]) -> int | None:

@@ -212,16 +212,16 @@ class Chat(Template):
         self._frames: dict[tuple[bool, int], list[str]] = {}
         said, told, answered = (_mark(number) for number in range(3))
         asked, reply = {"role": "user", "content": said}, {"role": "assistant", "content": answered}
-        full, opening = self._written([asked, reply]), self._written([asked], opens=True)
+        full, opening = self.written([asked, reply]), self.written([asked], opens=True)
         before, found, self._tail = full.partition(answered)
         common = before[: shared(before, opening)]
         if not found or said not in common:
             raise ValueError(f"template {name!r} does not write an answer behind what opens the assistant's turn "
                              f"({_short(opening)}): mend it, or choose template='plain'")  # fmt: skip
         self._thought = opening[len(common) :]  # what a template opens that answers to learn from do not have
-        self.header_ids = self._header(common, self._written([asked]), said)
+        self.header_ids = self._header(common, self.written([asked]), said)
         self.end, self.end_ids, self._closing = self._ending()
-        self._takes_system = self._knows_system(asked, told)
+        self.takes_system = self._knows_system(asked, told)
 
     def parts(self, turns: Turns) -> list[Part]:
         """One text, in which only what user and application wrote is their own."""
@@ -247,14 +247,19 @@ class Chat(Template):
         Raises:
             ValueError: what it opened the turn with is gone once there is an answer.
         """
-        full = self._written([*self._messages(turns), {"role": "assistant", "content": turns[-1].response}])
+        full = self.written([*self._messages(turns), {"role": "assistant", "content": turns[-1].response}])
         if not full.startswith(opened) or not full.endswith(self._tail):
             raise ValueError(f"template {self.name!r} writes another prompt, or another end, once the answer "
                              f"{_short(turns[-1].response)} is there: choose another template or leave the example "
                              "out")  # fmt: skip
         return full[len(opened) : len(full) - len(self._tail)] + self._closing
 
-    def _written(self, messages: Sequence[Mapping[str, str]], opens: bool = False) -> str:
+    def written(self, messages: Sequence[Mapping[str, str]], opens: bool = False) -> str:
+        """Messages as the template writes them.
+
+        Raises:
+            ValueError: it refuses them.
+        """
         assert self.source is not None
         source = SAME_DAY + self.source if "strftime_now" in self.source else self.source
         try:
@@ -268,17 +273,17 @@ class Chat(Template):
                              "choose template='plain'") from error  # fmt: skip
 
     def _opened(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return self._written(messages, opens=True).removesuffix(self._thought)
+        return self.written(messages, opens=True).removesuffix(self._thought)
 
     def _messages(self, turns: Turns) -> list[dict[str, str]]:
         """Without the last answer; what the system says goes to the user where the template knows no system."""
         system, found = turns[-1].system, []
         for number, turn in enumerate(turns):
             words = user_text(turn)
-            if number == 0 and system and not self._takes_system:
+            if number == 0 and system and not self.takes_system:
                 words = f"{system}\n\n{words}"
             found += [{"role": "user", "content": words}, {"role": "assistant", "content": turn.response}]
-        lead = [{"role": "system", "content": system}] if system and self._takes_system else []
+        lead = [{"role": "system", "content": system}] if system and self.takes_system else []
         return [*lead, *found[:-1]]
 
     def _frame(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
@@ -317,7 +322,7 @@ class Chat(Template):
 
     def _knows_system(self, asked: Mapping[str, str], told: str) -> bool:
         try:
-            return told in self._written([{"role": "system", "content": told}, asked])
+            return told in self.written([{"role": "system", "content": told}, asked])
         except ValueError:
             return False
 

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 IGNORED = -100
-FRAME = ("user", "system", "close", "default_system")  # keys of a gate frame: what opens and closes a turn
 
 
 def places(ids: Int[Tensor, " seq"], pattern: Sequence[int]) -> Int[Tensor, " found"]:
@@ -56,20 +55,22 @@ def framed(
 ) -> Bool[Tensor, "rows seq"]:
     """The tokens inside the user's turns, and inside a system turn that is not the template's own default.
 
+    `frame` holds ids: what opens a turn of `user` and of `system`, the `header` of an answer, any token of `close` that
+    ends a turn, and `default_system`, the words that a template adds by itself.
     A row in which no turn is found (another template) is read whole.
     """
     read = torch.zeros_like(real)
-    default = list(frame.get("default_system") or [])
+    close = torch.tensor(list(frame.get("close") or []), device=ids.device)
+    user, system, header, default = (list(frame.get(n) or []) for n in ("user", "system", "header", "default_system"))
     for row in range(len(ids)):
-        closes = places(ids[row], frame.get("close") or [])
-        for opening in (list(frame.get("user") or []), list(frame.get("system") or [])):
+        ends = torch.cat([torch.isin(ids[row], close).nonzero()[:, 0], places(ids[row], header)]).sort().values
+        for opening in (user, system):
             for at in places(ids[row], opening).tolist():
                 first = at + len(opening)
-                later = closes[closes >= first]
+                later = ends[ends >= first]
                 last = int(later[0]) if len(later) else ids.shape[1]
-                if opening != list(frame.get("user") or []) and ids[row, first:last].tolist() == default:
-                    continue
-                read[row, first:last] = True
+                if opening == user or ids[row, first:last].tolist() != default:
+                    read[row, first:last] = True
         if not bool((read[row] & real[row]).any()):
             read[row] = True
     return read & real
