@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from smartmops.base import load_base
+from smartmops.data.template import Template
 from smartmops.federated.client import Worker, adapter_words, arrays_of, load_arrays, order, train_locally
 from smartmops.federated.federate import FederateConfig
 from smartmops.federated.messages import Failure, Hello, Job, Local, Reply, pack, unpack
@@ -29,7 +30,7 @@ def adapted(config: Callable[..., FederateConfig]) -> tuple[Task, Any, str]:
 
 def made(settings: FederateConfig) -> tuple[Task, Any, str]:
     base, tokenizer = load_base(settings.model, "float32")
-    fingerprint = of_base(base, tokenizer)
+    fingerprint = of_base(base, tokenizer, Template.of(settings.template, tokenizer))
     task = Task.load(settings.central(), base, tokenizer)
     return task, task.adapt(settings.central(), settings, settings.seed)[0], fingerprint
 
@@ -76,13 +77,14 @@ def test_a_reply_holds_trained_arrays_alone_and_leaves_the_base_as_it_was(adapte
     assert reply.mass is not None and sum(reply.mass) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("kind", ["hidden_states", "keys_values"])
 def test_a_worker_of_its_own_answers_as_one_that_shares_the_servers_model(
-    adapted: tuple[Task, Any, str], config: Callable[..., FederateConfig]
+    config: Callable[..., FederateConfig], kind: str
 ) -> None:
-    task, model, base = adapted
+    settings = config(expert_kind=kind)
+    task, model, base = made(settings)
     sent = job(model, base)
     shared = answered(Worker(task, [[0, 1, 2, 5]], ["x"], base, model), sent)
-    settings = config()
     other, tokenizer = load_base(settings.model, "float32")
     own = answered(Worker(Task.load(settings.central(), other, tokenizer), [[0, 1, 2, 5]], ["x"], base), sent)
     assert all(torch.equal(own.arrays[n], shared.arrays[n]) for n in shared.arrays)
@@ -145,14 +147,18 @@ def test_half_precision_sends_differences_of_half_the_bytes(adapted: tuple[Task,
     assert size[1] * 2 == size[0]
 
 
-def test_experts_that_are_hardly_used_stay_at_home(adapted: tuple[Task, Any, str]) -> None:
-    task, model, base = adapted
+@pytest.mark.parametrize("kind", ["hidden_states", "keys_values"])
+def test_experts_that_are_hardly_used_stay_at_home(config: Callable[..., FederateConfig], kind: str) -> None:
+    task, model, base = made(config(expert_kind=kind))
     of_a = [i for i, row in enumerate(task.train) if row.category == "a"][:4]
     worker = Worker(task, [of_a], ["x"], base, model)
     reply = answered(worker, job(model, base, replace(LOCAL, share_above=0.5, steps=1)))
     assert reply.mass is not None and reply.experts == [e for e, m in enumerate(reply.mass) if m > 0.5]
-    (name,) = (n for n in reply.arrays if "prompts" in n)
-    assert reply.arrays[name].shape == (3 * len(reply.experts), 32)
+    assert len(reply.experts) < 2
+    names = [n for n in reply.arrays if "gate" not in n]
+    assert len(names) == {"hidden_states": 1, "keys_values": 2}[kind]
+    width = {"hidden_states": (32,), "keys_values": (3, 2, 8)}[kind]  # layers, key heads, width of one
+    assert all(reply.arrays[name].shape == (3 * len(reply.experts), *width) for name in names)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def test_one_client_that_holds_everything_trains_as_the_centre_does(config: Make
     model, _, _ = task.adapt(settings.central(), settings, settings.seed)
     schedule = Schedule(steps=12, batch_size=2, warmup_steps=0, lr_schedule="constant", max_grad_norm=1.0,
                         seed=seed_of(0, 1, 0))  # fmt: skip
-    fit(model, settings.central(), schedule, *task.feed(model), tmp_path / "central")
+    rates = replace(settings.central(), prompt_lr=settings.local().prompt_lr, gate_lr=settings.local().gate_lr)
+    fit(model, rates, schedule, *task.feed(model), tmp_path / "central")
     central = {name.removesuffix(".default"): value.detach() for name, value in arrays_of(model)[0].items()}
     found = adapter(settings.out)
     assert central.keys() <= found.keys()

@@ -2,9 +2,10 @@
 
 Knows training rows and a MoPs model's prompts. Trains nothing, and leaves parameters and random states as they were.
 
-With P [K, hidden] the prompts of all experts and L_t the mean nats over the response tokens of task t's examples:
+With P the prompts of all experts, [K, hidden] where they are hidden states, else [K, keys and values of all layers],
+and L_t the mean nats over the response tokens of task t's examples:
 
-    g_t = dL_t / dP            cos(s, t) = <g_s, g_t> / (|g_s| |g_t|), over all K * hidden numbers
+    g_t = dL_t / dP            cos(s, t) = <g_s, g_t> / (|g_s| |g_t|), over all numbers in P
 
 Two tasks conflict where cos(s, t) < 0: a small step that helps one harms the other (Yu et al. 2020, "Gradient Surgery
 for Multi-Task Learning", definition 1). Tasks whose gates open different experts have gradients in different rows of
@@ -33,6 +34,7 @@ from .evaluate import BUDGET
 from .task import Task
 
 ROUNDING = 1e-6  # of a cosine between float32 gradients
+HIDDEN_STATES, KEYS_VALUES = ("mops_prompts",), ("mops_keys", "mops_values")  # parameters that hold the prompts
 
 
 def interference(task: Task, model: Any, count: int) -> dict[str, Any]:
@@ -50,10 +52,10 @@ def interference(task: Task, model: Any, count: int) -> dict[str, Any]:
     return agreement(gradients(task, model, count))
 
 
-def gradients(task: Task, model: Any, count: int) -> dict[str, Float[Tensor, "K hidden"]]:
+def gradients(task: Task, model: Any, count: int) -> dict[str, Float[Tensor, "K numbers"]]:
     """g_t of each training task, tasks in order, over its first `count` examples or as many as it has.
 
-    On the CPU, in the prompts' dtype; no `.grad` is touched, and no dropout is drawn.
+    On the CPU, in float32; no `.grad` is touched, and no dropout is drawn.
     """
     chosen: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(task.train):
@@ -63,20 +65,23 @@ def gradients(task: Task, model: Any, count: int) -> dict[str, Float[Tensor, "K 
         return {name: _gradient(task, model, chosen[name]).cpu() for name in sorted(chosen)}
 
 
-def _gradient(task: Task, model: Any, chosen: Sequence[int]) -> Float[Tensor, "K hidden"]:
+def _gradient(task: Task, model: Any, chosen: Sequence[int]) -> Float[Tensor, "K numbers"]:
     rows, collate = task.feed(model)
-    prompts = model.base_model.layer().mops_prompts["default"]
-    total, tokens = torch.zeros_like(prompts), 0
+    layer = model.base_model.layer()
+    keys_values = layer.configs["default"].experts == "keys_values"
+    prompts = [getattr(layer, name)["default"] for name in (KEYS_VALUES if keys_values else HIDDEN_STATES)]
+    total, tokens = torch.zeros(len(prompts[0]), sum(each[0].numel() for each in prompts), device=model.device), 0
     for group in by_budget([len(task.train[i].input_ids) for i in chosen], BUDGET):
         given = collate([rows[chosen[i]] for i in group])["packed"]
         batch = Packed.of({name: value.to(model.device) for name, value in given.items()})
         own = len(batch.targets()[0])
-        total += own * torch.autograd.grad(model(packed=batch).loss, prompts)[0]
+        found = torch.autograd.grad(model(packed=batch).loss, prompts)
+        total += own * torch.cat([each.flatten(1) for each in found], 1)
         tokens += own
     return total / tokens
 
 
-def agreement(found: Mapping[str, Float[Tensor, "K hidden"]]) -> dict[str, Any]:
+def agreement(found: Mapping[str, Float[Tensor, "K numbers"]]) -> dict[str, Any]:
     """`cosines` of all pairs of tasks, under "task | other task", their mean, and the share that is `conflicting`.
 
     That is the share below 0 by more than `ROUNDING`. The cosine with a gradient that is zero is 0.
