@@ -267,7 +267,7 @@ def _outgoing(model: Any, job: Job, mass: Sequence[float] | None) -> tuple[dict[
     experts, split = split_by_expert(model)
     used = [e for e in range(experts) if mass[e] > job.local.share_above]
     arrays = {
-        name: value.unflatten(0, (experts, -1))[used].flatten(0, 1) if name in split else value.clone()
+        name: value.reshape(experts, -1, *value.shape[1:])[used].flatten(0, 1) if name in split else value.clone()
         for name, value in trained.items()
     }
     return arrays, used
