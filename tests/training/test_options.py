@@ -12,6 +12,7 @@ import pytest
 
 from smartmops.training import task, trainer
 from smartmops.training.compare import CompareConfig, compare
+from smartmops.training.options import check
 from smartmops.training.trainer import TrainConfig, train
 
 Make = Callable[..., TrainConfig]
@@ -118,3 +119,20 @@ def test_compare_checks_its_own(config: Make, nothing_loads: None) -> None:
         compare(make(shots=-1))
     with pytest.raises(ValueError, match="--batch-size 0"):
         compare(make(batch_size=0))
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"visible_to": "answers", "method": "lora"}, "--visible-to answers is of experts, and --method lora has none"),
+    ({"visible_to": "answers", "expert_kind": "hidden_states"}, "needs --expert-kind keys_values"),
+    ({"prefix_attention": "linear", "expert_kind": "hidden_states"}, "--prefix-attention linear needs"),
+    ({"shared_prompts": 4, "method": "ia3"}, "--shared-prompts 4 is of experts"),
+    ({"shared_prompts": -1}, "--shared-prompts -1: choose 0 or more"),
+    ({"recovery_prompts": 3, "expert_kind": "keys_values"}, "--recovery-prompts 3 are seen by every token"),
+    ({"null_threshold": float("nan")}, "--null-threshold nan: choose a weight from 0"),
+    ({"unrelated": Path("nowhere.txt")}, "--unrelated nowhere.txt cannot be read"),
+])  # fmt: skip
+def test_options_of_experts_that_cannot_act_are_refused(
+    config: Callable[..., TrainConfig], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        check(config(**changes))

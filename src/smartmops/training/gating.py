@@ -25,8 +25,8 @@ from smartmops.tuner.packed import IGNORED
 FOLDS = 5
 PENALTIES = (0.003, 0.03, 0.3, 3.0)  # times the mean squared length of a standardised instruction
 SHARPNESS = tuple(2.0**k for k in range(-2, 9))  # what scores are multiplied by: an inverse temperature
-PROBED = 192  # instructions that a layer is judged by
-FITTED = 768  # instructions that the gate is fitted on
+PROBED = 128  # instructions that a layer is judged by
+FITTED = 512  # instructions that the gate is fitted on
 
 
 @dataclass

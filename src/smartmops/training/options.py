@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from .baselines import OURS
+from .gating import unrelated_texts
 
 AT_LEAST = {
     "batch_size": 1, "steps": 0, "warmup_steps": 0, "log_every": 1, "save_every": 1, "eval_every": 1, "patience": 1,
@@ -49,6 +50,7 @@ def check(config: Any) -> None:
         if not 0 < value < math.inf:
             raise ValueError(f"{typed(name)} {value}: choose a finite number above 0")
     _check_shares(config)
+    _check_experts(config)
     for name, words in WORDS.items():
         _check_folder(name, getattr(config, name), words)
 
@@ -70,6 +72,34 @@ def _check_shares(config: Any) -> None:
     if config.patience is not None and not config.validation_share:
         raise ValueError(f"--patience {config.patience} waits for evaluations on validation data, and there are none "
                          "with --validation-share 0: choose a share above 0, or leave --patience away")  # fmt: skip
+
+
+def _check_experts(config: Any) -> None:
+    """Options of our own methods, where the method or the kind of expert has no use for them."""
+    methods = list(getattr(config, "methods", None) or [config.method])
+    wanted = {
+        "visible_to": config.visible_to, "null_expert": config.null_expert, "unrelated": config.unrelated,
+        "shared_prompts": config.shared_prompts, "gate_layer": config.gate_layer,
+        "prefix_attention": None if config.prefix_attention == "joint" else config.prefix_attention,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        if value in (None, 0, False):
+            continue
+        if not any(method in OURS for method in methods):
+            raise ValueError(f"{typed(name)} {value} is of experts, and --method {methods[0]} has none: choose "
+                             "--method mops, or leave it away")  # fmt: skip
+        needs = value == "answers" or name == "prefix_attention"
+        if needs and config.expert_kind == "hidden_states":
+            raise ValueError(f"{typed(name)} {value} needs --expert-kind keys_values, but it is hidden_states: choose "
+                             f"that, or leave {typed(name)} away")  # fmt: skip
+    if config.answers_alone and getattr(config, "recovery_prompts", None) and any(m in OURS for m in methods):
+        raise ValueError(f"--recovery-prompts {config.recovery_prompts} are seen by every token, and instructions are "
+                         "left to the bare base: choose 0 of them, or --visible-to all")  # fmt: skip
+    if not math.isfinite(config.null_threshold):
+        raise ValueError(f"--null-threshold {config.null_threshold}: choose a weight from 0 (all is left to the base) "
+                         "to 1, or more than 1 (nothing is)")  # fmt: skip
+    if config.unrelated is not None:
+        unrelated_texts(config.unrelated)
 
 
 def _check_folder(name: str, value: str, words: Sequence[str]) -> None:

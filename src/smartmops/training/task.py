@@ -242,7 +242,7 @@ class Task:
     ) -> None:
         texts = gating.unrelated_texts(method.unrelated)
         examples = [Example(text, "", ".") for text in texts]
-        rows = encode_all(examples, self.tokenizer, 512, template=self.template).rows
+        rows = encode_all(examples, self.tokenizer, 512, self.embedder, template=self.template).rows
         fitted = gating.fit_null(model, pooled, expert_of, self._read(model, str(method.unrelated), rows))
         console.print(f"null expert: {fitted.caught:.0%} of {len(rows)} unrelated texts are left to the base, and "
                       f"{1 - fitted.kept:.0%} of held-out training instructions")  # fmt: skip
@@ -274,6 +274,8 @@ class Task:
                 level(model)
             elif gate.gate_pretraining != "none" and method.method != "top-1":
                 accuracy = pretrain_gate(model, pooled, torch.tensor(expert_of), gate)
+            if config.null_expert:
+                self._fit_null(model, method, pooled, expert_of)
         config.expert_names = names
         return expert_of, names, accuracy
 

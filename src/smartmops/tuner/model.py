@@ -213,6 +213,11 @@ class MoPsModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: MoPsConfig, model_config: dict[str, Any]) -> MoPsConfig:
         engine = Engine.on(self.model)
         peft_config.resolve(len(engine.layers), halves.hidden_size(engine.backbone))
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        if peft_config.num_prompts + peft_config.shared_prompts > room:
+            raise ValueError(f"num_experts * prompts_per_expert = {peft_config.num_prompts} and shared_prompts="
+                             f"{peft_config.shared_prompts} make more columns than this model has positions ({room}): "
+                             "choose fewer")  # fmt: skip
         if peft_config.experts == "hidden_states" or peft_config.num_recovery_prompts:
             refuse_scaled_embeddings(self.model, engine.backbone, engine.layers[0])
         wrapped = {id(layer.get_base_layer()) for layer in engine.wrappers.values()}
