@@ -11,12 +11,13 @@ from by_hand_kv import Seen, logits, pooled
 from peft import PeftModel, get_peft_model
 from tiny_models import LAYERS, VOCABULARY, build, relative
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from smartmops import MoPsConfig
 
 HEADER = [7, 8]
 TOLERANCE = 1e-5
+PARAMETER = "base_model.model.model.layers.2.mops_values.default"
 OPTIONS = dict(num_experts=3, prompts_per_expert=4, injection_layer=2, gate_hidden_size=8, gate_bias=True,
                experts="keys_values", answer_header=HEADER, gate_reads="own", task_type="CAUSAL_LM")  # fmt: skip
 WAYS = {
@@ -121,6 +122,20 @@ def test_every_architecture_takes_them(name):
         inputs = question()
         want = logits(plain, what_is_seen(plain, model, inputs), inputs["input_ids"], inputs["attention_mask"])
         assert relative(model(**inputs).logits, want, inputs["attention_mask"]) < 2 * TOLERANCE
+
+
+def test_a_model_that_scales_embeddings_trains_from_states_as_from_whole_rows():
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, vocab_size=300,
+                 embedding_multiplier=3.0, pad_token_id=0)  # fmt: skip
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **shape)).eval()
+    for options in ({}, dict(visible_to="answers", gate_layer=4)):
+        model = get_peft_model(base, MoPsConfig(**OPTIONS | options)).eval()
+        inputs = labelled()
+        padded, packed = gradients(model, **inputs), gradients(model, packed=end_to_end(inputs))
+        assert relative(packed[0], padded[0]) < TOLERANCE
+        assert relative(packed[1][PARAMETER], padded[1][PARAMETER]) < 5 * TOLERANCE
+        base = model.base_model.unload()
 
 
 @EVERY

@@ -84,17 +84,13 @@ def test_an_encoder_decoder():
         get_peft_model(model, MoPsConfig(**ADAPTER))
 
 
-def test_an_architecture_that_scales_its_embeddings_is_exact_or_refused():
+def test_an_architecture_that_scales_its_embeddings_is_exact():
     """Granite multiplies whatever embeddings it is handed: prompts and the upper half must not be multiplied again."""
     shape = dict(
         hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, embedding_multiplier=3.0
     )
     plain, base = (scaled_granite(shape) for _ in range(2))
-    try:
-        model = get_peft_model(base, MoPsConfig(**ADAPTER)).eval()
-    except ValueError as error:
-        assert "Granite" in str(error)
-        return
+    model = get_peft_model(base, MoPsConfig(**ADAPTER)).eval()
     with torch.no_grad():
         want = by_hand(plain, model.peft_config["default"], prompts_of(model), **batch())
         assert relative(model(**batch()).logits, want.logits, batch()["attention_mask"]) < 1e-5

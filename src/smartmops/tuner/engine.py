@@ -305,13 +305,13 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def refuse_scaled_embeddings(model: Any, backbone: Any, first: nn.Module) -> None:
-    """Prompts are handed over as `inputs_embeds`: a backbone that changes those on the way in would change prompts.
+def refuse_changed_embeddings(model: Any, backbone: Any, first: nn.Module, prompts_run: bool) -> None:
+    """Hidden states are handed over as `inputs_embeds`: a backbone that changes those on the way in would spoil them.
 
     Raises:
-        ValueError: it does, or positions are ALiBi's, which prompts have none of.
+        ValueError: it does; or prompts run through the network, and its positions are ALiBi's, which they have none of.
     """
-    if getattr(model.config, "alibi", False):
+    if prompts_run and getattr(model.config, "alibi", False):
         raise ValueError(f"{type(model).__name__} uses ALiBi positions, which prompts have none of: choose "
                          "experts='keys_values', or another architecture")  # fmt: skip
     weight = next((p for p in first.parameters() if p.is_floating_point()), None)
@@ -328,7 +328,7 @@ def refuse_scaled_embeddings(model: Any, backbone: Any, first: nn.Module) -> Non
     except _Seen as seen:
         if not torch.equal(seen.args[0], given):
             raise ValueError(f"{type(model).__name__} changes inputs_embeds before its first layer (it scales or norms "
-                             "them): choose experts='keys_values', or another architecture") from None  # fmt: skip
+                             "them): choose another architecture, such as Llama") from None  # fmt: skip
     finally:
         handle.remove()
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SCALES = ("embedding_multiplier", "embed_scale", "embedding_scale", "scale_emb")  # Granite's name, and other models'
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
@@ -57,6 +58,9 @@ def _view(backbone: Any, first: int, last: int, *, embed: bool, final: bool) -> 
         for norm in FINAL_NORMS:
             if norm in view._modules:
                 view._modules[norm] = nn.Identity()
+    for factor in SCALES:  # what enters these layers was multiplied when it was an embedding
+        if not embed and isinstance(getattr(view, factor, None), float | int):
+            setattr(view, factor, 1.0)
     if not embed and "wpe" in view._modules:
         view._modules["wpe"] = _NoPositions(config.hidden_size)
     return view

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import experts, fresh, gate, halves, head, keys_values, null, states
 from .config import MoPsConfig
-from .engine import Engine, refuse_scaled_embeddings
+from .engine import Engine, refuse_changed_embeddings
 from .packed import Packed, each_nats, mean_loss
 from .passage import Beside, KeyValue, Passage
 
@@ -218,8 +218,8 @@ class MoPsModel(BaseTuner):
             raise ValueError(f"num_experts * prompts_per_expert = {peft_config.num_prompts} and shared_prompts="
                              f"{peft_config.shared_prompts} make more columns than this model has positions ({room}): "
                              "choose fewer")  # fmt: skip
-        if peft_config.experts == "hidden_states" or peft_config.num_recovery_prompts:
-            refuse_scaled_embeddings(self.model, engine.backbone, engine.layers[0])
+        runs = peft_config.experts == "hidden_states" or peft_config.num_recovery_prompts > 0
+        refuse_changed_embeddings(self.model, engine.backbone, engine.layers[0], runs)
         wrapped = {id(layer.get_base_layer()) for layer in engine.wrappers.values()}
         layer = engine.layers[peft_config.injection_layer]  # type: ignore[index]
         if id(layer) in wrapped:
