@@ -162,12 +162,12 @@ def test_rounds_go_on_without_who_sends_too_much_or_an_old_answer_or_is_killed_i
     nodes = federation.nodes  # type: ignore[attr-defined]
     changes = {"only_a": oversized, "only_b": replayed, "both": killed}
     # A round takes 3 to 4 s, on a busy machine more: who is honest must not be late.
-    found = federation(changes, rounds=2, quorum=1, timeout=20.0)
+    found = federation(changes, rounds=2, quorum=1, timeout=45.0)
     assert [(row["clients_ok"], row["clients_failed"]) for row in found["rounds"][1:]] == [(2, 1), (1, 2)]
     first, second = [{each["client"]: each["reason"] for each in row["failures"]}
                      for row in Run.open(tmp_path / "deployed").read_curves()[1:]]  # fmt: skip
     assert "bytes; the limit is" in first[1]
-    assert "answered round 1" in second[2] and second[0] == "no answer within 20 s"
+    assert "answered round 1" in second[2] and second[0] == "no answer within 45 s"
 
 
 @pytest.fixture(scope="module")

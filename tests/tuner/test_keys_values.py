@@ -349,3 +349,10 @@ def test_settings_that_cannot_be_are_refused_with_their_way_out():
     ):
         with pytest.raises(ValueError, match=words):
             get_peft_model(build(), MoPsConfig(**OPTIONS | options))
+
+
+@pytest.mark.parametrize("name", ["shared_prompts", "prompts_per_expert"])
+def test_more_columns_than_positions_are_refused(name):
+    base = build(max_position_embeddings=64)
+    with pytest.raises(ValueError, match=f"{name}=65, but this model has 64 positions: choose 64 at most"):
+        get_peft_model(base, MoPsConfig(**OPTIONS | {name: 65}))

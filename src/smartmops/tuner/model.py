@@ -214,10 +214,9 @@ class MoPsModel(BaseTuner):
         engine = Engine.on(self.model)
         peft_config.resolve(len(engine.layers), halves.hidden_size(engine.backbone))
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-        if peft_config.num_prompts + peft_config.shared_prompts > room:
-            raise ValueError(f"num_experts * prompts_per_expert = {peft_config.num_prompts} and shared_prompts="
-                             f"{peft_config.shared_prompts} make more columns than this model has positions ({room}): "
-                             "choose fewer")  # fmt: skip
+        for name in ("prompts_per_expert", "shared_prompts"):
+            if (count := getattr(peft_config, name)) > room:
+                raise ValueError(f"{name}={count}, but this model has {room} positions: choose {room} at most")
         runs = peft_config.experts == "hidden_states" or peft_config.num_recovery_prompts > 0
         refuse_changed_embeddings(self.model, engine.backbone, engine.layers[0], runs)
         wrapped = {id(layer.get_base_layer()) for layer in engine.wrappers.values()}
