@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from smartmops.base import load_base
 from smartmops.training import gating
+from smartmops.training.answer_states import AnswerStates
 from smartmops.training.evaluate import evaluate
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig
@@ -178,3 +180,25 @@ def test_a_step_moves_keys_and_values_by_their_relative_rate(config: Callable[..
         moved[factor] = float((after - before).norm() / before.norm())
     assert moved[1.0] == pytest.approx(settings.relative_lr, rel=0.2)
     assert moved[30.0] == pytest.approx(moved[1.0], rel=0.2)
+
+
+def test_methods_and_gates_on_one_base_share_states_and_each_reads_its_own_layer(
+    config: Callable[..., TrainConfig],
+) -> None:
+    settings = config(expert_kind="keys_values", prompt_lr=None, gate_lr=None)
+    task = Task.load(settings)
+    wanted, caches = {}, []
+    changes = ({"method": "prompt-tuning"}, {"gate_layer": 3}, {"gate_layer": 2}, {"method": "prompt-tuning"})
+    for change in changes:
+        method = dataclasses.replace(settings, **change)
+        model = task.adapt(method, method, 0)[0]
+        cache = task.cache(model)
+        assert isinstance(cache, AnswerStates)
+        caches.append(cache)
+        with torch.no_grad():
+            found = model(**cache([0, 5, 2])).loss
+            fresh = model(**AnswerStates(model, task.train)([0, 5, 2])).loss
+        assert torch.allclose(found, fresh, rtol=1e-6)
+        wanted[str(change)] = float(found)
+        task.base = model.base_model.unload().requires_grad_(False).eval()
+    assert all(cache is caches[0] for cache in caches) and len(set(wanted.values())) == 3

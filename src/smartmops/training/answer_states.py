@@ -34,7 +34,7 @@ class AnswerStates:
         self.room = room if room is not None else None if free is None else int(SHARE * free)
         self.kept = 0
         self._found: dict[int, dict[str, Tensor]] = {}
-        self._pooled: Tensor | None = None
+        self._read: dict[int, int | None] = {}  # the layer whose hidden states `pooled` of a kept row is the mean of
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,6 +53,9 @@ class AnswerStates:
             raise IndexError(f"example {outside[0]} of {len(self)}: choose 0 to {len(self) - 1}")
         fresh = self._compute([i for i in dict.fromkeys(indices) if i not in self._found])
         parts = [fresh[i] if i in fresh else self._found[i] for i in indices]
+        pooled = {i: part["pooled"] for i, part in zip(indices, parts, strict=True)}
+        if elsewhere := [i for i in pooled if i not in fresh and self._read.get(i) != self._layer()]:
+            pooled |= self._instructions(elsewhere)
         lengths = torch.tensor([part["past_keys"].shape[2] for part in parts])
         joined = {
             name: torch.nn.utils.rnn.pad_sequence([part[name].permute(2, 0, 1, 3) for part in parts], batch_first=True)
@@ -64,7 +67,7 @@ class AnswerStates:
             "hidden": torch.cat([part["hidden"] for part in parts]),
             "labels": torch.cat([part["labels"] for part in parts]),
             "lengths": torch.tensor([len(part["labels"]) for part in parts]),
-            "pooled": torch.stack([part["pooled"] for part in parts]),
+            "pooled": torch.stack([pooled[i] for i in indices]),
             "past_lengths": lengths,
         }
 
@@ -75,14 +78,35 @@ class AnswerStates:
 
     def gate_inputs(self, indices: Sequence[int]) -> Float[Tensor, "some inputs"]:
         """What the gate reads of these examples, before standardisation."""
-        missing = [i for i in indices if i not in self._found]
-        fresh: dict[int, Tensor] = {}
-        if missing:
-            from .pretrain import instructions
-
-            with evaluating(self.model):
-                fresh = dict(zip(missing, instructions(self.model, [self.rows[i] for i in missing]).cpu(), strict=True))
+        fresh = self._instructions([i for i in indices if i not in self._found or self._read[i] != self._layer()])
         return torch.stack([fresh[i] if i in fresh else self._found[i]["pooled"] for i in indices])
+
+    def _layer(self) -> int | None:
+        """The layer that the gate of the model reads; None where a single expert leaves a gate nothing to choose."""
+        config = self.model.base_model.layer().configs["default"]
+        if config.num_experts == 1:
+            return None
+        layer: int | None = config.injection_layer if config.gate_layer is None else config.gate_layer
+        return layer
+
+    def _instructions(self, indices: Sequence[int]) -> dict[int, Tensor]:
+        """What the gate reads of these rows, kept where their states are."""
+        from .pretrain import instructions
+
+        if not indices:
+            return {}
+        if self._layer() is None:  # of no consequence
+            return {i: self._found[i]["pooled"] if i in self._found else self._idle() for i in indices}
+        with evaluating(self.model):
+            found = instructions(self.model, [self.rows[i] for i in indices]).cpu()
+        made = dict(zip(indices, found, strict=True))
+        for i in set(indices) & self._found.keys():
+            self._found[i]["pooled"], self._read[i] = made[i], self._layer()
+        return made
+
+    def _idle(self) -> Tensor:
+        config = self.model.base_model.layer().configs["default"]
+        return torch.zeros(config.embedding_size or config.base_hidden_size)
 
     def _compute(self, indices: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         """States of these rows; kept where there is room."""
@@ -110,5 +134,5 @@ class AnswerStates:
     def _keep(self, index: int, part: dict[str, Tensor]) -> None:
         size = sum(value.numel() * value.element_size() for value in part.values())
         if self.room is None or self.kept + size <= self.room:
-            self._found[index] = part
+            self._found[index], self._read[index] = part, self._layer()
             self.kept += size

@@ -5,12 +5,14 @@ Knows names and limits; reads nothing but, where it lies on this machine, the ba
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import AutoConfig
 
 from .baselines import OURS
@@ -160,3 +162,17 @@ def check_base(method: Any, name: str) -> None:
     layers, width = (getattr(shape, key, None) for key in ("num_hidden_layers", "hidden_size"))
     if layers and width:
         method.peft(getattr(method, "recovery_prompts", None) or 0).resolve(layers, width)
+
+
+def warn_of_calibration(config: Any, folder: str, console: Console) -> None:
+    """Say so where the base was compressed on examples that are about to be tested on."""
+    record = Path(folder) / "compression.json"
+    text = json.loads(record.read_text())["calibration"] if record.is_file() else None
+    if not text or not text["sequences"] or text["data"] != config.data:
+        return
+    split = {"seed": config.data_seed, "limit": config.limit, "test_share": config.test_share}
+    if text["split"] != split:
+        console.print(
+            f"{config.model} was calibrated on another split of {config.data} ({text['split']}, here {split}), so on "
+            "examples of this test split: compress again with --data-seed, --limit and --test-share as here"
+        )

@@ -5,7 +5,6 @@ Knows how base, examples, cache and a fresh adapter belong together. Knows no lo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from .activations import ActivationCache, free_memory
 from .answer_states import AnswerStates
 from .baselines import OURS, MethodConfig, build
 from .evaluate import Evaluation, evaluate
-from .options import check_base, check_hold_out, check_split
+from .options import check_base, check_hold_out, check_split, warn_of_calibration
 from .pretrain import (
     Embedder,
     GatePretraining,
@@ -121,7 +120,7 @@ class Task:
                              config.folder)  # fmt: skip
         if config.hold_out is not None:
             check_hold_out(config.hold_out, {example.category for example in train})
-        _warn_of_calibration(config)
+        warn_of_calibration(config, local(config.model), console)
         check_template(config.template)
         if base is None:
             check_base(config, local(config.model))
@@ -249,7 +248,7 @@ class Task:
 
     def _read(self, model: Any, what: str, rows: Sequence[Encoded]) -> Float[Tensor, "n inputs"]:
         """What the gate reads of these rows; the same for all methods and seeds, so read once."""
-        key = (what, *self._key(model))
+        key = (what, *self._key(model), _read_at(model))
         if key not in self.found:
             self.found[key] = instructions(model, rows).cpu()
         return self.found[key].to(model.device)  # type: ignore[no-any-return]
@@ -296,7 +295,7 @@ class Task:
         """What the frozen half's results depend on, beside the rows."""
         config = model.base_model.layer().configs["default"]
         return (config.injection_layer, config.num_recovery_prompts, config.gate_input, config.embedding_size,
-                config.gate_layer, config.visible_to)  # fmt: skip
+                config.visible_to)  # fmt: skip
 
     def cache(self, model: Any, rows: Sequence[Encoded] | None = None) -> ActivationCache | AnswerStates | None:
         """The lower half's results on the training split, computed once for all methods and seeds that share it.
@@ -304,7 +303,8 @@ class Task:
         Or on other rows of this task, such as the test split. None where it is off or does not fit the memory.
         """
         rows = self.train if rows is None else rows
-        key = (*self._key(model), id(rows))
+        answers = model.base_model.layer().configs["default"].visible_to == "answers"
+        key = (*self._key(model), None if answers else _read_at(model), id(rows))
         if key not in self.caches:
             self.caches[key] = self._fill(model, rows)
         found = self.caches[key]
@@ -382,15 +382,7 @@ class Task:
         return {task: values[[row.category == task for row in self.test]] for task in tasks}
 
 
-def _warn_of_calibration(config: TaskConfig) -> None:
-    """Say so where the base was compressed on examples that are about to be tested on."""
-    record = Path(local(config.model)) / "compression.json"
-    text = json.loads(record.read_text())["calibration"] if record.is_file() else None
-    if not text or not text["sequences"] or text["data"] != config.data:
-        return
-    split = {"seed": config.data_seed, "limit": config.limit, "test_share": config.test_share}
-    if text["split"] != split:
-        console.print(
-            f"{config.model} was calibrated on another split of {config.data} ({text['split']}, here {split}), so on "
-            "examples of this test split: compress again with --data-seed, --limit and --test-share as here"
-        )
+def _read_at(model: Any) -> int | None:
+    """The layer that the gate reads."""
+    layer: int | None = model.base_model.layer().configs["default"].gate_layer
+    return layer
