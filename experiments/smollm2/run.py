@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mops shared 20": MOPS | {"shared_prompts": 20},
     "mops shared half": MOPS | {"shared": 0.5},
     "mops seen by all": MOPS | {"visible_to": "all"},
+    "mops shared half seen by all": MOPS | {"shared": 0.5, "visible_to": "all"},
     "ungated seen by all": UNGATED | {"visible_to": "all"},
     "mops separate": MOPS | {"prefix_attention": "separate"},
     "mops linear": MOPS | {"prefix_attention": "linear"},

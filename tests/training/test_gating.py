@@ -66,6 +66,24 @@ def test_the_lowest_layer_of_those_that_tell_tasks_apart_is_read() -> None:
     assert gating.best_layer(layers, of.tolist(), 3, 7) == 3
 
 
+def null_weight(points: torch.Tensor, fitted: null.Fitted) -> torch.Tensor:
+    return null.weight(points, fitted.basis, fitted.centres, fitted.direction, fitted.cut, 0.5)
+
+
+def test_text_between_broad_tasks_is_left_to_the_base_where_it_lies_to_one_side() -> None:
+    # As far from every centre as the tasks' own instructions are, so distance alone sees nothing.
+    draw = torch.Generator().manual_seed(0)
+    tasks, other = (torch.randn(n, 20, generator=draw) for n in (400, 160))
+    other[:, 0] += 4
+    fitted = null.fit(tasks, [i % 4 for i in range(400)], other, rank=10, centres=4)
+    new, new_other = (torch.randn(200, 20, generator=draw) for _ in range(2))
+    new_other[:, 0] += 4
+    assert float((null_weight(new, fitted) == 1).float().mean()) <= 0.06
+    assert float((null_weight(new_other, fitted) == 1).float().mean()) >= 0.85
+    far = null.weight(new_other, fitted.basis, fitted.centres, torch.zeros(20), fitted.cut, 0.5)
+    assert float((far == 1).float().mean()) < float((null_weight(new_other, fitted) == 1).float().mean())
+
+
 def test_what_lies_far_from_every_task_is_left_to_the_base_and_what_lies_near_is_not() -> None:
     x, of = clouds(each=80)
     other = torch.randn(60, 20, generator=torch.Generator().manual_seed(2)) * 6
@@ -74,7 +92,7 @@ def test_what_lies_far_from_every_task_is_left_to_the_base_and_what_lies_near_is
     new, _ = clouds(each=50, seed=0)
     new = new + 0.1 * torch.randn(new.shape, generator=torch.Generator().manual_seed(3))
     for points, low, high in ((new, 0.0, 0.05), (torch.randn(50, 20) * 6, 0.9, 1.0)):
-        lost = null.weight((points - mean) / std, fitted.basis, fitted.centres, fitted.cut, 0.5)
+        lost = null_weight((points - mean) / std, fitted)
         assert low <= float((lost == 1).float().mean()) <= high
     assert fitted.kept > 0.9 and fitted.caught > 0.9
 

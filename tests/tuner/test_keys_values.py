@@ -160,7 +160,7 @@ def test_rows_left_to_the_base_are_the_bases_own_in_a_batch_with_others(options)
     basis = layer.mops_null_basis["default"]
     basis.copy_(torch.randn(basis.shape) / 8)
     layer.mops_null_centres["default"].copy_(features[:1] @ basis.T)
-    layer.mops_null_cut["default"].copy_(torch.tensor([0.0, 50.0]))
+    layer.mops_null_cut["default"].copy_(torch.tensor([0.0, 50.0, torch.inf]))
     got = model(**inputs)
     want = plain(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
                  position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)).logits  # fmt: skip

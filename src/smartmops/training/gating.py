@@ -183,8 +183,8 @@ def fit_null(
     rank = len(layer.mops_null_basis["default"])
     found = null.fit(layer.standardised(features, "default"), list(expert_of),
                      layer.standardised(unrelated, "default"), rank, config.num_experts)  # fmt: skip
-    for name, value in (("basis", found.basis), ("centres", found.centres), ("cut", found.cut)):
-        getattr(layer, f"mops_null_{name}")["default"].copy_(value)
+    for name in ("basis", "centres", "direction", "cut"):
+        getattr(layer, f"mops_null_{name}")["default"].copy_(getattr(found, name))
     return found
 
 

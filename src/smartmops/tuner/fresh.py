@@ -37,7 +37,8 @@ def parameters(backbone: Any, first: int, config: MoPsConfig) -> tuple[dict[str,
         frozen |= {
             "mops_null_basis": torch.zeros(rank, width),
             "mops_null_centres": torch.zeros(config.num_experts, rank),
-            "mops_null_cut": torch.tensor([torch.inf, 1.0]),
+            "mops_null_direction": torch.zeros(width),
+            "mops_null_cut": torch.tensor([torch.inf, 1.0, torch.inf]),
         }
     return trained, frozen
 

@@ -1,6 +1,8 @@
 """How unlike all training instructions a text is, and the weight that therefore goes to no expert.
 
-Features in, weight out. No tasks, no files. A gate is sure of itself on what it never saw too; a distance is not.
+Features in, weight out. No tasks, no files. A gate is sure of itself on what it never saw too; a distance is not. Where
+tasks are broad, other text is no further away than they are from each other, only elsewhere: so a direction that tells
+instructions from other text is asked as well, and the surer of the two decides.
 """
 
 from __future__ import annotations
@@ -31,11 +33,16 @@ def weight(
     features: Float[Tensor, "n inputs"],
     basis: Float[Tensor, "rank inputs"],
     centres: Float[Tensor, "c rank"],
-    cut: Float[Tensor, " two"],
+    direction: Float[Tensor, " inputs"],
+    cut: Float[Tensor, " three"],
     threshold: float,
 ) -> Float[Tensor, " n"]:
-    """Null weight, sigmoid(cut[1] * (novelty - cut[0])); 1 from `threshold` on. `cut[0]` = inf: 0 everywhere."""
-    found = torch.sigmoid(cut[1] * (novelty(features, basis, centres) - cut[0]))
+    """Null weight, sigmoid(max(cut[1] * (novelty - cut[0]), direction . features - cut[2])); 1 from `threshold` on.
+
+    Where `cut[0]` and `cut[2]` are infinite it is 0 everywhere.
+    """
+    far = cut[1] * (novelty(features, basis, centres) - cut[0])
+    found = torch.sigmoid(torch.maximum(far, features @ direction - cut[2]))
     return torch.where(found >= threshold, torch.ones_like(found), found)
 
 
@@ -45,9 +52,10 @@ class Fitted:
 
     basis: Float[Tensor, "rank inputs"]
     centres: Float[Tensor, "c rank"]
-    cut: Float[Tensor, " two"]
-    kept: float  # share of held-out training instructions that stay below the cut
-    caught: float  # share of the unrelated texts beyond it
+    direction: Float[Tensor, " inputs"]
+    cut: Float[Tensor, " three"]
+    kept: float  # share of held-out training instructions that stay below both cuts
+    caught: float  # share of held-out unrelated texts beyond one of them
 
 
 def fit(
@@ -58,10 +66,10 @@ def fit(
     centres: int,
     lose: float = 0.02,
 ) -> Fitted:
-    """Fit distance and cut: at most a share `lose` of held-out training instructions may fall beyond the cut.
+    """Fit distance, direction and cuts: about a share `lose` of new instructions of the tasks falls beyond a cut.
 
-    Half of the instructions place centres and spread, the other half show how far new instructions of the same tasks
-    lie; the cut is put between those and the unrelated texts. Then all instructions place centres and spread.
+    Half of the instructions and texts place centres, spread and direction, the other half show where new ones lie; the
+    cuts are put between the two kinds. Then all of them place centres, spread and direction.
 
     Args:
         features: Standardised, of training instructions.
@@ -77,13 +85,41 @@ def fit(
     by_task = sorted(order.tolist(), key=lambda i: task[i])
     here, there = by_task[::2], by_task[1::2] or by_task
     basis, placed = _place(features[here], [task[i] for i in here], unrelated[::2], rank, centres)
-    known, other = novelty(features[there], basis, placed), novelty(unrelated[1::2], basis, placed)
+    far = novelty(features[there], basis, placed), novelty(unrelated[1::2], basis, placed)
+    tells = _direction(features[here], unrelated[::2])
+    along = features[there] @ tells, unrelated[1::2] @ tells
+    distance, side = (_between(*pair, lose / 2, least) for pair, least in ((far, 0.1), (along, 1e-3)))
+    beyond = [(f >= distance[0]) | (a >= side[0]) for f, a in zip(far, along, strict=True)]
+    basis, placed = _place(features, task, unrelated, rank, centres)
+    direction = side[1] * _direction(features, unrelated)
+    cut = torch.tensor([*distance, side[0] * side[1]])
+    kept, caught = 1 - float(beyond[0].float().mean()), float(beyond[1].float().mean())
+    return Fitted(basis, placed, direction, cut, kept, caught)
+
+
+def _between(known: Float[Tensor, " n"], other: Float[Tensor, " m"], lose: float, least: float) -> tuple[float, float]:
+    """A cut between two kinds of numbers, that at most a share `lose` of the known exceeds, and how steep it is."""
     low, high = float(known.quantile(1 - lose)), float(other.quantile(lose))
     middle = (low + high) / 2 if high > low else low
-    gap = max(high - low, float(known.std()) if len(known) > 1 else 0.1, 0.1)
-    basis, placed = _place(features, task, unrelated, rank, centres)
-    cut = torch.tensor([middle, 8 / gap])
-    return Fitted(basis, placed, cut, float((known < middle).float().mean()), float((other >= middle).float().mean()))
+    gap = max(high - low, float(known.std()) if len(known) > 1 else least, least)
+    return middle, 8 / gap
+
+
+def _direction(
+    known: Float[Tensor, "n inputs"], unrelated: Float[Tensor, "m inputs"], penalty: float = 3.0
+) -> Float[Tensor, " inputs"]:
+    """Ridge regression that tells unrelated text (1) from instructions (0), whichever of the two there is more of.
+
+    `penalty` is times the mean squared length of an instruction. It was chosen on SmolLM2's Dolly instructions, where 2 %
+    lost leave 91 % of held-out unrelated texts to the base; distance alone 44 %.
+    """
+    x = torch.cat([known, unrelated]).double()
+    y = torch.cat([torch.zeros(len(known)), torch.ones(len(unrelated))]).to(x)
+    root = torch.where(y == 1, (len(known) / max(len(unrelated), 1)) ** 0.25, torch.ones_like(y))
+    share = root.pow(2) / root.pow(2).sum()
+    x, y = (x - share @ x) * root[:, None], (y - share @ y) * root
+    gram = x @ x.T + penalty * x.shape[1] * torch.eye(len(x)).to(x)
+    return (x.T @ torch.linalg.solve(gram, y)).float()
 
 
 def _place(
