@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
+    "options",
     "tuner",
     "data",
     "tiny",
@@ -25,6 +26,7 @@ ROOMS = (
     "bench_sides",
     "bench",
     "serve",
+    "ending",
     "cli",
 )
 LIMIT = 400  # lines

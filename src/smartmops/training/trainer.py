@@ -6,40 +6,27 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
+from smartmops.options.limits import check
+from smartmops.options.method import OURS, TOLD
+from smartmops.options.training import Schedule, TrainConfig
 
 from . import gating, ranks
 from .answers import questions, score
-from .baselines import OURS
 from .card import keep
 from .evaluate import Evaluation, samples
 from .interference import interference
 from .kept import Kept, state_of
-from .loop import Diverged, Schedule, fit
-from .options import check
+from .loop import Diverged, fit
 from .progress import Phases
 from .runs import Run, check_adapter
-from .selection import TOLD
-from .task import Task, TaskConfig
-from .validation import ValidationConfig, settle, spacing
+from .task import Task
+from .validation import settle, spacing
 
 __all__ = ["Diverged", "Schedule", "TrainConfig", "fit", "last_checkpoint", "learn", "train"]
-
-
-@dataclass(kw_only=True)
-class TrainConfig(TaskConfig, ValidationConfig, Schedule):
-    """Everything `smartmops train` takes. DATA is office, dolly, superni, a JSONL file, a folder or a hub id."""
-
-    out: Path  # run folder
-    samples_per_task: int = 2  # answers of the frozen and the adapted model, side by side in the report
-    answers_per_task: int = 0  # test examples of each task answered by both and scored: ROUGE-L and exact match
-    answer_tokens: int = 48  # at which a scored answer ends that has not ended itself
-    interference_examples: int = 0  # of each training task, whose gradients on the prompts are compared; not for PEFT's
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
 
 
 def last_checkpoint(folder: Path) -> Path | None:
