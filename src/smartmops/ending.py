@@ -9,7 +9,6 @@ import contextlib
 import io
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

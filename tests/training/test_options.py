@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from smartmops.training.options import check
 
 from smartmops.training import task, trainer
 from smartmops.training.compare import CompareConfig, compare
-from smartmops.training.options import check
 from smartmops.training.trainer import TrainConfig, train
 
 Make = Callable[..., TrainConfig]

@@ -67,8 +67,8 @@ class BenchConfig(Options):
             yield (f"--injection-layer {self.injection_layer}, but the model is given --layers {self.layers}: choose 0 "
                    f"to {self.layers - 1}")  # fmt: skip
         if self.hidden % (2 * self.heads):
-            yield (f"--hidden {self.hidden} cannot be shared out in pairs among --heads {self.heads}: choose a multiple "
-                   f"of {2 * self.heads}")  # fmt: skip
+            yield (f"--hidden {self.hidden} cannot be shared out in pairs among --heads {self.heads}: choose a "
+                   f"multiple of {2 * self.heads}")  # fmt: skip
         if self.prompt_tokens + self.new_tokens > POSITIONS:
             yield (f"--prompt-tokens {self.prompt_tokens} and --new-tokens {self.new_tokens} are more than the model's "
                    f"{POSITIONS} positions: choose fewer")  # fmt: skip

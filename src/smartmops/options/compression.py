@@ -69,7 +69,9 @@ class CompressConfig(Options):
         "bitsandbytes"
     )
     nf4: bool = False  # 4-bit NormalFloat of bitsandbytes, after pruning
-    calibration: Calibration | None = None  # DATA or a text file to calibrate and measure on; None: office, for tiny only
+    calibration: Calibration | None = (
+        None  # DATA or a text file to calibrate and measure on; None: office, for tiny only
+    )
     sequences: Count = 128  # calibration sequences
     sequence_length: Length | None = None  # tokens; None: as text and positions of the model allow, at most 2048
     block_size: Count = 128  # columns SparseGPT solves at once
@@ -97,7 +99,11 @@ class CompressConfig(Options):
             yield f"--sparsity {self.sparsity} and --pattern {self.pattern} are both asked for: choose one"
         if self.sparsity is None and self.pattern is None and self.quantisation is None:
             yield "nothing to do: give --sparsity 0.75 or --pattern 7:8, --int8 or --nf4"
-        if self.pattern and self.method == "sparsegpt" and self.block_size % (m := (numbers_of(self.pattern) or (1, 1))[1]):
+        if (
+            self.pattern
+            and self.method == "sparsegpt"
+            and self.block_size % (m := (numbers_of(self.pattern) or (1, 1))[1])
+        ):
             yield f"--block-size {self.block_size}: choose a positive multiple of {m}"
         if self.calibration is None and self.sparsity is None and self.pattern is None:
             return

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .folders import Existing, OutFolder, refused
-from .limits import Count, NotNegative, Number, Options, Port, Positive, Several, Share, Text, Whole
+from .limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole
 from .training import Activations, Base, TaskConfig, Template
 
 CENTRAL = {"mops": "mops", "fedprompt": "prompt-tuning", "fedlora": "lora"}  # what trains centrally under another name
@@ -137,7 +137,9 @@ class ServerConfig(FederateConfig):
     def problems(self) -> Iterator[str]:
         """As `FederateConfig`; and whether the keys are there."""
         yield from super().problems()
-        missing = [name for name in ("ca.crt", "server.crt", "server.key", "clients") if not (self.keys / name).exists()]
+        missing = [
+            name for name in ("ca.crt", "server.crt", "server.key", "clients") if not (self.keys / name).exists()
+        ]
         if missing:
             yield (f"--keys {self.keys} has no {missing[0]}: give the folder `server` that `smartmops federate-keys` "
                    "made")  # fmt: skip

@@ -69,7 +69,9 @@ class MethodConfig:
     unrelated: Unrelated | None = None  # texts of no task, to fit the null expert by; None: those that come with it
     gate_layer: Whole | None = None  # layer whose hidden states the gate reads; None: where tasks are told apart best
     # if answers alone see experts, else the injection layer
-    injection_layer: Whole | None = None  # first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)
+    injection_layer: Whole | None = (
+        None  # first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)
+    )
     gate_target: Literal["attention", "hidden_states"] = "attention"
     gate_input: Literal["instruction", "sequence"] = "instruction"
     gate_granularity: Literal["expert", "prompt"] = "expert"

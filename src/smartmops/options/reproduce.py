@@ -54,7 +54,9 @@ class ReproduceConfig(Options):
     clients_per_round: Count = 10
     rounds: Count = 20
     local_steps: Count = 250  # optimiser steps of a client in a round
-    steps: Count | None = None  # of central training; None: 2 for every 5 that all clients make together, as in the paper
+    steps: Count | None = (
+        None  # of central training; None: 2 for every 5 that all clients make together, as in the paper
+    )
     batch_size: Count = 1  # examples
     max_length: Count = 512  # tokens; longer examples lose the end of their context
     eval_every: Count = 5  # rounds

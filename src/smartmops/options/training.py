@@ -39,7 +39,9 @@ class TaskConfig(Options, MethodConfig, GatePretraining):
     model: Base  # folder, *.gguf, hub id, smollm2, tiny
     data: Data
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: bfloat16 where it is faster
-    template: Template = "auto"  # chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one
+    template: Template = (
+        "auto"  # chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one
+    )
     max_length: Count = 512  # tokens; longer examples lose the end of their context
     limit: Count | None = None  # use only so many examples, drawn at random (the paper: 5000)
     test_share: Share = 0.1  # of each category
@@ -123,7 +125,9 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
     samples_per_task: Whole = 2  # answers of the frozen and the adapted model, side by side in the report
     answers_per_task: Whole = 0  # test examples of each task answered by both and scored: ROUGE-L and exact match
     answer_tokens: Count = 48  # at which a scored answer ends that has not ended itself
-    interference_examples: Whole = 0  # of each training task, whose gradients on the prompts are compared; not for PEFT's
+    interference_examples: Whole = (
+        0  # of each training task, whose gradients on the prompts are compared; not for PEFT's
+    )
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
 
     def problems(self) -> Iterator[str]:

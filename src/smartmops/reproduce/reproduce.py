@@ -21,6 +21,7 @@ from .studies import STUDIES, Study
 
 console = Console()
 
+
 def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     """Run the missing cells, write Markdown and pictures; returns how many cells there are and how many are missing.
 

@@ -18,6 +18,7 @@ from smartmops.tuner.engine import Engine
 
 from .runs import Run, check_adapter
 
+
 def peft_config(
     config: MethodConfig,
     recovery_prompts: int = 0,
@@ -35,9 +36,7 @@ def peft_config(
     if config.method == "ia3":
         return IA3Config(task_type="CAUSAL_LM")
     if config.method == "input-prompt-tuning":
-        return PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=prompts, prompt_tuning_init="SAMPLE_VOCAB"
-        )
+        return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompts, prompt_tuning_init="SAMPLE_VOCAB")
     shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "injection_layer": config.injection_layer,

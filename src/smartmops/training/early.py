@@ -154,7 +154,7 @@ def _tasks_say(config: TaskConfig, train: Sequence[Example]) -> Iterator[str]:
     """Whether there is an expert for every task, where tasks decide which expert an instruction is meant for."""
     gated = [method for method in config.trained() if method in OURS and method not in ("prompt-tuning", *UNTOLD)]
     tasks = sorted({example.category for example in train} - {config.hold_out})
-    if not gated or config.experts < 2 or config.gate_pretraining != "labels" and "oracle" not in gated:
+    if not gated or config.experts < 2 or (config.gate_pretraining != "labels" and "oracle" not in gated):
         return
     if tasks == [""]:
         yield "--gate-pretraining labels, but no example has a category: add one, or choose clusters"

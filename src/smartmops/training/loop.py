@@ -25,6 +25,7 @@ from .progress import Steps
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
+
 class Diverged(ValueError):
     """The loss is no longer a finite number; the model holds the last state whose loss was."""
 
