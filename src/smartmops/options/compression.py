@@ -99,15 +99,8 @@ class CompressConfig(Options):
             yield f"--sparsity {self.sparsity} and --pattern {self.pattern} are both asked for: choose one"
         if self.sparsity is None and self.pattern is None and self.quantisation is None:
             yield "nothing to do: give --sparsity 0.75 or --pattern 7:8, --int8 or --nf4"
-        if (
-            self.pattern
-            and self.method == "sparsegpt"
-            and self.block_size % (m := (numbers_of(self.pattern) or (1, 1))[1])
-        ):
-            yield f"--block-size {self.block_size}: choose a positive multiple of {m}"
-        if self.calibration is None and self.sparsity is None and self.pattern is None:
-            return
-        if self.calibration is None and self.method != "magnitude" and self.model != "tiny":
+        pruned = (self.sparsity, self.pattern) != (None, None)
+        if pruned and self.calibration is None and self.method != "magnitude" and self.model != "tiny":
             yield f"no calibration text for {self.model}: give --calibration a text file, or the DATA it will serve"
 
     def taken(self) -> OSError | None:

@@ -98,6 +98,11 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         given = {f.name: getattr(self, f.name) for f in fields(TaskConfig)}
         return TaskConfig(**given | {"method": CENTRAL[self.method]})
 
+    @property
+    def shares_data_out(self) -> bool:
+        """Whether DATA is cut into as many parts as there are clients."""
+        return self.clients_data is None and self.partition != "source"
+
     def trained(self) -> list[str]:
         """As `TaskConfig`."""
         return [CENTRAL[self.method]]
@@ -106,7 +111,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         """What options have to do with each other."""
         yield from super().problems()
         asked, there = self.clients_per_round, self.clients
-        if self.clients_data is None and self.partition != "source" and asked > there:
+        if self.shares_data_out and asked > there:
             yield f"--clients-per-round {asked}, but there are {there} clients: choose 1 to {there}"
         if self.quorum is not None and self.quorum > asked:
             yield f"--quorum {self.quorum}, but {asked} clients are asked in a round: choose 1 to {asked}"
@@ -134,9 +139,17 @@ class ServerConfig(FederateConfig):
     message_limit: Count = 256  # MB that one message of a client may have
     patience: Positive = 600.0  # seconds to wait for the clients
 
+    @property
+    def shares_data_out(self) -> bool:
+        """As `FederateConfig`: clients bring data of their own."""
+        return False
+
     def problems(self) -> Iterator[str]:
         """As `FederateConfig`; and whether the keys are there."""
         yield from super().problems()
+        if self.clients_per_round > self.clients:
+            yield (f"--clients-per-round {self.clients_per_round}, but there are {self.clients} clients: choose 1 to "
+                   f"{self.clients}")  # fmt: skip
         missing = [
             name for name in ("ca.crt", "server.crt", "server.key", "clients") if not (self.keys / name).exists()
         ]
@@ -146,8 +159,8 @@ class ServerConfig(FederateConfig):
             return
         known = len(list((self.keys / "clients").glob("*.pub")))
         if known < self.clients:
-            yield (f"--clients {self.clients}, but there are keys of {known} in {self.keys / 'clients'}: make more with "
-                   f"`smartmops federate-keys`, or choose 1 to {known}")  # fmt: skip
+            yield (f"--clients {self.clients}, but there are keys of {known} in {self.keys / 'clients'}: make more "
+                   f"with `smartmops federate-keys`, or choose 1 to {known}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,8 +193,8 @@ class ClientConfig(Options):
         """Whether the keys are there."""
         for name in ("client.key", "ca.crt"):
             if not (self.keys / name).is_file():
-                yield (f"--keys {self.keys} has no {name}: give the folder that `smartmops federate-keys` made for this "
-                       "client")  # fmt: skip
+                yield (f"--keys {self.keys} has no {name}: give the folder that `smartmops federate-keys` made for "
+                       "this client")  # fmt: skip
 
 
 @dataclass(frozen=True)

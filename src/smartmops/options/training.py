@@ -165,5 +165,5 @@ class CompareConfig(TrainConfig):
             if value := getattr(self, name):
                 yield f"{typed(name)} {value}, but compare does not measure that: use train, once for each method"
         if self.hold_out is not None and self.shots:
-            yield (f"--hold-out {self.hold_out} leaves no solved examples of that task for --shots {self.shots}: choose "
-                   "--shots 0")  # fmt: skip
+            yield (f"--hold-out {self.hold_out} leaves no solved examples of that task for --shots {self.shots}: "
+                   "choose --shots 0")  # fmt: skip

@@ -178,8 +178,9 @@ class Grid:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{name}.lock"), wait=True):
             if not (folder / "metrics.json").is_file():
-                compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=None if self.calibration
-                                        else self.limit, resume=folder.exists() or beside(folder).exists(), **settings))  # fmt: skip
+                limit, begun = None if self.calibration else self.limit, folder.exists() or beside(folder).exists()
+                compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=limit, resume=begun,
+                                        **settings))  # fmt: skip
         return str(folder)
 
     def _merged(self, below: Cell) -> str:

@@ -17,7 +17,7 @@ from smartmops.data.example import Example
 from smartmops.data.tasks import splits
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of
-from smartmops.options.federation import ClientConfig
+from smartmops.options.federation import ClientConfig, FederateConfig
 from smartmops.options.limits import Options
 from smartmops.options.method import OURS, unmet_by_shape
 from smartmops.options.reading import EvaluateConfig
@@ -104,6 +104,8 @@ def look_at_compression(config: CompressConfig) -> None:
                 raise ValueError(f"--pattern {config.pattern}, but a layer of this model has {columns} inputs, which "
                                  f"{pair[1]} does not divide: choose an m that divides {columns}, such as 2:4 or 4:8, "
                                  "or a sparsity")  # fmt: skip
+        if config.method == "sparsegpt" and config.block_size % pair[1]:
+            raise ValueError(f"--block-size {config.block_size}: choose a positive multiple of {pair[1]}")
     if config.calibration and not config.calibration.endswith(TEXT_ENDINGS) and at_hand(config.calibration):
         splits(config.calibration, config.limit, config.test_share, config.data_seed)
 
@@ -140,13 +142,11 @@ def _data_say(config: TaskConfig) -> Iterator[str]:
     train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation)
     if config.hold_out is not None:
         check_hold_out(config.hold_out, {example.category for example in train})
-    clients = getattr(config, "clients", None)
-    if clients is None:
+    if not isinstance(config, FederateConfig):
         check_split(config, len(train), len(test), 1)
-    elif config.data and getattr(config, "clients_data", None) is None and clients > len(train):
-        if getattr(config, "partition", "") != "source" and not hasattr(config, "keys"):
-            yield (f"--clients {clients}, but there are {len(train)} training examples: choose 1 to {len(train)}, or "
-                   "give more examples")  # fmt: skip
+    elif config.shares_data_out and config.clients > len(train):
+        yield (f"--clients {config.clients}, but there are {len(train)} training examples: choose 1 to {len(train)}, "
+               "or give more examples")  # fmt: skip
     yield from _tasks_say(config, train)
 
 
