@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartmops.base import dense_weight, describe, load_base, local, quantised_as, quantised_linears
+from smartmops.lock import alone
 from smartmops.options.compression import CompressConfig, Quantisation, beside
 from smartmops.options.limits import check
 
@@ -48,6 +49,12 @@ def compress(config: CompressConfig) -> dict[str, Any]:
         ValueError: options, model or text do not fit; the message names value, limit and way out.
     """
     check(config)
+    with alone(beside(config.out)):
+        return _compress(config)
+
+
+def _compress(config: CompressConfig) -> dict[str, Any]:
+    """`compress`, alone in the folder of what is half done."""
     started, quantisation = time.perf_counter(), config.quantisation
     pattern = (
         None if config.sparsity is None and config.pattern is None else Pattern.parse(config.sparsity, config.pattern)

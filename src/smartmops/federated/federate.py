@@ -20,13 +20,14 @@ from smartmops.base import load_base
 from smartmops.data.example import Example
 from smartmops.data.partition import partition, read_clients
 from smartmops.data.template import Template
+from smartmops.lock import alone
 from smartmops.options import limits
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.options.training import TaskConfig
 from smartmops.training.card import keep
 from smartmops.training.evaluate import Evaluation, evaluate, samples
-from smartmops.training.fingerprint import of_base
+from smartmops.training.fingerprint import inputs_of, of_base
 from smartmops.training.runs import Run
 from smartmops.training.task import Task
 
@@ -141,6 +142,12 @@ def federate(config: FederateConfig, connect: Callable[[FederateConfig], Transpo
         QuorumLost: too few clients answered, again and again.
     """
     limits.check(config)
+    with alone(config.out):
+        return _federate(config, connect)
+
+
+def _federate(config: FederateConfig, connect: Callable[[FederateConfig], Transport] | None) -> dict[str, Any]:
+    """`federate`, alone in the run folder."""
     run = Run.create(
         config.out,
         {"command": "federate", "arguments": asdict(config), "seed": config.seed, "base": config.model,
@@ -152,6 +159,7 @@ def federate(config: FederateConfig, connect: Callable[[FederateConfig], Transpo
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
     task = Task.load(config.central(), base, tokenizer)
+    run.same_inputs(inputs_of(task))
     here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
     held = holdings_of(config, task) if here else None
     frozen = evaluate(task.base, task.test, task.collator, progress=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,8 +99,10 @@ def unmade(path: Path) -> str | None:
         first = path.absolute()
         while first.parent != above:
             first = first.parent
-        first.mkdir()  # the only question that every file system answers truly
-        first.rmdir()
+        with suppress(FileExistsError):  # another process asks, or makes it, at this moment
+            first.mkdir()  # the only question that every file system answers truly
+            with suppress(OSError):
+                first.rmdir()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         return f" cannot be made ({reason}): choose another folder"

@@ -14,12 +14,14 @@ from smartmops.base import load_base
 from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.data.batches import Encoded, few_shot
+from smartmops.lock import alone
 from smartmops.options.limits import check
 from smartmops.options.training import CompareConfig
 
 from .card import keep
 from .early import check_split
 from .evaluate import Evaluation, evaluate, samples
+from .fingerprint import inputs_of
 from .runs import Run
 from .task import Task, console
 from .trainer import learn
@@ -59,6 +61,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         ValueError: data, options or base do not fit, or a measure is asked for that only `train` takes.
     """
     check(config)
+    with alone(config.out):
+        return _compare(config)
+
+
+def _compare(config: CompareConfig) -> dict[str, Any]:
+    """`compare`, alone in the run folder."""
     run = Run.create(
         config.out,
         {"command": "compare", "arguments": asdict(config), "seeds": list(config.seeds), "base": config.model,
@@ -69,6 +77,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         return run.read_metrics()
     run.rewind(0)
     task = prepare(config, run)
+    run.same_inputs(inputs_of(task))
     check_split(config, len(task.train), len(task.test), 1)
     marks = evaluate(task.base, task.validation, task.collator) if task.validation else None
     gains: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -2,7 +2,7 @@
 
 Knows files, atomicity and the words of an error. Knows no model, no tokens, and nothing of what the numbers mean.
 
-A run folder holds `config.json` (written first), `curves.jsonl` (grows), `gates.json`, `samples.jsonl`, `adapter/`,
+A run folder holds `config.json` (written first), `inputs.json`, `curves.jsonl` (grows), `gates.json`, `samples.jsonl`, `adapter/`,
 `checkpoints/` and `metrics.json`, which is written last: a run that has it is finished. Every file but the growing one
 appears whole or not at all. One process writes a folder: under several ranks, the first.
 """
@@ -224,6 +224,23 @@ class Run:
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write every number the command printed. This finishes the run, so it comes last."""
         write_text(self.path / "metrics.json", _dump(_plain(metrics)))
+
+    def same_inputs(self, found: Mapping[str, str]) -> None:
+        """Keep fingerprints of what the run is made of, by name; in a resumed run, compare them with those kept.
+
+        Raises:
+            ValueError: they differ.
+        """
+        file = self.path / "inputs.json"
+        then = _read_object(file) if file.is_file() else {}
+        for name, now in found.items():
+            if then.get(name, now) != now:
+                raise ValueError(
+                    f"--resume: {self.path} was started with another {name} (fingerprint {then[name]}, now {now}): "
+                    "give what it was started with, or choose another folder with --out"
+                )
+        if not then:
+            write_text(file, _dump(dict(found)))
 
     def write_gates(self, gates: Mapping[str, Any]) -> None:
         """Write mean gate weights: `{"experts": [name], "before": {task: [weight]}, "after": {task: [weight]}}`."""
