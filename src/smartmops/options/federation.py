@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -115,6 +116,9 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
             yield f"--clients-per-round {asked}, but there are {there} clients: choose 1 to {there}"
         if self.quorum is not None and self.quorum > asked:
             yield f"--quorum {self.quorum}, but {asked} clients are asked in a round: choose 1 to {asked}"
+        cores = os.cpu_count() or 1
+        if self.engine == "flower-simulation" and self.actors > cores:
+            yield f"--actors {self.actors}, but this machine has {cores} cores: choose 1 to {cores}"
         plain = self.aggregation == "fedavg" and not self.share_above and not self.server_steps
         if self.noise_multiplier is not None and not plain:
             yield (f"--noise-multiplier {self.noise_multiplier} goes with plain averaging: leave --aggregation, "

@@ -33,8 +33,8 @@ class Number:
     """A finite number in a range; `above` and `below` leave out the ends themselves."""
 
     words: str  # behind "choose"
-    low: float = -math.inf
-    high: float = math.inf
+    low: int | float = -math.inf
+    high: int | float = math.inf
     above: bool = False
     below: bool = False
 

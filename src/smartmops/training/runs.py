@@ -2,9 +2,9 @@
 
 Knows files, atomicity and the words of an error. Knows no model, no tokens, and nothing of what the numbers mean.
 
-A run folder holds `config.json` (written first), `inputs.json`, `curves.jsonl` (grows), `gates.json`, `samples.jsonl`, `adapter/`,
-`checkpoints/` and `metrics.json`, which is written last: a run that has it is finished. Every file but the growing one
-appears whole or not at all. One process writes a folder: under several ranks, the first.
+A run folder holds `config.json` (written first), `inputs.json`, `curves.jsonl` (grows), `gates.json`, `samples.jsonl`,
+`adapter/`, `checkpoints/` and `metrics.json`, which is written last: a run that has it is finished. Every file but the
+growing one appears whole or not at all. One process writes a folder: under several ranks, the first.
 """
 
 from __future__ import annotations
