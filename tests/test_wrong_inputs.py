@@ -55,5 +55,5 @@ def test_it_is_answered_before_anything_heavy_is_imported(line: str, folder: Pat
     code = ("import sys; from smartmops.cli import main\n"
             "try:\n    main()\nfinally:\n    assert not {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *words(line, folder)], capture_output=True, text=True,
-                          env=os.environ)  # fmt: skip
+                          env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])})  # fmt: skip
     assert done.returncode == 2, done.stderr

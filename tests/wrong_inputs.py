@@ -98,7 +98,7 @@ WRONG: list[tuple[str, str]] = [
     ("train tiny --out NEW", "--data"),
     ("trian tiny", "trian"),
     # the other commands
-    (f"{COMPARE} --methods.mops -1", "--methods mops -1.0: choose a finite rate"),
+    (f"{COMPARE} --methods mops -1", "--methods mops -1.0: choose a finite rate"),
     (f"{COMPARE} --seeds", "--seeds"),
     (f"{COMPARE} --seeds 1 1", "--seeds 1 1: 1 is named twice"),
     (f"{COMPARE} --sparsity 1", "--sparsity 1.0: choose a share of zeros between 0 and 1"),
@@ -138,7 +138,7 @@ WRONG: list[tuple[str, str]] = [
     ("report DIR/nowhere", "nowhere does not exist"),
     ("report", "0 run folders given"),
     ("reproduce table2 --bases tiny% --out NEW", "--bases tiny%: choose dense"),
-    ("reproduce table2 --rates.mops -1 --out NEW", "-1"),
+    ("reproduce table2 --rates mops -1 --out NEW", "--rates mops -1.0: choose a finite rate"),
     ("reproduce table2 --budget 0 --out NEW", "--budget 0.0: choose a finite number above 0"),
     ("bench --out NEW --only speed", "--only speed: choose train_vs_prompt_tuning"),
     ("bench --out NEW --injection-layer 16", "--injection-layer 16, but the model is given --layers 16"),

@@ -46,7 +46,7 @@ class WordOrFolder:
         if value in self.words:
             return None
         separators = [each for each in (os.sep, os.altsep) if each]
-        if not Path(value).exists() and not any(each in value for each in separators):
+        if not value or not (Path(value).exists() or any(each in value for each in separators)):
             return f": choose {', '.join(self.words)}, or a folder such as .{os.sep}{value or 'cache'}"
         return unmade(Path(value))
 

@@ -146,20 +146,22 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
 class CompareConfig(TrainConfig):
     """A `TrainConfig` whose `method` gives way to several, each at its own learning rate."""
 
-    methods: dict[Method, Rate | None] = field(default_factory=lambda: {"prompt-tuning": None, "mops": None})
+    methods: dict[Method, Rate | None] = field(default_factory=dict)  # and rates; none given: prompt-tuning and mops
     seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0,)
     sparsity: Zeros | None = None  # prune the base by magnitude first: share of zeros
     shots: Whole = 4  # solved examples in the context of the frozen model, as the mark to reach
 
+    @property
+    def compared(self) -> dict[Method, float | None]:
+        """Methods and their rates."""
+        return self.methods or {"prompt-tuning": None, "mops": None}
+
     def trained(self) -> list[str]:
         """As `TaskConfig`."""
-        return list(self.methods)
+        return list(self.compared)
 
     def problems(self) -> Iterator[str]:
         """As `TrainConfig`; and what only `train` measures."""
-        if not self.methods:
-            yield "--methods is given nothing: name at least one, such as mops"
-            return
         yield from super().problems()
         for name in ("answers_per_task", "interference_examples"):
             if value := getattr(self, name):

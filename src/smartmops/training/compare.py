@@ -70,7 +70,7 @@ def _compare(config: CompareConfig) -> dict[str, Any]:
     run = Run.create(
         config.out,
         {"command": "compare", "arguments": asdict(config), "seeds": list(config.seeds), "base": config.model,
-         "data": config.data, "method": ", ".join(config.methods)},
+         "data": config.data, "method": ", ".join(config.compared)},
         config.resume,
     )  # fmt: skip
     if run.finished:
@@ -90,7 +90,7 @@ def _compare(config: CompareConfig) -> dict[str, Any]:
         ]
     seconds: dict[str, list[float]] = defaultdict(list)
     for seed in config.seeds:
-        for method, rate in config.methods.items():
+        for method, rate in config.compared.items():
             started = time.perf_counter()
             name = NAMES.get(method, method)
             settings = replace(config, method=method, prompt_lr=rate, seed=seed)
