@@ -222,7 +222,6 @@ def test_who_has_the_key_is_let_in_and_nobody_else(
     post: Callable[..., httpx.Response], keys: Path, stranger: Path
 ) -> None:
     own = keys / "clients" / "both"
-    (tmp_path / "x.jsonl").touch()
     assert post(ACTIVATE, activation(own), signed(own)).status_code == 200
     assert post(ACTIVATE, activation(stranger), signed(stranger)).status_code == 412  # a key, but nobody's
     assert post(ACTIVATE, activation(own), signed(stranger)).status_code == 401  # another's name, one's own key
@@ -244,7 +243,6 @@ def test_a_request_is_taken_once(post: Callable[..., httpx.Response], keys: Path
 @pytest.mark.slow
 def test_what_is_too_large_is_refused(post: Callable[..., httpx.Response], keys: Path) -> None:
     own = keys / "clients" / "both"
-    (tmp_path / "x.jsonl").touch()
     assert post("/v1/fleet/push-messages", bytes(1_000_001), signed(own)).status_code == 413
 
 
