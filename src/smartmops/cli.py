@@ -98,7 +98,7 @@ def federate_command(config: FederateConfig) -> dict[str, Any]:
     if config.engine == "flower-simulation":
         from smartmops.flower.simulation import simulate as run
     else:
-        from smartmops.federated.federate import federate as run  # type: ignore[assignment]
+        from smartmops.federated.federate import federate as run
 
     metrics = run(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})

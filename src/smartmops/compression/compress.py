@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartmops.base import dense_weight, describe, load_base, local, quantised_as, quantised_linears
 from smartmops.lock import alone
-from smartmops.options.compression import CompressConfig, Quantisation, beside
+from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
 from smartmops.options.limits import check
 
 from . import calibration, layerwise
@@ -134,7 +134,7 @@ def _check_sizes(config: CompressConfig, model: Any) -> None:
 
 
 def _is_data(config: CompressConfig) -> bool:
-    return not (config.calibration or "").endswith(calibration.TEXT_ENDINGS)
+    return not (config.calibration or "").endswith(TEXT_ENDINGS)
 
 
 def _text(config: CompressConfig, model: Any, tokenizer: Any, pattern: Pattern | None) -> _Rows:

@@ -144,7 +144,7 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 
 def _each(config: Any) -> Iterator[str]:
-    for name, hint in hints_of(type(config)).items():
+    for name, hint in hints_of(config.__class__).items():
         value = getattr(config, name)
         for item, wrong in _wrong(hint, value):
             said = " ".join(map(str, item)) if isinstance(item, tuple) else str(item)
