@@ -99,7 +99,7 @@ def test_only_the_named_ratios_are_measured_and_settings_are_put_back(
 
 
 def test_an_unknown_name_lists_the_names_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--only speed: choose among train_vs_prompt_tuning, .*gate_pretraining"):
+    with pytest.raises(ValueError, match=r"--only speed: choose train_vs_prompt_tuning, .*gate_pretraining"):
         bench(small(tmp_path / "run", only=("speed",)))
     assert not (tmp_path / "run").exists()
 

@@ -90,7 +90,7 @@ def test_compress_writes_a_model_that_train_takes_and_inspect_says_what_is_left_
         (["train", "tiny", "--data", "office", "--out", "OUT", "--injection-layer", "40"], "choose 0 to 7"),
         (["compress", "tiny", "--out", "OUT"], "nothing to do: give --sparsity 0.75 or --pattern 7:8"),
         (["compress", "tiny", "--out", "OUT", "--sparsity", "1"], "choose a share of zeros between 0 and 1"),
-        (["compress", "tiny", "--out", "OUT", "--pattern", "9:8"], "pattern=9:8: n:m prunes n of every m"),
+        (["compress", "tiny", "--out", "OUT", "--pattern", "9:8"], "--pattern 9:8: n:m prunes n of every m"),
         (["compress", "tiny", "--out", "OUT", "--pattern", "4:7"], "has 256 inputs, which 7 does not divide"),
     ],
 )

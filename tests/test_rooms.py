@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
+    "options",
+    "lock",
     "tuner",
     "data",
     "tiny",
@@ -25,6 +27,7 @@ ROOMS = (
     "bench_sides",
     "bench",
     "serve",
+    "ending",
     "cli",
 )
 LIMIT = 400  # lines

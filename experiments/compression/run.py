@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from smartmops.base import load_base
 from smartmops.compression import calibration, layerwise
 from smartmops.compression.solvers import Pattern
+from smartmops.options.training import EMBEDDED_SETTING
 from smartmops.tiny import BASE
-from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
@@ -137,8 +137,9 @@ def train_all() -> None:
                     if key in results().get("train", {}):
                         continue
                     base = work / f"base-{setting}-{form.replace(', ', '-')}"
-                    run = train(TrainConfig(model=str(base), data="office", out=work / f"run-{key.replace('/', '-')}",
-                                            steps=40, prompt_lr=3.0, seed=seed, samples_per_task=0, resume=True,
+                    out = work / f"run-{key.replace('/', '-')}"
+                    run = train(TrainConfig(model=str(base), data="office", out=out, steps=40, prompt_lr=3.0,
+                                            seed=seed, samples_per_task=0, resume=out.exists(),
                                             recovery_prompts=0, dtype="float32", **EMBEDDED_SETTING))  # fmt: skip
                     put("train", key, {"perplexity": run["perplexity"]["overall"],
                                        "frozen": run["perplexity_frozen"]["overall"]})  # fmt: skip

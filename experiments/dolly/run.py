@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smartmops.training.loop import EMBEDDED_SETTING
+from smartmops.options.training import EMBEDDED_SETTING
 from smartmops.training.runs import Run
 from smartmops.training.trainer import TrainConfig, train
 
@@ -32,9 +32,10 @@ def config(method: str, data: str) -> TrainConfig:
     """One method; everything else is equal."""
     fixed: dict[str, Any] = {"gate_lr": 0.0} if method == "mops-fixed-gate" else {}
     name: Any = method.removesuffix("-fixed-gate")
+    out = HERE / "work" / method
     return TrainConfig(
-        model="tiny", data=data, out=HERE / "work" / method, method=name, steps=2000, batch_size=1, limit=5000,
-        max_length=512, save_every=100, log_every=50, resume=True, prompt_lr=RATES[name],
+        model="tiny", data=data, out=out, method=name, steps=2000, batch_size=1, limit=5000,
+        max_length=512, save_every=100, log_every=50, resume=out.exists(), prompt_lr=RATES[name],
         recovery_prompts=0, dtype="float32", **EMBEDDED_SETTING, **fixed,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from smartmops.data.tasks import splits
 from smartmops.federated.federate import FederateConfig, federate
-from smartmops.training.loop import EMBEDDED_SETTING
+from smartmops.options.training import EMBEDDED_SETTING
 from smartmops.training.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent

@@ -20,10 +20,10 @@ from smartmops.base import load_base
 from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.data.tasks import split
-from smartmops.training.baselines import Method
+from smartmops.options.method import Method
+from smartmops.options.training import EMBEDDED_SETTING
 from smartmops.training.compare import CompareConfig, compare
 from smartmops.training.evaluate import evaluate
-from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig, fit
 

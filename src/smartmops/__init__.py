@@ -1,14 +1,64 @@
-"""smartmops: one frozen language model, many tasks, many data sources. Importing it enters the method into PEFT."""
+"""smartmops: one frozen language model, many tasks, many data sources. Importing it enters the method into PEFT.
+
+It does so once PEFT is imported, at the latest with the first name that is taken from here: PEFT and all it brings take
+seconds, and a command whose options are wrong says so without them.
+"""
+
+from __future__ import annotations
 
 import logging
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import render
+    from .tuner import MoPsConfig, MoPsModel
 
 # peft imports these two where they are installed, and each then reports the optional kernels it has not got.
 for _name in ("bitsandbytes", "torchao"):
     if logging.getLogger(_name).level == logging.NOTSET:
         logging.getLogger(_name).setLevel(logging.ERROR)
 
-from .data import render  # noqa: E402
-from .tuner import MoPsConfig, MoPsModel  # noqa: E402
-
 __version__ = "0.1.0"
 __all__ = ["MoPsConfig", "MoPsModel", "__version__", "render"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, each imported when it is first asked for."""
+    if name in ("MoPsConfig", "MoPsModel"):
+        from . import tuner
+
+        return getattr(tuner, name)
+    if name == "render":
+        from .data import render
+
+        return render
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _AfterPeft(MetaPathFinder):
+    """Enters the method into PEFT as soon as PEFT has been imported, whoever imports it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def and_enter(module: Any) -> None:
+            load(module)
+            from . import tuner  # noqa: F401
+
+        spec.loader.exec_module = and_enter  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    from . import tuner  # noqa: F401
+else:
+    sys.meta_path.insert(0, _AfterPeft())

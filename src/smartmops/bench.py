@@ -22,14 +22,15 @@ from rich.filesize import decimal
 from rich.table import Column, Table
 
 from smartmops.data.batches import Encoded
+from smartmops.options.bench import POSITIONS, BenchConfig
+from smartmops.options.limits import check
+from smartmops.options.method import GatePretraining
 from smartmops.training.activations import ActivationCache, free_memory
-from smartmops.training.pretrain import GatePretraining, pretrain_gate, standardise
+from smartmops.training.pretrain import pretrain_gate, standardise
 from smartmops.training.runs import Run
 from smartmops.tuner.packed import IGNORED
 
 from .bench_sides import (
-    POSITIONS,
-    BenchConfig,
     Lab,
     alternate,
     clocked,
@@ -84,8 +85,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         FileExistsError: `out` holds something already.
         ValueError: `only` names no ratio, or the data has too few examples; the message names the way out.
     """
-    if unknown := [name for name in config.only if name not in TARGETS]:
-        raise ValueError(f"--only {unknown[0]}: choose among {', '.join(TARGETS)}")
+    check(config)
     run = Run.create(config.out, {"command": "bench", "arguments": asdict(config), "seed": 0, "base": "random Llama",
                                   "data": config.data})  # fmt: skip
     wanted = config.only or tuple(TARGETS)

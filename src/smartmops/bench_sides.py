@@ -17,10 +17,9 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from peft import get_peft_model
 from torch import Tensor
 from transformers import (
@@ -34,53 +33,18 @@ from transformers import (
 
 from smartmops.data.batches import Collator, encode_all, prompts
 from smartmops.data.tasks import splits
+from smartmops.options.bench import POSITIONS, BenchConfig
+from smartmops.options.method import Method, MethodConfig
+from smartmops.options.training import Schedule
 from smartmops.tiny import resolve
 from smartmops.training.activations import ActivationCache
-from smartmops.training.baselines import Method, MethodConfig, build
-from smartmops.training.trainer import Schedule, fit
+from smartmops.training.baselines import build, peft_config
+from smartmops.training.loop import fit
 from smartmops.tuner.growing import make_room
 
-POSITIONS = 4096  # of the random model
 METHODS: dict[str, Method] = {
     "mops": "mops", "padded": "mops", "prompt_tuning": "input-prompt-tuning", "lora": "lora",
 }  # fmt: skip
-
-
-@dataclass
-class BenchConfig:
-    """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run."""
-
-    out: Path  # run folder
-    data: str = "office"  # whose examples give the lengths: office, dolly, superni, a JSONL file, a folder or a hub id
-    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()  # ratios to measure; none named: all
-    repeats: int = 5  # of each side, taking turns; the median counts
-    threads: int = 2  # of torch
-    growth: bool = False  # also measure over experts, sequence length and size of the data
-    batches: int = 8  # different batches, the same for every side
-    batch_size: int = 8  # examples
-    max_length: int = 512  # tokens
-    layers: int = 16
-    hidden: int = 512
-    intermediate: int = 1376
-    heads: int = 8
-    vocabulary: int = 32000
-    injection_layer: int = 5  # first decoder layer (from 0) that sees the experts
-    experts: int = 7
-    prompts_per_expert: int = 10
-    many_experts: int = 70  # against `experts`
-    prompt_tokens: int = 200  # of an instruction, for prefill and decode
-    new_tokens: int = 32  # generated
-    gate_examples: int = 4500  # of gate pretraining
-    peak_sizes: tuple[int, ...] = (1024, 1536, 2048, 3072, 4096)  # square matrices, for the machine's peak
-    growth_experts: tuple[int, ...] = (7, 14, 35, 70, 140, 350, 700)
-    growth_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # tokens of each row
-    growth_examples: tuple[int, ...] = (1_000, 3_000, 10_000, 30_000, 100_000)
-    growth_tokens: int = 8  # of each of those examples
-
-    @property
-    def width(self) -> int:
-        """K, the number of prompts."""
-        return self.experts * self.prompts_per_expert
 
 
 @dataclass
@@ -128,16 +92,16 @@ class Lab:
         """The random base with a fresh adapter. LoRA goes without dropout, which would only slow it down."""
         if method.method != "lora":
             return build(self.base(), method)
-        config: Any = method.peft()
+        config: Any = peft_config(method)
         config.lora_dropout = 0.0
         return get_peft_model(self.base(), config)
 
     def loras(self, names: Sequence[str]) -> Any:
         """The random base with a LoRA for each name."""
         method = self.method("lora")
-        model = get_peft_model(self.base(), method.peft(), adapter_name=names[0])
+        model = get_peft_model(self.base(), peft_config(method), adapter_name=names[0])
         for name in names[1:]:
-            model.add_adapter(name, method.peft())
+            model.add_adapter(name, peft_config(method))
         return model
 
     @cached_property

@@ -1,43 +1,31 @@
-"""Command -> typed function. Every command is one importable function; this file only parses and prints."""
+"""Command -> typed function. Every command is one importable function; this file only parses, checks and prints.
+
+Options are checked before anything that takes time is imported, so commands import what they need within.
+"""
 
 from __future__ import annotations
 
 import sys
-import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial, wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
-from smartmops.bench import bench
-from smartmops.compression.compress import CompressConfig, compress
-from smartmops.data.example import Example
-from smartmops.data.template import Template
-from smartmops.deployment.client import ClientConfig, federate_client
-from smartmops.deployment.keys import KeysConfig, make_keys
-from smartmops.deployment.server import ServerConfig, federate_server
-from smartmops.federated.federate import FederateConfig, federate
-from smartmops.federated.rounds import QuorumLost
-from smartmops.flower.simulation import simulate
-from smartmops.reproduce.reproduce import reproduce
-from smartmops.training.answers import questions, score
-from smartmops.training.baselines import Method, base_of, load_run, template_of
-from smartmops.training.compare import CompareConfig, compare
-from smartmops.training.evaluate import answer, evaluate
-from smartmops.training.loop import EMBEDDED_SETTING
-from smartmops.training.pretrain import Embedder
-from smartmops.training.selection import TOLD
-from smartmops.training.task import Task
-from smartmops.training.trainer import TrainConfig, train
-from smartmops.training.validation import verdict
-from smartmops.tuner.gate import by_expert
+from smartmops.ending import ending, parsed, quiet
+from smartmops.options.bench import BenchConfig
+from smartmops.options.compression import CompressConfig
+from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
+from smartmops.options.limits import Options, check
+from smartmops.options.method import TOLD, Method
+from smartmops.options.reading import EvaluateConfig, InspectConfig, ReportConfig
+from smartmops.options.reproduce import ReproduceConfig
+from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
 
 console = Console()
 
@@ -59,7 +47,7 @@ def quickstart(
         model="tiny", data="office", dtype="float32", out=out, steps=steps, seeds=seeds, sparsity=0.5,
         methods=dict(QUICKSTART_RATES), save_every=10**9, log_every=5, samples_per_task=1, **EMBEDDED_SETTING,
     )  # fmt: skip
-    metrics = compare(config)
+    metrics = compare_command(config)
     _print_comparison(metrics)
     _report([out], out / "report.html")
     return metrics
@@ -67,6 +55,9 @@ def quickstart(
 
 def compress_command(config: CompressConfig) -> dict[str, Any]:
     """Prune a model (SparseGPT, Wanda, magnitude), quantise it, or both, into a folder that transformers loads."""
+    _ready(config)
+    from smartmops.compression.compress import compress
+
     metrics = compress(config)
     table = Table("", "before", "after")
     if metrics["perplexity_before"] is not None:
@@ -80,6 +71,10 @@ def compress_command(config: CompressConfig) -> dict[str, Any]:
 
 def train_command(config: TrainConfig) -> dict[str, Any]:
     """Adapt a frozen model to a data set and write a run folder."""
+    _ready(config)
+    from smartmops.training.trainer import train
+    from smartmops.training.validation import verdict
+
     metrics = train(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     if "answers" in metrics:
@@ -89,9 +84,23 @@ def train_command(config: TrainConfig) -> dict[str, Any]:
     return metrics
 
 
+def compare_command(config: CompareConfig) -> dict[str, Any]:
+    """Evaluate the frozen base, train each method under each seed, write a run folder; returns its metrics."""
+    _ready(config)
+    from smartmops.training.compare import compare
+
+    return compare(config)
+
+
 def federate_command(config: FederateConfig) -> dict[str, Any]:
     """Train one adapter over clients whose data stay with them, and write a run folder."""
-    metrics = simulate(config) if config.engine == "flower-simulation" else federate(config)
+    _ready(config)
+    if config.engine == "flower-simulation":
+        from smartmops.flower.simulation import simulate as run
+    else:
+        from smartmops.federated.federate import federate as run
+
+    metrics = run(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     if metrics["holdings"] and find_spec("matplotlib"):
         from smartmops.analysis.holdings import save_holdings
@@ -103,6 +112,9 @@ def federate_command(config: FederateConfig) -> dict[str, Any]:
 
 def federate_server_command(config: ServerConfig) -> dict[str, Any]:
     """Train one adapter over clients on other machines, each running `smartmops federate-client`."""
+    _ready(config)
+    from smartmops.deployment.server import federate_server
+
     metrics = federate_server(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     return metrics
@@ -110,29 +122,49 @@ def federate_server_command(config: ServerConfig) -> dict[str, Any]:
 
 def federate_client_command(config: ClientConfig) -> None:
     """Train on the data of this machine whenever the server asks; the data stay here."""
+    _ready(config)
+    from smartmops.deployment.client import federate_client
+
     if status := federate_client(config):
         sys.exit(status)
 
 
 def federate_keys_command(config: KeysConfig) -> None:
     """Make the keys and certificates of a real federation."""
+    _ready(config)
+    from smartmops.deployment.keys import make_keys
+
     make_keys(config)
 
 
-@dataclass
-class EvaluateConfig:
-    """Perplexity of a run's adapter over response tokens, overall and per task; answers where asked for."""
+def reproduce_command(config: ReproduceConfig) -> dict[str, Any]:
+    """A table or figure of the paper on a model and data of your own, beside the paper's numbers.
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
-    data: str | None = None  # None: the test split of the data the run was trained on
-    max_length: int | None = None  # tokens; None: as in training
-    batch_size: int = 32
-    answers: int = 0  # examples of each task answered, frozen and adapted, and scored: ROUGE-L and exact match
-    answer_tokens: int = 48  # at which an answer ends that has not ended itself
+    Finished cells are kept as JSON under OUT/results and never run again; a killed grid goes on where it was, and
+    several processes may work on one grid. `all` goes through every name, and writes report.html.
+    """
+    _ready(config)
+    from smartmops.reproduce.reproduce import reproduce
+
+    return reproduce(config)
+
+
+def bench_command(config: BenchConfig) -> dict[str, Any]:
+    """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run."""
+    _ready(config)
+    from smartmops.bench import bench
+
+    return bench(config)
 
 
 def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a run; the numbers are also written to RUN/evaluation.json."""
+    _ready(config)
+    from smartmops.training.answers import questions, score
+    from smartmops.training.baselines import base_of, load_run, template_of
+    from smartmops.training.evaluate import evaluate
+    from smartmops.training.task import Task
+
     model, tokenizer, run = load_run(config.run)
     arguments = run.config["arguments"]
     if arguments.get("method") in TOLD:
@@ -165,16 +197,6 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
     return metrics
 
 
-@dataclass
-class InspectConfig:
-    """Which experts fire, and how much, for an instruction."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
-    text: str  # instruction
-    context: str = ""
-    max_new_tokens: int = 48
-
-
 def inspect_command(config: InspectConfig) -> dict[str, Any]:
     """Show gate weights and the frozen and adapted answers for one instruction.
 
@@ -183,6 +205,16 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
     Raises:
         ValueError: the run's method has no gate.
     """
+    _ready(config)
+    import torch
+
+    from smartmops.data.example import Example
+    from smartmops.data.template import Template
+    from smartmops.training.baselines import load_run, template_of
+    from smartmops.training.evaluate import answer
+    from smartmops.training.pretrain import Embedder
+    from smartmops.tuner.gate import by_expert
+
     model, tokenizer, run = load_run(config.run)
     if not hasattr(model.base_model, "last_gate"):
         raise ValueError(f"{config.run} was trained with method {run.config.get('method')!r}, which has no gate: "
@@ -212,18 +244,9 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
     return {"gate": gate, "left_to_base": left, "frozen": frozen, "adapted": adapted}
 
 
-@dataclass
-class ReportConfig:
-    """One self-contained report.html of one or several runs."""
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]  # run folders
-    out: Path | None = None  # None: report.html in the first run folder
-
-
 def report_command(config: ReportConfig) -> Path:
     """Write the report and say where it is."""
-    if not config.runs:
-        raise ValueError("0 run folders given: name at least one, such as runs/quickstart")
+    _ready(config)
     return _report(list(config.runs), config.out or config.runs[0] / "report.html")
 
 
@@ -233,6 +256,15 @@ def _report(runs: list[Path], out: Path) -> Path:
     path = report(runs, out)
     console.print(f"report: {path}")
     return path
+
+
+def _ready(config: Options) -> None:
+    """All that can be known of options, of data and of the base before anything that takes time."""
+    check(config)
+    from smartmops.training.early import look_at
+
+    look_at(config)
+    quiet()
 
 
 def _print_comparison(metrics: dict[str, Any]) -> None:
@@ -268,7 +300,7 @@ COMMANDS: dict[str, Any] = {
     "quickstart": quickstart,
     "compress": compress_command,
     "train": train_command,
-    "compare": compare,
+    "compare": compare_command,
     "federate": federate_command,
     "federate-keys": federate_keys_command,
     "federate-server": federate_server_command,
@@ -276,23 +308,27 @@ COMMANDS: dict[str, Any] = {
     "evaluate": evaluate_command,
     "inspect": inspect_command,
     "report": report_command,
-    "reproduce": reproduce,
-    "bench": bench,
+    "reproduce": reproduce_command,
+    "bench": bench_command,
 }
+
+
+def _later(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that is called once its options are parsed, so that what it prints and raises is no parser's."""
+
+    @wraps(command)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return partial(command, *args, **kwargs)
+
+    return bound
 
 
 def main() -> None:
     """Entry point; an error of the user's is one line on stderr and exit status 2."""
-    disable_progress_bar()  # of transformers' loading and saving: ours say what takes time
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="smartmops", description="Mixture of Prompts: one frozen model, many tasks.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )  # fmt: skip
-    except (OSError, ValueError, ImportError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
-        sys.exit(2)
-    except QuorumLost as error:
-        Console(stderr=True).print(f"[red]stopped:[/red] {escape(str(error))}", highlight=False)
-        sys.exit(3)
+    call = parsed(lambda: tyro.extras.subcommand_cli_from_dict(
+        {name: _later(command) for name, command in COMMANDS.items()}, prog="smartmops",
+        description="Mixture of Prompts: one frozen model, many tasks.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    ))  # fmt: skip
+    with ending(next(iter([*call.args, *call.keywords.values()]), None)):
+        call()

@@ -15,7 +15,7 @@ import torch
 from gguf_files import write
 from transformers import AutoTokenizer
 
-from smartmops.base import builtin, cache, load_base, local
+from smartmops.base import builtin, cache, gguf, load_base, local
 
 
 class Pip:
@@ -107,7 +107,7 @@ def test_a_conversion_that_fails_leaves_no_folder(wheel: Path, monkeypatch: pyte
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(builtin.gguf, "convert", fails)
+    monkeypatch.setattr(gguf, "convert", fails)
     with pytest.raises(KeyboardInterrupt):
         local("smollm2")
     assert not [each for each in cache.cache().iterdir() if each.is_dir()]

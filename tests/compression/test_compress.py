@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -205,27 +206,32 @@ def test_an_empty_folder_is_filled(configured: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_resume_with_nothing_begun_begins(configured: Any, whole: Path, tmp_path: Path) -> None:
-    compress(configured(tmp_path / "deep" / "out", resume=True))
-    got = (tmp_path / "deep" / "out" / "model.safetensors").read_bytes()
-    assert got == (whole / "model.safetensors").read_bytes()
+def test_resume_with_nothing_begun_is_refused_and_names_what_is_near(
+    configured: Any, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "mine")
+    with pytest.raises(
+        FileNotFoundError, match=r"nmie does not exist, so there is nothing to go on with.*there is .*mine"
+    ):
+        compress(configured(tmp_path / "nmie", resume=True))
+    assert [each.name for each in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(pattern=None), r"nothing to do: give --sparsity 0.75 or --pattern 7:8, --int8 or --nf4"),
-    (dict(int8=True, nf4=True), r"int8 and nf4 are both asked for: choose one"),
-    (dict(int8=True, int8_engine="onnx"), r"int8_engine='onnx': choose bitsandbytes or torchao"),
-    (dict(sparsity=0.5, pattern="2:4"), r"sparsity=0.5, pattern=2:4: give one of them"),
-    (dict(sparsity=7.0), r"sparsity=7.0: choose a share of zeros between 0 and 1"),
-    (dict(pattern="9:8"), r"pattern=9:8: n:m prunes n of every m"),
+    (dict(int8=True, nf4=True), r"--int8 and --nf4 are both asked for: choose one"),
+    (dict(int8=True, int8_engine="onnx"), r"--int8-engine onnx: choose bitsandbytes or torchao"),
+    (dict(sparsity=0.5, pattern="2:4"), r"--sparsity 0.5 and --pattern 2:4 are both asked for: choose one"),
+    (dict(sparsity=7.0), r"--sparsity 7.0: choose a share of zeros between 0 and 1"),
+    (dict(pattern="9:8"), r"--pattern 9:8: n:m prunes n of every m"),
     (dict(pattern="4:7", block_size=7), r"pattern=4:7, but model.layers.0.self_attn.q_proj has 64 inputs, which 7"),
     (dict(pattern="2:4", block_size=6), r"block_size=6: choose a positive multiple of 4"),
-    (dict(damping=-1.0), r"damping=-1.0: choose 0 or more"),
+    (dict(damping=-1.0), r"--damping -1.0: choose a finite number of 0 or more"),
     (dict(calibration=None), r"no calibration text for .*base.*: give --calibration a text file"),
     (dict(calibration="nowhere.txt"), r"calibration='nowhere.txt' cannot be read"),
     (dict(sequences=100_000), r"sequences of 32 need 3200000: give more text"),
-    (dict(sequences=0), r"sequences=0: choose 1 or more"),
-    (dict(sequence_length=1), r"sequence_length=1: choose 2 tokens or more"),
+    (dict(sequences=0), r"--sequences 0: choose 1 or more"),
+    (dict(sequence_length=1), r"--sequence-length 1: choose 2 tokens or more"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_done_is_refused_and_leaves_nothing(
     changes: dict[str, Any], message: str, configured: Any, tmp_path: Path

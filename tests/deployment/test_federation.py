@@ -290,6 +290,7 @@ def test_a_client_with_an_unknown_key_ends_with_an_error(
 
 def test_bad_settings_are_refused_before_any_model_is_loaded(keys: Path, tmp_path: Path) -> None:
     own = keys / "clients" / "both"
+    (tmp_path / "x.jsonl").touch()
     for server in ("localhost", "localhost:", ":9092", "localhost:99999"):
         with pytest.raises(ValueError, match="give HOST:PORT"):
             federate_client(ClientConfig(model="tiny", data=tmp_path / "x.jsonl", keys=own, server=server))
@@ -298,5 +299,5 @@ def test_bad_settings_are_refused_before_any_model_is_loaded(keys: Path, tmp_pat
     given: dict[str, Any] = {"model": "tiny", "data": "office", "out": tmp_path / "run"}
     with pytest.raises(ValueError, match=r"has no ca\.crt"):
         federate_server(ServerConfig(**given, keys=tmp_path, clients=3, clients_per_round=3))
-    with pytest.raises(ValueError, match="clients=9, but there are keys of 3"):
+    with pytest.raises(ValueError, match="--clients 9, but there are keys of 3"):
         federate_server(ServerConfig(**given, keys=keys / "server", clients=9, clients_per_round=3))

@@ -41,10 +41,10 @@ def test_a_client_is_added_later_and_nothing_else_changes(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"clients": ()}, "0 clients named"),
+        ({"clients": ()}, "--clients is given nothing: name at least one"),
         ({"clients": ("a", "a")}, "named twice"),
         ({"clients": ("../a",)}, "no file name"),
-        ({"clients": ("a",), "hosts": ()}, "0 hosts named"),
+        ({"clients": ("a",), "hosts": ()}, "--hosts is given nothing"),
     ],
 )
 def test_bad_names_are_refused_before_anything_is_written(tmp_path: Path, settings: dict, message: str) -> None:

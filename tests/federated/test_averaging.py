@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smartmops.federated.aggregation import BETAS, TAU, AggregationConfig, Aggregator, Layout, Update, admit, drift
+from smartmops.federated.aggregation import BETAS, TAU, Aggregator, Layout, Update, admit, drift
 from smartmops.federated.messages import Reply, pack
+from smartmops.options.federation import AggregationConfig
+from smartmops.options.limits import check
 
 KINDS = ("fedavg", "uniform", "trimmed-mean", "median", "expert-weighted")
 LAYOUT = Layout(2, frozenset({"prompts"}))
@@ -230,8 +232,8 @@ def test_no_bytes_can_stop_the_server(blob: bytes) -> None:
     assert not good and len(failures) == 1
 
 
-@pytest.mark.parametrize(("options", "said"), [({"trim": 0.5}, "trim=0.5"), ({"server_lr": 0.0}, "server_lr=0.0"),
-                                               ({"norm_limit": -1.0}, "norm_limit=-1.0")])  # fmt: skip
+@pytest.mark.parametrize(("options", "said"), [({"trim": 0.5}, "--trim 0.5"), ({"server_lr": 0.0}, "--server-lr 0.0"),
+                                               ({"norm_limit": -1.0}, "--norm-limit -1.0")])  # fmt: skip
 def test_settings_outside_their_limits_are_refused(options: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        AggregationConfig(**options)
+        check(AggregationConfig(**options))

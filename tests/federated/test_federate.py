@@ -23,7 +23,7 @@ from smartmops.federated import client as client_module
 from smartmops.federated import federate as module
 from smartmops.federated.admission import admitted
 from smartmops.federated.client import arrays_of
-from smartmops.federated.federate import FederateConfig, InProcess, federate, worker_of
+from smartmops.federated.federate import FederateConfig, InProcess, federate, local_of, worker_of
 from smartmops.federated.messages import Hello, pack
 from smartmops.federated.rounds import chosen, seed_of
 from smartmops.training.baselines import load_run
@@ -60,7 +60,7 @@ def test_one_client_that_holds_everything_trains_as_the_centre_does(config: Make
     model, _, _ = task.adapt(settings.central(), settings, settings.seed)
     schedule = Schedule(steps=12, batch_size=2, warmup_steps=0, lr_schedule="constant", max_grad_norm=1.0,
                         seed=seed_of(0, 1, 0))  # fmt: skip
-    rates = replace(settings.central(), prompt_lr=settings.local().prompt_lr, gate_lr=settings.local().gate_lr)
+    rates = replace(settings.central(), prompt_lr=local_of(settings).prompt_lr, gate_lr=local_of(settings).gate_lr)
     fit(model, rates, schedule, *task.feed(model), tmp_path / "central")
     central = {name.removesuffix(".default"): value.detach() for name, value in arrays_of(model)[0].items()}
     found = adapter(settings.out)
@@ -213,9 +213,9 @@ def test_fewer_experts_are_fewer_bytes(config: Make, once: Once) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"clients": 2}, "clients_per_round=3, but there are 2 clients: choose 1 to 2"),
-        ({"quorum": 4}, "quorum=4, but 3 clients are asked in a round: choose 1 to 3"),
-        ({"rounds": 0}, "rounds=0: choose 1 or more"),
+        ({"clients": 2}, "--clients-per-round 3, but there are 2 clients: choose 1 to 2"),
+        ({"quorum": 4}, "--quorum 4, but 3 clients are asked in a round: choose 1 to 3"),
+        ({"rounds": 0}, "--rounds 0: choose 1 or more"),
         ({"clients": 60}, "of 60 clients hold no examples"),
         ({"method": "fedprompt", "aggregation": "expert-weighted"}, "expert-weighted"),
         ({"expert_names": ("a", "c")}, "category 'b' is none of the expert_names"),

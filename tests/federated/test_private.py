@@ -17,8 +17,10 @@ from scipy import optimize, stats
 
 from smartmops.federated import federate as module
 from smartmops.federated.federate import FederateConfig, InProcess, federate
-from smartmops.federated.privacy import PrivacyConfig, Private, _normal
+from smartmops.federated.privacy import Private, _normal
 from smartmops.federated.rounds import State
+from smartmops.options.federation import PrivacyConfig
+from smartmops.options.limits import check
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed: pip install 'smartmops[privacy]'")
 LIKE = {"a": torch.zeros(40, 50), "b": torch.zeros(3)}
@@ -106,12 +108,12 @@ def test_the_account_counts_resumes_and_stops_at_the_budget() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"noise_multiplier": 0.0}, "noise_multiplier=0"), ({"clip_norm": -1.0}, "clip_norm=-1"), ({"delta": 1.5}, "delta=1.5"),
-     ({"epsilon_budget": 0.0}, "epsilon_budget=0")],
+    [({"noise_multiplier": 0.0}, "--noise-multiplier 0"), ({"clip_norm": -1.0}, "--clip-norm -1"), ({"delta": 1.5}, "--delta 1.5"),
+     ({"epsilon_budget": 0.0}, "--epsilon-budget 0")],
 )  # fmt: skip
 def test_settings_outside_their_limits_are_refused(options: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        PrivacyConfig(**options)
+        check(PrivacyConfig(**options))
 
 
 def test_a_budget_for_less_than_one_round_and_a_loose_delta_are_told() -> None:

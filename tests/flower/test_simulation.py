@@ -30,9 +30,11 @@ def test_a_simulation_ends_with_the_bits_of_plain_calls(config: Make, tmp_path: 
 
 
 def test_errors_come_through_as_they_are(config: Make) -> None:
-    with pytest.raises(ValueError, match="actors=0, but this machine has"):
+    with pytest.raises(ValueError, match="--actors 0: choose 1 or more"):
         simulate(config(engine="flower-simulation", actors=0))
-    with pytest.raises(ValueError, match="clients_per_round=9, but there are 5 clients"):
+    with pytest.raises(ValueError, match="--actors 100000, but this machine has"):
+        simulate(config(engine="flower-simulation", actors=100_000))
+    with pytest.raises(ValueError, match="--clients-per-round 9, but there are 5 clients"):
         simulate(config(engine="flower-simulation", actors=1, clients_per_round=9))
 
 

@@ -203,7 +203,7 @@ def test_bases_are_named_as_in_the_paper(name: str, settings: dict[str, Any]) ->
 
 
 def test_unknown_bases_and_methods_are_named(config: Callable[..., ReproduceConfig]) -> None:
-    with pytest.raises(ValueError, match="base 'tiny%': choose dense"):
+    with pytest.raises(ValueError, match="--bases tiny%: choose dense"):
         reproduce(config(bases=("tiny%",)))
     with pytest.raises(ValueError, match="--methods magic: choose from fedprompt, mops"):
         reproduce(config(methods=("magic",)))

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from smartmops import cli
 from smartmops.base import load_base
 from smartmops.data.example import Example
+from smartmops.options.training import EMBEDDED_SETTING
 from smartmops.training import answers, trainer
 from smartmops.training.answers import exact_match, questions, rouge_l, score
 from smartmops.training.baselines import MethodConfig, build
-from smartmops.training.loop import EMBEDDED_SETTING
 from smartmops.training.runs import Run
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig, train

@@ -89,12 +89,12 @@ def test_one_group_of_prompts_has_no_gate_to_speak_of(config: Make) -> None:
 
 
 def test_what_cannot_be_held_out_is_refused(config: Make, three_tasks: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"hold_out='d' is no category .*: choose one of \['a', 'b', 'c'\]"):
+    with pytest.raises(ValueError, match=r"--hold-out d is no category .*: choose one of \['a', 'b', 'c'\]"):
         Task.load(config(data=str(three_tasks), hold_out="d"))
     lone = tmp_path / "lone.jsonl"
     rows = [{"instruction": f"Count {i}.", "response": "one", "category": "a"} for i in range(12)]
     lone.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="hold_out='a' is the only category"):
+    with pytest.raises(ValueError, match="--hold-out a is the only category"):
         Task.load(config(data=str(lone), hold_out="a"))
     with pytest.raises(ValueError, match="method='oracle' is told the task, but 'c' is in no training example"):
         train(config(data=str(three_tasks), hold_out="c", method="oracle"))
@@ -105,9 +105,11 @@ def test_compare_refuses_what_only_train_measures(config: Make, three_tasks: Pat
         return CompareConfig(**dataclasses.asdict(config(data=str(three_tasks))) | changes)  # type: ignore[arg-type]
 
     for name in ("answers_per_task", "interference_examples"):
-        with pytest.raises(ValueError, match=f"{name}=2, but compare does not measure that: use train"):
+        with pytest.raises(
+            ValueError, match=f"--{name.replace('_', '-')} 2, but compare does not measure that: use train"
+        ):
             compare(several(**{name: 2}))
-    with pytest.raises(ValueError, match="hold_out='c' leaves no solved examples of that task for shots=4"):
+    with pytest.raises(ValueError, match="--hold-out c leaves no solved examples of that task for --shots 4"):
         compare(several(hold_out="c"))
     found = compare(several(hold_out="c", shots=0, methods={"mops": 0.2}))
     assert set(found["per_task"]["mops"]) == {"a", "b", "c"}

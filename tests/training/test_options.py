@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from smartmops.options.limits import check
 from smartmops.training import task, trainer
 from smartmops.training.compare import CompareConfig, compare
-from smartmops.training.options import check
 from smartmops.training.trainer import TrainConfig, train
 
 Make = Callable[..., TrainConfig]
@@ -76,8 +76,8 @@ def test_an_option_outside_its_limits(config: Make, nothing_loads: None, changes
     ("changes", "message"),
     [
         ({"batch_size": 10**6}, "--batch-size 1000000, but there are 36 training examples: choose 1 to 36"),
-        ({"injection_layer": 40}, "injection_layer=40, but this model has 4 layers: choose 0 to 3"),
-        ({"gate_top_k": 9}, "gate_top_k=9, but there are 2 gate weights"),
+        ({"injection_layer": 40}, "--injection-layer 40, but this model has 4 layers: choose 0 to 3"),
+        ({"gate_top_k": 9}, "--gate-top-k 9, but there are 2 gate weights"),
         ({"visible_to": "answers", "expert_kind": "keys_values", "recovery_prompts": 2}, "choose 0 of them"),
     ],
 )

@@ -92,6 +92,21 @@ def test_a_new_or_empty_folder_can_be_resumed(tmp_path):
     assert os.listdir(tmp_path / "x") != [] and not list((tmp_path / "x").glob(".*"))
 
 
+def test_a_folder_that_is_not_there_is_not_begun(tmp_path):
+    Run.create(tmp_path / "first", CONFIG)
+    with pytest.raises(FileNotFoundError, match=r"frist does not exist.*there is .*first\), or leave --resume away"):
+        Run.create(tmp_path / "frist", CONFIG, resume=True)
+    assert not (tmp_path / "frist").exists()
+
+
+def test_other_inputs_are_refused_with_both_fingerprints(tmp_path):
+    run = Run.create(tmp_path / "x", CONFIG)
+    run.same_inputs({"base": "aa", "data set": "bb"})
+    run.same_inputs({"base": "aa", "data set": "bb"})
+    with pytest.raises(ValueError, match=r"started with another data set \(fingerprint bb, now cc\): give what it was"):
+        run.same_inputs({"base": "aa", "data set": "cc"})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -123,6 +138,7 @@ def test_resuming_elsewhere_or_with_other_versions(tmp_path):
 def test_a_kill_at_any_byte_leaves_a_prefix(tmp_path, cut):
     rows = [{"step": step, "loss": step / 7, "note": "é\n"} for step in range(1, 9)]
     path = tmp_path / str(cut)
+    path.mkdir(exist_ok=True)
     run = Run.create(path, CONFIG, resume=True)
     for row in rows:
         run.append_curve(row)

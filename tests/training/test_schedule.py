@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smartmops.options.training import EMBEDDED_SETTING
 from smartmops.training.kept import WINDOW, Kept, state_of
-from smartmops.training.loop import EMBEDDED_SETTING, Schedule, fit
+from smartmops.training.loop import Schedule, fit
 from smartmops.training.runs import Run
 from smartmops.training.task import Task
 from smartmops.training.trainer import TrainConfig, train

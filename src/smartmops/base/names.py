@@ -9,7 +9,6 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from . import gguf
 from .builtin import BUILT_IN
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -50,7 +49,7 @@ def _held(path: Path) -> Path:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ValueError(f"MODEL {path} is a file, but only a *.gguf file is a model by itself: give its folder")
-        return gguf.folder_of(path)
+        return _converted(path)
     found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
     if (path / "config.json").is_file() and (not found or _weights(path)):
         return path
@@ -58,12 +57,28 @@ def _held(path: Path) -> Path:
         names = ", ".join(file.name for file in found[:4]) + (", ..." if len(found) > 4 else "")
         raise ValueError(f"MODEL {path} holds {len(found)} GGUF files ({names}), but one is a model: name the file")
     if found:
-        return gguf.folder_of(found[0])
+        return _converted(found[0])
     adapter = (path / "adapter_config.json").is_file()
     raise ValueError(
         f"MODEL {path} {'is an adapter, not a model: give the base it was trained on' if adapter else ''}"
         f"{'' if adapter else 'has no config.json and no *.gguf file, so it is no model: ' + CHOICES}"
     )
+
+
+def is_converted(model: str) -> bool:
+    """Whether a MODEL argument has to be converted, and perhaps fetched, before there is a folder to look at."""
+    if model in BUILT_IN:
+        return model != "tiny"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return not (path / "config.json").is_file() and any(file.suffix.lower() == ".gguf" for file in path.iterdir())
+    return path.is_file() and path.suffix.lower() == ".gguf"
+
+
+def _converted(file: Path) -> Path:
+    from . import gguf  # and with it torch
+
+    return gguf.folder_of(file)
 
 
 def _weights(path: Path) -> bool:

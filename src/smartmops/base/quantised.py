@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-Quantisation = Literal["int8", "int8-torchao", "nf4"]
+from smartmops.options.compression import Quantisation
+
 OURS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8-torchao": "torchao"}
 # Importable modules, and pip's line, by `quant_method`: what the quantizers of transformers ask for.
 LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {

@@ -22,8 +22,8 @@ from smartmops.data.batches import Collator, Encoded, encode_all
 from smartmops.data.example import Example
 from smartmops.data.tasks import splits
 from smartmops.data.template import prompt_text
+from smartmops.options.compression import TEXT_ENDINGS
 
-TEXT_ENDINGS = (".txt", ".raw", ".md", ".xz")
 PIECE = 20_000  # characters that are tokenised at once
 SHORTEST = 32  # tokens of a calibration sequence; below, most of its tokens have hardly any context
 HELD_OUT = 0.1  # share of a plain text, at its end

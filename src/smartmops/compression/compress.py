@@ -18,64 +18,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smartmops.base import Quantisation, dense_weight, describe, load_base, local, quantised_as, quantised_linears
+from smartmops.base import dense_weight, describe, load_base, local, quantised_as, quantised_linears
+from smartmops.lock import alone
+from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
+from smartmops.options.limits import check
 
 from . import calibration, layerwise
-from .solvers import Method, Pattern, Solver
+from .solvers import Pattern, Solver
 
 console = Console()
 LOOKED_AT = 1024  # columns of a quantised layer whose zeros are counted: all of a large one would take minutes
 DOES_NOT_DECIDE = ("out", "resume", "device", "batch_size")  # arguments that leave the result as it is
-
-
-@dataclass(kw_only=True)
-class CompressConfig:
-    """Everything `smartmops compress` takes: prune to `sparsity` or `pattern`, or quantise, or one after the other."""
-
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # folder, *.gguf, hub id, smollm2, tiny
-    out: Path  # model folder
-    method: Method = "sparsegpt"
-    sparsity: float | None = None  # share of zeros in each linear layer of the decoder, such as 0.75
-    pattern: str | None = None  # n:m prunes n of every m inputs, such as 7:8
-    int8: bool = False  # LLM.int8() of bitsandbytes, after pruning
-    int8_engine: Annotated[str, tyro.conf.arg(metavar="{bitsandbytes,torchao}")] = "bitsandbytes"
-    nf4: bool = False  # 4-bit NormalFloat of bitsandbytes, after pruning
-    calibration: str | None = None  # DATA or a text file to calibrate and measure on; None: office, for tiny only
-    sequences: int = 128  # calibration sequences
-    sequence_length: int | None = None  # tokens; None: as text and positions of the model allow, at most 2048
-    block_size: int = 128  # columns SparseGPT solves at once
-    damping: float = 0.01  # share of the Hessian's mean diagonal
-    seed: int = 0  # of the draw of calibration sequences
-    data_seed: int = 0  # the --data-seed `train` will have: it draws the test split, which calibration must not see
-    limit: int | None = None  # the --limit `train` will have
-    test_share: float = 0.1  # the --test-share `train` will have
-    batch_size: int = 8  # sequences that go through a layer at once
-    device: str | None = None  # where a layer is solved; None: the GPU if there is one
-    resume: bool = False  # go on where a killed compression stopped
-
-    @property
-    def quantisation(self) -> Quantisation | None:
-        """What `load_base` calls it.
-
-        Raises:
-            ValueError: both int8 and NF4 are asked for, or an engine there is not.
-        """
-        if self.int8_engine not in ("bitsandbytes", "torchao"):
-            raise ValueError(f"int8_engine={self.int8_engine!r}: choose bitsandbytes or torchao")
-        if self.int8 and self.nf4:
-            raise ValueError("int8 and nf4 are both asked for: choose one")
-        if self.nf4:
-            return "nf4"
-        return None if not self.int8 else "int8" if self.int8_engine == "bitsandbytes" else "int8-torchao"
 
 
 def compress(config: CompressConfig) -> dict[str, Any]:
@@ -87,12 +48,17 @@ def compress(config: CompressConfig) -> dict[str, Any]:
         OSError: the disk has no room for the result.
         ValueError: options, model or text do not fit; the message names value, limit and way out.
     """
+    check(config)
+    with alone(beside(config.out)):
+        return _compress(config)
+
+
+def _compress(config: CompressConfig) -> dict[str, Any]:
+    """`compress`, alone in the folder of what is half done."""
     started, quantisation = time.perf_counter(), config.quantisation
     pattern = (
         None if config.sparsity is None and config.pattern is None else Pattern.parse(config.sparsity, config.pattern)
     )
-    if pattern is None and quantisation is None:
-        raise ValueError("nothing to do: give --sparsity 0.75 or --pattern 7:8, --int8 or --nf4")
     if (done := _finished(config)) is not None:
         return done
     model, tokenizer = _load(config)
@@ -138,15 +104,13 @@ def compress(config: CompressConfig) -> dict[str, Any]:
 def _finished(config: CompressConfig) -> dict[str, Any] | None:
     """The metrics of a finished compression with the same arguments; None where there is nothing yet."""
     out = config.out
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
     record = out / "compression.json"
-    if config.resume and record.is_file():
-        found: dict[str, Any] = json.loads(record.read_text())
-        _compare(found["begun_with"], _state(config), out)
-        shutil.rmtree(_beside(out), ignore_errors=True)  # a kill between the last two steps leaves it
-        return dict(found["metrics"])
-    raise FileExistsError(f"--out {out} exists and is not empty: choose another folder")
+    if not record.is_file():
+        return None
+    found: dict[str, Any] = json.loads(record.read_text())
+    _compare(found["begun_with"], _state(config), out)
+    shutil.rmtree(beside(out), ignore_errors=True)  # a kill between the last two steps leaves it
+    return dict(found["metrics"])
 
 
 def _load(config: CompressConfig) -> tuple[Any, Any]:
@@ -163,16 +127,14 @@ def _load(config: CompressConfig) -> tuple[Any, Any]:
 
 def _check_sizes(config: CompressConfig, model: Any) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size={config.batch_size}: choose 1 or more sequences")
     if positions and config.sequence_length and config.sequence_length > positions:
         raise ValueError(
-            f"sequence_length={config.sequence_length}, but the model has {positions} positions: choose that at most"
+            f"--sequence-length {config.sequence_length}, but the model has {positions} positions: choose that at most"
         )
 
 
 def _is_data(config: CompressConfig) -> bool:
-    return not (config.calibration or "").endswith(calibration.TEXT_ENDINGS)
+    return not (config.calibration or "").endswith(TEXT_ENDINGS)
 
 
 def _text(config: CompressConfig, model: Any, tokenizer: Any, pattern: Pattern | None) -> _Rows:
@@ -196,15 +158,9 @@ class _Rows:
     length: int  # tokens
 
 
-def _beside(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
-
-
 def _partial(config: CompressConfig, needed: int) -> Path:
     """The folder of what is half done, with what it was begun with; `needed` is in bytes."""
-    partial = _beside(config.out)
-    if partial.exists() and not config.resume:
-        raise FileExistsError(f"{partial} holds an unfinished compression: go on with --resume, or delete it")
+    partial = beside(config.out)
     if (partial / "state.json").exists():
         _compare(json.loads((partial / "state.json").read_text()), _state(config), partial)
     held = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())

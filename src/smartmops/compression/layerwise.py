@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from smartmops.options.compression import Method
 from smartmops.tuner import halves
 
-from .solvers import SOLVERS, Method, Pattern, Solver
+from .solvers import SOLVERS, Pattern, Solver
 
 Stats = dict[str, dict[str, int | float]]  # of each linear module: weights, sparsity (share of zeros), error
 

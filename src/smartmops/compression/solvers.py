@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Method = Literal["sparsegpt", "wanda", "magnitude"]
+from smartmops.options.compression import Method, numbers_of
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,9 @@ class Pattern:
             if not 0 < float(sparsity or 0) < 1:
                 raise ValueError(f"sparsity={sparsity}: choose a share of zeros between 0 and 1, such as 0.75")
             return cls(float(sparsity or 0))
-        parts = pattern.split(":")
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts) or not 0 < int(parts[0]) < int(parts[1]):
+        n, m = numbers_of(pattern) or (0, 0)
+        if not 0 < n < m:
             raise ValueError(f"pattern={pattern}: n:m prunes n of every m, so choose 0 < n < m, such as 7:8 or 2:4")
-        n, m = map(int, parts)
         return cls(n / m, n, m)
 
     def __str__(self) -> str:

@@ -16,22 +16,12 @@ from typing import Literal
 
 from numpy.random import Generator, SeedSequence, default_rng
 
+from smartmops.options.federation import LARGEST_ALPHA, PartitionConfig
+
 from .example import Example
 from .tasks import read_jsonl
 
 STREAMS = {"skewed": 1, "dirichlet": 2}  # of random numbers: kinds with the same seed have nothing in common
-LARGEST_ALPHA = 1e6  # clients are alike long before; sums of draws for far larger ones overflow
-
-
-@dataclass
-class PartitionConfig:
-    """How examples are shared out among clients."""
-
-    clients: int = 100  # with partition=source, there is one for each source instead
-    partition: Literal["skewed", "dirichlet", "source"] = "skewed"  # the paper's appendix A; or as the data's sources
-    skew: float = 15.0  # skewed: how many times the examples of other parts the largest part of a category has
-    skew_of: Literal["each", "rest"] = "each"  # skewed: times each other part, or times all other parts together
-    dirichlet_alpha: float = 0.5  # dirichlet: concentration; towards 0 a category has one holder, above 100 all alike
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def sample(examples: Sequence[Example], n: int, seed: int = 0) -> Sequence[Examp
         ValueError: `n` is below 1 or above the number of examples.
     """
     if not 1 <= n <= len(examples):
-        raise ValueError(f"n={n}, but there are {len(examples)} examples: choose 1 to {len(examples)}")
+        raise ValueError(f"--limit {n}, but there are {len(examples)} examples: choose 1 to {len(examples)}")
     return take(examples, sorted(random.Random(f"{seed} sample").sample(range(len(examples)), n)))
 
 

@@ -16,11 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
 from rich.console import Console
 
 from smartmops.base import load_base
@@ -31,8 +29,10 @@ from smartmops.federated.federate import client_task
 from smartmops.federated.messages import Job, Reply, unpack
 from smartmops.flower.frames import receive, send
 from smartmops.flower.simulation import QUIET
+from smartmops.options.federation import ClientConfig
+from smartmops.options.limits import check
+from smartmops.options.training import TaskConfig
 from smartmops.training.fingerprint import of_base
-from smartmops.training.task import TaskConfig
 
 console = Console()
 
@@ -40,22 +40,6 @@ ATTEMPTS, PAUSE, LASTING = 4, 5.0, 60.0  # of starting the SuperNode; seconds be
 ASKING = 5.0  # seconds between looks whether the server is there
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; every message waits for it on either side
 Answer = Callable[[str, bytes], bytes]  # kind and blob in, blob out
-
-
-@dataclass(kw_only=True)
-class ClientConfig:
-    """One client of a real federation: a model, a file of examples, and the server's address."""
-
-    data: Path  # JSONL; it stays on this machine
-    server: str  # HOST:PORT
-    keys: Path  # the folder of this client that `federate-keys` made
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # the same as the server's
-    name: str | None = None  # None: the data's file name without its ending
-    template: str = "auto"  # as the server's
-    max_length: int = 512  # tokens; as the server's
-    activations: str = "auto"  # as for `train`
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen weights; as the server's
-    max_wait: float | None = None  # seconds without a server after which the client ends; None: it waits
 
 
 def federate_client(config: ClientConfig) -> int:
@@ -80,13 +64,7 @@ def _check(config: ClientConfig) -> None:
 
     if not find_spec("flwr"):
         raise ImportError("a real federation needs Flower: pip install 'smartmops[federated]'")
-    host, _, port = config.server.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"server={config.server!r}: give HOST:PORT, such as server.example.org:9092")
-    for name in ("client.key", "ca.crt"):
-        if not (config.keys / name).is_file():
-            raise ValueError(f"keys={str(config.keys)!r} has no {name}: give the folder that `smartmops federate-keys` "
-                             "made for this client")  # fmt: skip
+    check(config)
 
 
 def worker_of_file(config: ClientConfig) -> Worker:

@@ -7,7 +7,6 @@ Knows files and curves. What leaves this folder, and to whom, is said by its lay
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,17 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
+from smartmops.options.federation import KeysConfig
+from smartmops.options.limits import check
+
 console = Console()
-
-
-@dataclass(kw_only=True)
-class KeysConfig:
-    """Keys of a federation. What is there already stays; a new client is added by naming it."""
-
-    out: Path = Path("keys")
-    clients: tuple[str, ...]  # names of the client machines
-    hosts: tuple[str, ...] = ("localhost", "127.0.0.1")  # names and addresses under which clients reach the server
-    days: int = 365  # that the server's certificate is valid
 
 
 def make_keys(config: KeysConfig) -> list[Path]:
@@ -35,7 +27,7 @@ def make_keys(config: KeysConfig) -> list[Path]:
         ValueError: no clients are named, one twice, or by a name that is no file name; or no host.
         ImportError: `cryptography` is missing.
     """
-    _check(config)
+    check(config)
     written = []
     if not (config.out / "ca.key").is_file():
         written += _authority_and_server(config)
@@ -48,18 +40,6 @@ def make_keys(config: KeysConfig) -> list[Path]:
     console.print(f"{len(written)} files written to {config.out}: copy {config.out / 'server'} to the server, each "
                   f"folder in {config.out / 'clients'} to that client, {config.out / 'ca.key'} nowhere")  # fmt: skip
     return written
-
-
-def _check(config: KeysConfig) -> None:
-    if not config.clients:
-        raise ValueError("0 clients named: name at least one, such as --clients berlin paris")
-    if not config.hosts:
-        raise ValueError("0 hosts named: name what clients call the server, such as --hosts server.example.org")
-    for name in config.clients:
-        if not name or name.startswith(".") or set(name) & set("/\\\0"):
-            raise ValueError(f"client {name!r} is no file name: choose letters, digits, - and _")
-    if len(set(config.clients)) < len(config.clients):
-        raise ValueError(f"a client is named twice in {', '.join(config.clients)}: name each once")
 
 
 def _write(file: Path, content: bytes, secret: bool = False) -> Path:

@@ -14,17 +14,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from smartmops.federated.admission import check_config
-from smartmops.federated.federate import FederateConfig, federate
+from smartmops.federated.federate import federate
 from smartmops.federated.messages import Transport
 from smartmops.flower.transport import OverFlower, OverSocket
+from smartmops.options.federation import FederateConfig, ServerConfig
+from smartmops.options.limits import check
 
 from .client import beside, forwarding, free_port, surroundings
 from .front import Front, standing
@@ -63,18 +64,6 @@ root-certificates = "{certificate}"
 """
 
 
-@dataclass(kw_only=True)
-class ServerConfig(FederateConfig):
-    """The server of a real federation. DATA is the server's own: it is what perplexity is measured on."""
-
-    keys: Path  # the folder `server` that `federate-keys` made
-    clients: int  # clients to wait for
-    host: str = "0.0.0.0"
-    port: int = 9092
-    message_limit: int = 256  # MB that one message of a client may have
-    patience: float = 600.0  # seconds to wait for the clients
-
-
 def federate_server(config: ServerConfig) -> dict[str, Any]:
     """`federate` over clients that run `smartmops federate-client`; the run folder is the same.
 
@@ -109,15 +98,7 @@ def _check(config: ServerConfig) -> None:
 
     if not find_spec("flwr"):
         raise ImportError("a real federation needs Flower: pip install 'smartmops[federated]'")
-    check_config(config)
-    for name in ("ca.crt", "server.crt", "server.key", "clients"):
-        if not (config.keys / name).exists():
-            raise ValueError(f"keys={str(config.keys)!r} has no {name}: give the folder `server` that `smartmops "
-                             "federate-keys` made")  # fmt: skip
-    known = len(list((config.keys / "clients").glob("*.pub")))
-    if known < config.clients:
-        raise ValueError(f"clients={config.clients}, but there are keys of {known} in {config.keys / 'clients'}: make "
-                         f"more with `smartmops federate-keys`, or choose 1 to {known}")  # fmt: skip
+    check(config)
 
 
 @contextmanager

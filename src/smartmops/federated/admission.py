@@ -1,4 +1,4 @@
-"""What is refused before any training: settings that cannot work, and clients that do not belong. Reads no data."""
+"""What is refused before any training: clients that do not belong. Reads no data."""
 
 from __future__ import annotations
 
@@ -10,27 +10,6 @@ from smartmops.training.runs import versions
 from .messages import VERSION, Failure, Hello, unpack
 
 DECIDING = ("torch", "transformers", "peft", "smartmops")  # packages whose versions decide the numbers
-
-
-def check_config(config: Any) -> None:
-    """What can be known of a `FederateConfig` before anything is loaded.
-
-    Raises:
-        ValueError: rounds, steps, quorum or clients are outside their limits, or privacy is asked for with what it
-            does not cover.
-    """
-    for name in ("rounds", "local_steps", "clients_per_round", "attempts", "eval_every", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}: choose 1 or more")
-    asked, there = config.clients_per_round, config.clients
-    if config.clients_data is None and config.partition != "source" and asked > there:
-        raise ValueError(f"clients_per_round={asked}, but there are {there} clients: choose 1 to {there}")
-    if config.quorum is not None and not 1 <= config.quorum <= asked:
-        raise ValueError(f"quorum={config.quorum}, but {asked} clients are asked in a round: choose 1 to {asked}")
-    plain = config.aggregation == "fedavg" and not config.share_above and not config.server_steps
-    if config.noise_multiplier is not None and not plain:
-        raise ValueError(f"noise_multiplier={config.noise_multiplier} goes with plain averaging: leave aggregation, "
-                         "share_above and server_steps at their defaults")  # fmt: skip
 
 
 def admitted(found: Mapping[int, bytes], config: Any, base: str, experts: Sequence[str]) -> list[int]:

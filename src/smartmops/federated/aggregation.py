@@ -9,37 +9,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from smartmops.options.federation import AggregationConfig
 
 from .messages import Failure, Reply, unpack
 
 BETAS, TAU = (0.9, 0.99), 1e-3  # of FedAdam, as in Reddi et al. 2021
 WORDS = 1 << 20  # bytes that an answer may have beyond its arrays
 JUDGES = 3  # updates it takes before one of them can be called too large
-
-
-@dataclass(kw_only=True)
-class AggregationConfig:
-    """How the clients' updates become one.
-
-    Raises:
-        ValueError: a number is outside its limits.
-    """
-
-    aggregation: Literal["fedavg", "uniform", "fedadam", "trimmed-mean", "median", "expert-weighted"] = "fedavg"
-    trim: float = 0.1  # trimmed-mean: share of clients left out at either end, for every number by itself
-    server_lr: float = 0.01  # fedadam: the server's rate
-    norm_limit: float = 10.0  # an update is refused whose norm is above so many times the round's median
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.trim < 0.5:
-            raise ValueError(f"trim={self.trim}: choose a share from 0 up to, but not, 0.5")
-        for name in ("server_lr", "norm_limit"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: choose a number above 0")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor
 
-from smartmops.training.baselines import MethodConfig, parameter_groups
+from smartmops.options.method import MethodConfig
+from smartmops.training.baselines import parameter_groups
 from smartmops.training.pretrain import instructions
 from smartmops.training.runs import versions
 from smartmops.training.task import Task

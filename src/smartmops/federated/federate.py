@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.filesize import decimal
 from torch import Tensor
 
 from smartmops.base import load_base
 from smartmops.data.example import Example
-from smartmops.data.partition import PartitionConfig, partition, read_clients
+from smartmops.data.partition import partition, read_clients
 from smartmops.data.template import Template
-from smartmops.training.baselines import EMBEDDED_RATE
+from smartmops.lock import alone
+from smartmops.options import limits
+from smartmops.options.federation import FederateConfig
+from smartmops.options.method import EMBEDDED_RATE
+from smartmops.options.training import TaskConfig
 from smartmops.training.card import keep
 from smartmops.training.evaluate import Evaluation, evaluate, samples
-from smartmops.training.fingerprint import of_base
+from smartmops.training.fingerprint import inputs_of, of_base
 from smartmops.training.runs import Run
-from smartmops.training.task import Task, TaskConfig
+from smartmops.training.task import Task
 
-from .admission import admitted, check_config
-from .aggregation import AggregationConfig, Aggregator, Layout, check
+from .admission import admitted
+from .aggregation import Aggregator, Layout, check
 from .client import (
     Worker,
     adapter_words,
@@ -39,53 +41,20 @@ from .client import (
     train_locally,
 )
 from .messages import Local, Transport
-from .privacy import PrivacyConfig, Private
-from .rounds import RoundsConfig, Server, State
+from .privacy import Private
+from .rounds import Server, State
 
 console = Console()
 
-CENTRAL = {"mops": "mops", "fedprompt": "prompt-tuning", "fedlora": "lora"}  # what trains centrally under another name
-METHODS = "mops; fedprompt: the same prompts in one group, without a gate; fedlora: LoRA"
-ENGINES = Literal["in-process", "flower-simulation"]
 
-
-@dataclass(kw_only=True)
-class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfig, PrivacyConfig):
-    """Train one adapter over clients whose data stay with them. DATA is partitioned, or the server's own."""
-
-    out: Path  # run folder
-    method: Annotated[Literal["mops", "fedprompt", "fedlora"], tyro.conf.arg(help=METHODS)] = "mops"  # type: ignore[assignment]
-    recovery_prompts: int = (
-        0  # of the server, which would train them on data that clients hold; give it data of its own
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen base; the same on every client's machine
-    expert_kind: Literal["keys_values", "hidden_states"] = "hidden_states"  # of one layer, as in the paper: fewer bytes
-    batch_size: int = 1  # examples of a local step, as in the paper
-    clients_data: Path | None = None  # a folder with one JSONL per client; DATA is then the server's own
-    skip_empty: bool = False  # leave clients without examples out, instead of refusing to start
-    engine: ENGINES = "in-process"
-    actors: int = 2  # of Flower's simulation: processes that train clients, each with a model of its own
-    allow_other_versions: bool = False  # of torch, transformers, peft at a client
-    samples_per_task: int = 2  # answers of the frozen and the adapted model, side by side in the report
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
-
-    def __post_init__(self) -> None:
-        AggregationConfig.__post_init__(self)
-        PrivacyConfig.__post_init__(self)
-
-    def central(self) -> TaskConfig:
-        """The same adapter and data as `train` knows them."""
-        given = {f.name: getattr(self, f.name) for f in fields(TaskConfig)}
-        return TaskConfig(**given | {"method": CENTRAL[self.method]})
-
-    def local(self) -> Local:
-        """Of every client's training; the seed is filled in for each."""
-        central = self.central()
-        absolute = central.method != "lora" and self.expert_kind == "hidden_states" and self.prompt_lr is None
-        rate = EMBEDDED_RATE[self.init] if absolute else central.rate
-        gate_rate = 1e-3 if self.gate_lr is None else self.gate_lr
-        return Local(self.local_steps, self.batch_size, rate, gate_rate, 0, self.proximal,
-                     half=self.payload == "float16", share_above=self.share_above)  # fmt: skip
+def local_of(config: FederateConfig) -> Local:
+    """Of every client's training; the seed is filled in for each."""
+    central = config.central()
+    absolute = central.method != "lora" and config.expert_kind == "hidden_states" and config.prompt_lr is None
+    rate = EMBEDDED_RATE[config.init] if absolute else central.rate
+    gate_rate = 1e-3 if config.gate_lr is None else config.gate_lr
+    return Local(config.local_steps, config.batch_size, rate, gate_rate, 0, config.proximal,
+                 half=config.payload == "float16", share_above=config.share_above)  # fmt: skip
 
 
 class InProcess:
@@ -172,7 +141,13 @@ def federate(config: FederateConfig, connect: Callable[[FederateConfig], Transpo
         ValueError: options, data, base or clients do not fit; the message names value, limit and way out.
         QuorumLost: too few clients answered, again and again.
     """
-    check_config(config)
+    limits.check(config)
+    with alone(config.out):
+        return _federate(config, connect)
+
+
+def _federate(config: FederateConfig, connect: Callable[[FederateConfig], Transport] | None) -> dict[str, Any]:
+    """`federate`, alone in the run folder."""
     run = Run.create(
         config.out,
         {"command": "federate", "arguments": asdict(config), "seed": config.seed, "base": config.model,
@@ -184,6 +159,7 @@ def federate(config: FederateConfig, connect: Callable[[FederateConfig], Transpo
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
     task = Task.load(config.central(), base, tokenizer)
+    run.same_inputs(inputs_of(task))
     here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
     held = holdings_of(config, task) if here else None
     frozen = evaluate(task.base, task.test, task.collator, progress=True)
@@ -240,7 +216,7 @@ def _server(
     def own(arrays: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         _take(model, arrays)
         rows, collate = task.feed(model)
-        local = replace(config.local(), steps=config.server_steps, seed=seed)
+        local = replace(local_of(config), steps=config.server_steps, seed=seed)
         train_locally(model, lambda chosen: collate([rows[i] for i in chosen]), range(len(rows)), local)
         return _given(model)
 
@@ -250,7 +226,7 @@ def _server(
     return Server(
         config=config,
         seed=config.seed,
-        local=config.local(),
+        local=local_of(config),
         adapter=adapter_words(model),
         base=base,
         constants={name: value.detach().cpu().clone() for name, value in arrays_of(model)[1].items()},

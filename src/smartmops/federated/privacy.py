@@ -10,7 +10,6 @@ import math
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,29 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smartmops.options.federation import PrivacyConfig
+
 DRAWS = 4  # normals summed for one number of noise
-
-
-@dataclass(kw_only=True)
-class PrivacyConfig:
-    """Differential privacy of clients.
-
-    Raises:
-        ValueError: a number is outside its limits.
-    """
-
-    noise_multiplier: float | None = None  # standard deviation of the noise on the sum, in clip_norms; None: no privacy
-    clip_norm: float = 1.0  # L2 norm to which a client's whole update is clipped
-    delta: float | None = None  # chance with which epsilon may fail to hold; None: 1 / clients^1.1
-    epsilon_budget: float | None = None  # training ends before a round that would exceed it
-
-    def __post_init__(self) -> None:
-        for name in ("noise_multiplier", "clip_norm", "epsilon_budget"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value}: choose a number above 0")
-        if self.delta is not None and not 0 < self.delta < 1:
-            raise ValueError(f"delta={self.delta}: choose a chance between 0 and 1, below 1 / clients")
 
 
 class Private:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,34 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smartmops.options.federation import AggregationConfig, RoundsConfig
 from smartmops.training.evaluate import Evaluation
 
-from .aggregation import AggregationConfig, Aggregator, Layout, Update, admit, drift
+from .aggregation import Aggregator, Layout, Update, admit, drift
 from .messages import Failure, Job, Local, Transport, pack
 from .privacy import Private
+from .quorum import QuorumLost
 
 console = Console()
-
-
-class QuorumLost(RuntimeError):
-    """Too few clients answered, again and again. The last whole round is in the checkpoint."""
-
-
-@dataclass(kw_only=True)
-class RoundsConfig:
-    """How many rounds of what length, with whom."""
-
-    clients_per_round: int = 10
-    rounds: int = 20
-    local_steps: int = 250  # optimiser steps of a client in a round
-    quorum: int | None = None  # answers without which a round does not count; None: half of clients_per_round
-    attempts: int = 3  # times a round without a quorum is tried, each with other clients
-    timeout: float | None = None  # seconds a round waits for its clients
-    eval_every: int = 1  # rounds between evaluations; the last round is always evaluated
-    payload: Literal["float32", "float16"] = "float32"  # of what is sent, both ways
-    share_above: float = 0.0  # a client keeps experts at home whose mean gate weight is not above it
-    proximal: float = 0.0  # mu of FedProx; 0: FedAvg's plain local training
-    server_steps: int = 0  # optimiser steps on the server's own examples after every round
 
 
 @dataclass

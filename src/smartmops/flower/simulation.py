@@ -15,10 +15,11 @@ import torch
 
 from smartmops.data.partition import read_clients
 from smartmops.data.tasks import splits
-from smartmops.federated.admission import check_config
 from smartmops.federated.client import Worker
-from smartmops.federated.federate import FederateConfig, federate, worker_of
+from smartmops.federated.federate import federate, worker_of
 from smartmops.federated.messages import Transport
+from smartmops.options.federation import FederateConfig
+from smartmops.options.limits import check
 
 from .transport import OverFlower
 
@@ -53,12 +54,9 @@ def simulate(config: FederateConfig) -> dict[str, Any]:
 
     Raises:
         ImportError: Flower is not installed.
-        ValueError: as `federate`; also where `actors` is outside its limits.
+        ValueError: as `federate`.
     """
-    check_config(config)
-    cores = os.cpu_count() or 1
-    if not 1 <= config.actors <= cores:
-        raise ValueError(f"actors={config.actors}, but this machine has {cores} cores: choose 1 to {cores}")
+    check(config)
     os.environ |= QUIET
     try:
         from flwr.clientapp import ClientApp

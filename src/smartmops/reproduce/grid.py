@@ -18,12 +18,15 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from smartmops.compression.compress import CompressConfig, compress
-from smartmops.federated.federate import FederateConfig, federate
-from smartmops.training.baselines import EMBEDDED_RATE, OURS, load_run
-from smartmops.training.loop import EMBEDDED_SETTING
+from smartmops.compression.compress import compress
+from smartmops.federated.federate import federate
+from smartmops.options.compression import CompressConfig, beside
+from smartmops.options.federation import FederateConfig
+from smartmops.options.method import EMBEDDED_RATE, OURS
+from smartmops.options.training import EMBEDDED_SETTING, TrainConfig
+from smartmops.training.baselines import load_run
 from smartmops.training.runs import Run, write_text
-from smartmops.training.trainer import TrainConfig, train
+from smartmops.training.trainer import train
 
 try:
     import fcntl
@@ -143,7 +146,7 @@ class Grid:
         began = time.perf_counter()
         folder = self.out / "runs" / cell.key
         common: dict[str, Any] = {"model": self.base(cell), "data": cell.data.path, "out": folder, "seed": cell.seed,
-                                  "limit": self.limit, "resume": True, "template": "plain",
+                                  "limit": self.limit, "resume": folder.exists(), "template": "plain",
                                   "dtype": "float32"}  # fmt: skip
         given = common | dict(cell.settings)
         if given.get("prompt_lr") is None and given.get("method") in OURS:
@@ -175,8 +178,9 @@ class Grid:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{name}.lock"), wait=True):
             if not (folder / "metrics.json").is_file():
-                compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=None if self.calibration
-                                        else self.limit, resume=True, **settings))  # fmt: skip
+                limit, begun = None if self.calibration else self.limit, folder.exists() or beside(folder).exists()
+                compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=limit, resume=begun,
+                                        **settings))  # fmt: skip
         return str(folder)
 
     def _merged(self, below: Cell) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
 from rich.console import Console
 
 from smartmops.evidence.page import markdown
+from smartmops.options.limits import check
+from smartmops.options.reproduce import ReproduceConfig
 from smartmops.training.runs import write_text
 
 from .grid import Base, Grid
@@ -21,43 +21,6 @@ from .studies import STUDIES, Study
 
 console = Console()
 
-Name = Literal[
-    "all", "table2", "table3", "table4", "table5", "table6", "table8", "figure3", "figure4", "figure5", "figure6",
-    "ablation", "unseen", "answers", "interference",
-]  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class ReproduceConfig:
-    """A table or figure of the paper on a model and data of your own, beside the paper's numbers.
-
-    Finished cells are kept as JSON under OUT/results and never run again; a killed grid goes on where it was, and
-    several processes may work on one grid. `all` goes through every name, and writes report.html.
-    """
-
-    name: Annotated[Name, tyro.conf.Positional]
-    model: str = "tiny"  # MODEL, dense; it is compressed as the table asks
-    data: tuple[str, ...] = ()  # DATA, or NAME=DATA; none given: the table's own (dolly, superni, or dolly alone)
-    out: Path | None = None  # None: runs/reproduce
-    bases: tuple[str, ...] = ()  # none given: the table's own
-    methods: tuple[str, ...] = ()  # lines of the table; none given: all
-    seeds: tuple[int, ...] = (0, 1, 2)
-    budget: float | None = None  # minutes; no cell is begun after them
-    limit: int | None = 5000  # examples drawn from each data set; 0: all
-    calibration: str | None = None  # DATA or text that pruning is calibrated on; None: each data set's training split
-    clients: int | None = None  # None: 100 (table 5: 10)
-    clients_per_round: int = 10
-    rounds: int = 20
-    local_steps: int = 250  # optimiser steps of a client in a round
-    steps: int | None = None  # of central training; None: 2 for every 5 that all clients make together, as in the paper
-    batch_size: int = 1  # examples
-    max_length: int = 512  # tokens; longer examples lose the end of their context
-    eval_every: int = 5  # rounds
-    tune: bool = True  # choose rates, and ranks of LoRA, on a part of the training split
-    rates: dict[str, float] = field(default_factory=dict)  # Adam's for prompts, by line: not chosen by validation then
-    activations: str = "auto"  # as for `train`
-    tables_only: bool = False  # run nothing, write pages from what is there
-
 
 def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     """Run the missing cells, write Markdown and pictures; returns how many cells there are and how many are missing.
@@ -65,6 +28,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     Raises:
         ValueError: data, base or method is unknown; the message names the way out.
     """
+    check(config)
     out = config.out or Path("runs/reproduce")
     out.mkdir(parents=True, exist_ok=True)
     until = math.inf if config.budget is None else time.monotonic() + 60 * config.budget

@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from statistics import mean
 from typing import Any
 
@@ -14,26 +14,19 @@ from smartmops.base import load_base
 from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.data.batches import Encoded, few_shot
+from smartmops.lock import alone
+from smartmops.options.limits import check
+from smartmops.options.training import CompareConfig
 
-from .baselines import Method
 from .card import keep
+from .early import check_split
 from .evaluate import Evaluation, evaluate, samples
-from .options import check, check_split
+from .fingerprint import inputs_of
 from .runs import Run
 from .task import Task, console
-from .trainer import TrainConfig, learn
+from .trainer import learn
 
 NAMES = {"prompt-tuning": "ungated", "input-prompt-tuning": "input_prompts"}  # what reports call a method
-
-
-@dataclass(kw_only=True)
-class CompareConfig(TrainConfig):
-    """A `TrainConfig` whose `method` gives way to several, each at its own learning rate."""
-
-    methods: dict[Method, float | None] = field(default_factory=lambda: {"prompt-tuning": None, "mops": None})
-    seeds: tuple[int, ...] = (0,)
-    sparsity: float | None = None  # prune the base by magnitude first: share of zeros
-    shots: int = 4  # solved examples in the context of the frozen model, as the mark to reach
 
 
 def shots_of(task: Task, count: int, max_length: int) -> list[Encoded]:
@@ -68,17 +61,23 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         ValueError: data, options or base do not fit, or a measure is asked for that only `train` takes.
     """
     check(config)
-    _check(config)
+    with alone(config.out):
+        return _compare(config)
+
+
+def _compare(config: CompareConfig) -> dict[str, Any]:
+    """`compare`, alone in the run folder."""
     run = Run.create(
         config.out,
         {"command": "compare", "arguments": asdict(config), "seeds": list(config.seeds), "base": config.model,
-         "data": config.data, "method": ", ".join(config.methods)},
+         "data": config.data, "method": ", ".join(config.compared)},
         config.resume,
     )  # fmt: skip
     if run.finished:
         return run.read_metrics()
     run.rewind(0)
     task = prepare(config, run)
+    run.same_inputs(inputs_of(task))
     check_split(config, len(task.train), len(task.test), 1)
     marks = evaluate(task.base, task.validation, task.collator) if task.validation else None
     gains: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -91,7 +90,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         ]
     seconds: dict[str, list[float]] = defaultdict(list)
     for seed in config.seeds:
-        for method, rate in config.methods.items():
+        for method, rate in config.compared.items():
             started = time.perf_counter()
             name = NAMES.get(method, method)
             settings = replace(config, method=method, prompt_lr=rate, seed=seed)
@@ -110,15 +109,6 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         metrics["validation"] = dict(gains)
     run.write_metrics(metrics)
     return metrics
-
-
-def _check(config: CompareConfig) -> None:
-    for name in ("answers_per_task", "interference_examples"):
-        if value := getattr(config, name):
-            raise ValueError(f"{name}={value}, but compare does not measure that: use train, once for each method")
-    if config.hold_out is not None and config.shots:
-        raise ValueError(f"hold_out={config.hold_out!r} leaves no solved examples of that task for shots="
-                         f"{config.shots}: choose shots=0")  # fmt: skip
 
 
 def _told(said: dict[str, Any]) -> str:

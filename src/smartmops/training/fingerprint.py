@@ -89,17 +89,35 @@ def of_base(base: Any, tokenizer: Any, template: Template) -> str:
     Take it unadapted. Content, not names, and no versions of libraries. Reads every weight once: about 1 GB/s for each
     core.
     """
-    settings = _stable(base.config.to_dict())
-    total = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-    weights = dict(sorted(base.state_dict().items()))
-    with ThreadPoolExecutor() as pool:
-        for name, digest in zip(weights, pool.map(_digest, weights.values()), strict=True):
-            total.update(name.encode() + b"\0" + digest)
-    words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str)
-    total.update(words.encode())
-    if template.source is not None:
-        total.update(template.source.encode())
+    total = blake2b(digest_size=16)
+    for digest in _of_parts(base, tokenizer, template).values():
+        total.update(digest.encode())
     return total.hexdigest()
+
+
+def inputs_of(task: Any) -> dict[str, str]:
+    """What tells the unadapted base, the template and the data of a `Task` from any others, each as 32 digits.
+
+    Which examples fit depends on the template, so data say something only where the template is the same.
+    """
+    examples = blake2b(digest_size=16)
+    for part in (task.train_examples, task.test_examples, [row.input_ids for row in task.validation]):
+        examples.update(len(part).to_bytes(8, "little"))
+        for each in part:
+            examples.update(repr(each).encode("utf-8", "backslashreplace"))
+    return _of_parts(task.base, task.tokenizer, task.template) | {"data set": examples.hexdigest()}
+
+
+def _of_parts(base: Any, tokenizer: Any, template: Template) -> dict[str, str]:
+    settings = _stable(base.config.to_dict())
+    weights = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    found = dict(sorted(base.state_dict().items()))
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(found, pool.map(_digest, found.values()), strict=True):
+            weights.update(name.encode() + b"\0" + digest)
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str)
+    words = blake2b(vocabulary.encode() + (template.source or "").encode(), digest_size=16)
+    return {"base": weights.hexdigest(), "tokenizer or template": words.hexdigest()}
 
 
 def _weights(below: nn.Module) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from smartmops.data.batches import Encoded, by_budget
+from smartmops.options.method import Texts, paragraphs
 from smartmops.tuner import null
 from smartmops.tuner.packed import IGNORED
 
@@ -163,14 +164,9 @@ def unrelated_texts(file: Path | None = None) -> list[str]:
     Raises:
         ValueError: the file cannot be read, or holds fewer than 20 texts.
     """
-    try:
-        text = (file or files("smartmops.training") / "unrelated.txt").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--unrelated {file} cannot be read ({error}): give a UTF-8 text file") from error
-    found = [part.strip() for part in text.split("\n\n") if part.strip()]
-    if len(found) < 20:
-        raise ValueError(f"--unrelated {file} holds {len(found)} texts: give 20 or more, with an empty line between")
-    return found
+    if file is not None and (said := Texts().wrong(file)) is not None:
+        raise ValueError(f"--unrelated {file}{said}")
+    return paragraphs((file or files("smartmops.training") / "unrelated.txt").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()

@@ -6,60 +6,28 @@ Knows a model with an adapter, rows and a schedule. Knows no data set, no run fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from smartmops.options.method import MethodConfig
+from smartmops.options.training import Schedule
 from smartmops.tuner.packed import Packed
 
 from . import ranks
-from .baselines import MethodConfig, parameter_groups
+from .baselines import parameter_groups
 from .evaluate import Evaluation
 from .kept import Kept, put_state
 from .progress import Steps
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
-# The setting of the results on the embedded base in experiments/ and of `reproduce`, whose cells do not name it:
-# experts are hidden states as in the paper, and the schedule is what Hugging Face's Trainer does by itself, with a
-# fixed warm-up and every example trained on.
-EMBEDDED_SETTING: dict[str, Any] = {
-    "lr_schedule": "linear", "warmup_steps": 50, "max_grad_norm": 1.0, "validation_share": 0.0,
-    "expert_kind": "hidden_states", "gate_lr": 1e-3,
-}  # fmt: skip
-
 
 class Diverged(ValueError):
     """The loss is no longer a finite number; the model holds the last state whose loss was."""
-
-
-@dataclass(kw_only=True)
-class Schedule:
-    """How long, how much at a time, from which seed."""
-
-    steps: int = 1000  # optimiser steps; 0: only what comes before training
-    batch_size: int = 16  # examples; of each process where a launcher started several
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # down to zero, or level; all after the warm-up
-    warmup: float = 0.06  # share of the steps
-    warmup_steps: int | None = None  # optimiser steps in place of the share, but at most a fifth of all
-    clip: float | None = 2.0  # gradients are cut to so many times their median norm of late; None: never
-    max_grad_norm: float | None = None  # an absolute norm to which they are cut instead
-    seed: int = 0
-    log_every: int = 20  # optimiser steps
-    save_every: int = 200  # optimiser steps between checkpoints a killed run resumes from
-    eval_every: int | None = None  # optimiser steps between evaluations on validation data; None: up to ten a run
-    patience: int | None = None  # evaluations without a better one, after which training ends; None: never
-
-    @property
-    def warm(self) -> int:
-        """Optimiser steps of the warm-up."""
-        if self.warmup_steps is not None:
-            return min(self.warmup_steps, self.steps // 5)
-        return round(self.warmup * self.steps)
 
 
 class _Trainer(Trainer):

@@ -7,9 +7,9 @@ function").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from smartmops.data.batches import Collator, Encoded, by_budget, pack
+from smartmops.options.method import GatePretraining
 from smartmops.tuner import MoPsConfig, keys_values
 from smartmops.tuner.packed import IGNORED
 
@@ -27,21 +28,6 @@ from .evaluate import batch_for
 from .gating import close as close
 
 SINKS = 4  # tokens at the start of a text that attention rests on, whatever they say
-
-
-@dataclass
-class GatePretraining:
-    """How the gate learns which expert an instruction is meant for."""
-
-    gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
-    gate_start: Literal["auto", "ridge", "gradient"] = (
-        "auto"  # in closed form, or by Adam; auto: ridge with keys_values
-    )
-    gate_pretraining_steps: int = 200  # Adam steps on all pooled instructions at once
-    gate_pretraining_lr: float = 1e-2
-    expert_names: tuple[str, ...] | None = (
-        None  # the task each expert is meant for; None: the tasks of the data, sorted
-    )
 
 
 def train_recovery(base: Any, rows: Sequence[Encoded], collator: Collator, count: int, steps: int, lr: float,

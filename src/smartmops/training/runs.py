@@ -2,9 +2,9 @@
 
 Knows files, atomicity and the words of an error. Knows no model, no tokens, and nothing of what the numbers mean.
 
-A run folder holds `config.json` (written first), `curves.jsonl` (grows), `gates.json`, `samples.jsonl`, `adapter/`,
-`checkpoints/` and `metrics.json`, which is written last: a run that has it is finished. Every file but the growing one
-appears whole or not at all. One process writes a folder: under several ranks, the first.
+A run folder holds `config.json` (written first), `inputs.json`, `curves.jsonl` (grows), `gates.json`, `samples.jsonl`,
+`adapter/`, `checkpoints/` and `metrics.json`, which is written last: a run that has it is finished. Every file but the
+growing one appears whole or not at all. One process writes a folder: under several ranks, the first.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from smartmops.options.folders import half_written, held_by, refused
 
 PACKAGES = ("torch", "transformers", "peft", "smartmops")
 MAY_DIFFER = ("versions", "arguments.out", "arguments.resume")  # a moved folder or a newer library is the same run
@@ -103,29 +105,24 @@ class Run:
     def create(cls, path: Path | str, config: Mapping[str, Any], resume: bool = False) -> Run:
         """Start a run in a new or empty folder, or take one up again.
 
-        `versions` is added to `config`, and `seeds` (a list) where only `seed` is given. With `resume`, a folder that
-        is new or empty starts afresh, so one command line serves for the first start and every later one; the caller
-        looks at `finished` and, once it knows the checkpoint, calls `rewind`. Changed versions are warned about.
+        `versions` is added to `config`, and `seeds` (a list) where only `seed` is given. With `resume`, an empty folder
+        starts afresh, since a kill may leave one; one that is not there is refused, since its name may be mistyped.
+        The caller looks at `finished` and, once it knows the checkpoint, calls `rewind`. Changed versions are warned
+        about.
 
         Raises:
             FileExistsError: The folder holds something and `resume` is off, or holds something that is no run.
+            FileNotFoundError: `resume` is on and there is no such folder.
             NotADirectoryError: `path` is a file.
             ValueError: `config` names no seed, or differs from the stored one in a key that decides the numbers.
         """
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"--out {path} is a file: choose a folder")
         if "seed" not in config and "seeds" not in config:
             raise ValueError("the run's config names no seed, so it could not be repeated: give it `seed` or `seeds`")
         asked = _plain({**config, "versions": versions(), "seeds": config.get("seeds", [config.get("seed")])})
-        held = sorted(item.name for item in path.iterdir() if not _half_written(item)) if path.exists() else []
-        if held and not resume:
-            raise FileExistsError(f"--out {path} exists and holds {_describe(path, held)}")
-        if held and "config.json" not in held:
-            raise FileExistsError(
-                f"--resume: {path} is no run, it holds {held[0]} but no config.json: choose another folder"
-            )
-        return cls._take_up(path, asked) if held else cls._start(path, asked)
+        if (error := refused(path, resume)) is not None:
+            raise error
+        return cls._take_up(path, asked) if held_by(path) else cls._start(path, asked)
 
     @classmethod
     def _start(cls, path: Path, config: dict[str, Any]) -> Run:
@@ -227,6 +224,23 @@ class Run:
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write every number the command printed. This finishes the run, so it comes last."""
         write_text(self.path / "metrics.json", _dump(_plain(metrics)))
+
+    def same_inputs(self, found: Mapping[str, str]) -> None:
+        """Keep fingerprints of what the run is made of, by name; in a resumed run, compare them with those kept.
+
+        Raises:
+            ValueError: they differ.
+        """
+        file = self.path / "inputs.json"
+        then = _read_object(file) if file.is_file() else {}
+        for name, now in found.items():
+            if then.get(name, now) != now:
+                raise ValueError(
+                    f"--resume: {self.path} was started with another {name} (fingerprint {then[name]}, now {now}): "
+                    "give what it was started with, or choose another folder with --out"
+                )
+        if not then:
+            write_text(file, _dump(dict(found)))
 
     def write_gates(self, gates: Mapping[str, Any]) -> None:
         """Write mean gate weights: `{"experts": [name], "before": {task: [weight]}, "after": {task: [weight]}}`."""
@@ -355,25 +369,13 @@ def _show(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- files
-def _half_written(item: Path) -> bool:
-    return item.name.startswith(".") and item.name.endswith(_TEMPORARY)
-
-
 def _sweep(path: Path) -> None:
     """Remove what a killed writer left half done."""
     for item in list(path.iterdir()):
-        if item.is_dir() and (_half_written(item) or item.name == _REPLACED):
+        if item.is_dir() and (half_written(item) or item.name == _REPLACED):
             shutil.rmtree(item)
-        elif _half_written(item):
+        elif half_written(item):
             item.unlink()
-
-
-def _describe(path: Path, held: list[str]) -> str:
-    """What a folder holds, and the way out."""
-    if "config.json" not in held:
-        return f"files of something else ({held[0]}{', ...' if len(held) > 1 else ''}): choose another folder"
-    kind = "a finished run" if "metrics.json" in held else "an unfinished run"
-    return f"{kind}: choose another folder, or resume with --resume"
 
 
 def _sync(file: Path) -> None:

@@ -17,11 +17,10 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from smartmops.data.batches import Encoded
+from smartmops.options.method import MethodConfig
 
-from .baselines import MethodConfig
+from .baselines import peft_config
 from .pretrain import instructions
-
-TOLD = ("oracle", "nearest-cluster")  # methods whose gate is told what to choose
 
 
 def told(
@@ -43,7 +42,7 @@ def told(
             raise ValueError(f"{len(tasks)} tasks for experts={method.experts}: choose experts={len(tasks)}")
         known, asked = ([tasks.index(row.category) for row in rows] for rows in (train, test))
         return _marked(train, known, method.experts), _marked(test, asked, method.experts)
-    config = replace(method, method="mops", embedder=None).peft()
+    config = peft_config(replace(method, method="mops", embedder=None))
     model = get_peft_model(base, config)
     seen = instructions(model, train)
     later = instructions(model, test) if test else seen[:0]

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Float
 from peft import PeftModel
 from rich.console import Console
@@ -25,18 +24,19 @@ from smartmops.data.frames import gate_frame
 from smartmops.data.stored import take
 from smartmops.data.tasks import splits
 from smartmops.data.template import Template, check_template
+from smartmops.options.method import OURS, TOLD, GatePretraining, MethodConfig
+from smartmops.options.training import TaskConfig, ValidationConfig
 from smartmops.tuner import MoPsModel
 from smartmops.tuner.gate import by_expert
 
 from . import gating, ranks
 from .activations import ActivationCache, free_memory
 from .answer_states import AnswerStates
-from .baselines import OURS, MethodConfig, build
+from .baselines import build
+from .early import check_base, check_hold_out, check_split, warn_of_calibration
 from .evaluate import Evaluation, evaluate
-from .options import check_base, check_hold_out, check_split, warn_of_calibration
 from .pretrain import (
     Embedder,
-    GatePretraining,
     assign,
     initialise,
     instructions,
@@ -44,48 +44,11 @@ from .pretrain import (
     standardise,
     train_recovery,
 )
-from .selection import TOLD, level, told, wire
-from .validation import ValidationConfig, hold_out
+from .selection import level, told, wire
+from .validation import hold_out
 
 console = Console()
 GATED = ("mops", "uniform-gate", "top-1")  # methods whose gate reads the model itself
-
-
-@dataclass(kw_only=True)
-class TaskConfig(MethodConfig, GatePretraining):
-    """What is adapted to which data, and how both are read."""
-
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]  # folder, *.gguf, hub id, smollm2, tiny
-    data: str
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: bfloat16 where it is faster
-    template: str = "auto"  # chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one
-    max_length: int = 512  # tokens; longer examples lose the end of their context
-    limit: int | None = None  # use only so many examples, drawn at random (the paper: 5000)
-    test_share: float = 0.1  # of each category
-    batch_size: int = 16  # examples; of each process where a launcher started several
-    seed: int = 0  # of experts, gate and order
-    data_seed: int = 0  # of the draw and the split, so that runs of different seeds are tested on the same examples
-    validation: bool = False  # hold out a part of the training split instead of the test split: to choose settings by
-    hold_out: str | None = None  # a category to train nothing on, tested all the same: what an unseen task gains
-    recovery_prompts: int | None = None  # frozen prompts at the input, trained first; None: 10 with hidden_states
-    recovery_steps: int = 20  # optimiser steps
-    recovery_lr: float = 0.03
-    activations: str = (
-        "auto"  # what the lower half makes of the data: kept in memory if it fits; memory, off or a folder
-    )
-    rows: str = "memory"  # texts and tokens of the data: kept in memory, or written to a folder and mapped from there
-
-    @property
-    def recovered_by(self) -> int:
-        """Number of recovery prompts."""
-        if self.recovery_prompts is not None:
-            return self.recovery_prompts
-        return 10 if self.expert_kind == "hidden_states" else 0  # the best in the ablation of docs/evidence.md
-
-    @property
-    def folder(self) -> Path | None:
-        """That texts and tokens are mapped from."""
-        return None if self.rows == "memory" else Path(self.rows)
 
 
 @dataclass

@@ -6,40 +6,30 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
+from smartmops.lock import alone
+from smartmops.options.limits import check
+from smartmops.options.method import OURS, TOLD
+from smartmops.options.training import Schedule, TrainConfig
 
 from . import gating, ranks
 from .answers import questions, score
-from .baselines import OURS
 from .card import keep
 from .evaluate import Evaluation, samples
+from .fingerprint import inputs_of
 from .interference import interference
 from .kept import Kept, state_of
-from .loop import Diverged, Schedule, fit
-from .options import check
+from .loop import Diverged, fit
 from .progress import Phases
 from .runs import Run, check_adapter
-from .selection import TOLD
-from .task import Task, TaskConfig
-from .validation import ValidationConfig, settle, spacing
+from .task import Task
+from .validation import settle, spacing
 
 __all__ = ["Diverged", "Schedule", "TrainConfig", "fit", "last_checkpoint", "learn", "train"]
-
-
-@dataclass(kw_only=True)
-class TrainConfig(TaskConfig, ValidationConfig, Schedule):
-    """Everything `smartmops train` takes. DATA is office, dolly, superni, a JSONL file, a folder or a hub id."""
-
-    out: Path  # run folder
-    samples_per_task: int = 2  # answers of the frozen and the adapted model, side by side in the report
-    answers_per_task: int = 0  # test examples of each task answered by both and scored: ROUGE-L and exact match
-    answer_tokens: int = 48  # at which a scored answer ends that has not ended itself
-    interference_examples: int = 0  # of each training task, whose gradients on the prompts are compared; not for PEFT's
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -79,18 +69,29 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train one method on one data set and write the run folder; returns what `metrics.json` holds.
 
     Raises:
+        BlockingIOError: another process writes `out`.
         FileExistsError: `out` holds a run already and `resume` is off.
-        ValueError: data, options or base do not fit; the message names value, limit and way out.
+        FileNotFoundError: `resume` is on and there is no `out`.
+        ValueError: data, options or base do not fit, or with `resume` are others than at the start; the message names
+            value, limit and way out.
         Diverged: the loss is not finite; the last good adapter is in `out`/adapter.
     """
-    check(config)
     ranks.join()
+    ranks.first_does(lambda: check(config))
+    with ExitStack() as held:
+        ranks.first_does(lambda: held.enter_context(alone(config.out)))
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> dict[str, Any]:
+    """`train`, alone in the run folder."""
     run, metrics = ranks.first_does(lambda: _begin(config))
     if metrics:
         return metrics
     phases = Phases()
     with phases("prepare"):
         task = Task.load(config)
+        ranks.first_does(lambda: run.same_inputs(inputs_of(task)))
         asked = _asked(config, task)
     shared = config.expert_kind == "keys_values" and config.method in OURS and task.recovery is None
     shared = shared and config.method not in TOLD and ranks.world() == 1  # then the base's states serve both

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from smartmops.data.example import Example
 from smartmops.data.stored import take
+from smartmops.options.training import Schedule, ValidationConfig
 from smartmops.tuner import MoPsModel
 
 from .gating import close
 from .kept import Kept, put_state
-from .loop import Schedule
 
 console = Console()
 ENOUGH = 5  # examples of a task, from which on one is held out
@@ -32,14 +31,6 @@ SAVED = {
     "closed": " The saved adapter answers as the base does.",
     "untrained": " The saved adapter is in its state before training.",
 }
-
-
-@dataclass(kw_only=True)
-class ValidationConfig:
-    """What is held out of the training split, so that the best state can be kept."""
-
-    validation_share: float = 0.1  # of each task's training examples: the state best on them is kept; 0: the last one
-    validation_limit: int = 200  # examples at most
 
 
 def hold_out(

@@ -1,0 +1,1 @@
+"""Every option of every command: its name, its default, its limits. Imports nothing that takes time to import."""

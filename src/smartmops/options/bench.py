@@ -1,0 +1,78 @@
+"""Options of `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from .folders import OutFolder, refused
+from .limits import Count, Number, OneOf, Options, Several, Whole
+from .training import Data
+
+RATIOS = (
+    "train_vs_prompt_tuning", "train_vs_lora", "train_vs_padded", "first_epoch_vs_prompt_tuning",
+    "train_memory_vs_prompt_tuning", "prefill_vs_bare", "decode_vs_bare_batch_1", "decode_vs_bare_batch_8",
+    "mixed_batch_vs_lora", "matrix_peak_share", "experts_70_vs_7", "gate_pretraining_seconds",
+)  # fmt: skip
+POSITIONS = 4096  # of the random model
+Ratio = Annotated[str, OneOf(RATIOS)]
+Positions = Annotated[int, Number(f"1 to {POSITIONS}, the positions of the model", 1, POSITIONS)]
+Threads = Annotated[int, Number("1 to 1024", 1, 1024)]
+Words = Annotated[int, Number("4 or more", 4, 2**31 - 1)]
+Sizes = tuple[Count, ...]
+
+
+@dataclass
+class BenchConfig(Options):
+    """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run."""
+
+    out: OutFolder  # run folder
+    data: Data = "office"  # whose examples give the lengths: office, dolly, superni, a JSONL file, a folder or a hub id
+    only: Annotated[tuple[Ratio, ...], tyro.conf.arg(metavar="NAME...")] = ()  # ratios to measure; none named: all
+    repeats: Count = 5  # of each side, taking turns; the median counts
+    threads: Threads = 2  # of torch
+    growth: bool = False  # also measure over experts, sequence length and size of the data
+    batches: Count = 8  # different batches, the same for every side
+    batch_size: Count = 8  # examples
+    max_length: Positions = 512  # tokens
+    layers: Count = 16
+    hidden: Count = 512
+    intermediate: Count = 1376
+    heads: Count = 8
+    vocabulary: Words = 32000
+    injection_layer: Whole = 5  # first decoder layer (from 0) that sees the experts
+    experts: Count = 7
+    prompts_per_expert: Count = 10
+    many_experts: Count = 70  # against `experts`
+    prompt_tokens: Positions = 200  # of an instruction, for prefill and decode
+    new_tokens: Positions = 32  # generated
+    gate_examples: Count = 4500  # of gate pretraining
+    peak_sizes: Annotated[Sizes, Several("1024")] = (1024, 1536, 2048, 3072, 4096)  # square matrices, for the peak
+    growth_experts: Annotated[Sizes, Several("7")] = (7, 14, 35, 70, 140, 350, 700)
+    growth_lengths: Annotated[Sizes, Several("64")] = (64, 128, 256, 512, 1024, 2048)  # tokens of each row
+    growth_examples: Annotated[Sizes, Several("1000")] = (1_000, 3_000, 10_000, 30_000, 100_000)
+    growth_tokens: Count = 8  # of each of those examples
+
+    @property
+    def width(self) -> int:
+        """K, the number of prompts."""
+        return self.experts * self.prompts_per_expert
+
+    def problems(self) -> Iterator[str]:
+        """Whether the shape is one."""
+        if self.injection_layer >= self.layers:
+            yield (f"--injection-layer {self.injection_layer}, but the model is given --layers {self.layers}: choose 0 "
+                   f"to {self.layers - 1}")  # fmt: skip
+        if self.hidden % (2 * self.heads):
+            yield (f"--hidden {self.hidden} cannot be shared out in pairs among --heads {self.heads}: choose a "
+                   f"multiple of {2 * self.heads}")  # fmt: skip
+        if self.prompt_tokens + self.new_tokens > POSITIONS:
+            yield (f"--prompt-tokens {self.prompt_tokens} and --new-tokens {self.new_tokens} are more than the model's "
+                   f"{POSITIONS} positions: choose fewer")  # fmt: skip
+
+    def taken(self) -> OSError | None:
+        """As `Options`."""
+        return refused(self.out, False)

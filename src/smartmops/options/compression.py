@@ -1,0 +1,115 @@
+"""Options of `compress`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from .folders import OutFolder, held_by, missing, near
+from .limits import LARGEST, Count, NotNegative, Number, OneOf, Options, Seed, Share, Text
+from .training import Base, Zeros
+
+Method = Literal["sparsegpt", "wanda", "magnitude"]
+Quantisation = Literal["int8", "nf4", "int8-torchao"]
+TEXT_ENDINGS = (".txt", ".raw", ".md", ".xz")  # of plain text; anything else is DATA
+Calibration = Annotated[str, Text("DATA or a text file")]
+Length = Annotated[int, Number("2 tokens or more, such as 2048", 2, LARGEST)]
+
+
+@dataclass(frozen=True)
+class OfEvery:
+    """`n:m` in the paper's notation: prune n of every m."""
+
+    def wrong(self, value: str) -> str | None:
+        """As `limits.Limit`."""
+        parts = numbers_of(value)
+        if parts and 0 < parts[0] < parts[1]:
+            return None
+        return ": n:m prunes n of every m, so choose 0 < n < m, such as 7:8 or 2:4"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A name that torch knows, as far as its form says."""
+
+    def wrong(self, value: str) -> str | None:
+        """As `limits.Limit`."""
+        return None if re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d+)?)", value) else ": choose cpu, cuda, cuda:N, xpu or mps"
+
+
+def beside(out: Path) -> Path:
+    """The folder of what is half done."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def numbers_of(pattern: str) -> tuple[int, int] | None:
+    """The two numbers of `n:m`; None where it is none."""
+    parts = pattern.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
+        return None
+    return int(parts[0]), int(parts[1])
+
+
+@dataclass(kw_only=True)
+class CompressConfig(Options):
+    """Everything `smartmops compress` takes: prune to `sparsity` or `pattern`, or quantise, or one after the other."""
+
+    model: Base  # folder, *.gguf, hub id, smollm2, tiny
+    out: OutFolder  # model folder
+    method: Method = "sparsegpt"
+    sparsity: Zeros | None = None  # share of zeros in each linear layer of the decoder, such as 0.75
+    pattern: Annotated[str, OfEvery()] | None = None  # n:m prunes n of every m inputs, such as 7:8
+    int8: bool = False  # LLM.int8() of bitsandbytes, after pruning
+    int8_engine: Annotated[str, OneOf(("bitsandbytes", "torchao")), tyro.conf.arg(metavar="{bitsandbytes,torchao}")] = (
+        "bitsandbytes"
+    )
+    nf4: bool = False  # 4-bit NormalFloat of bitsandbytes, after pruning
+    calibration: Calibration | None = (
+        None  # DATA or a text file to calibrate and measure on; None: office, for tiny only
+    )
+    sequences: Count = 128  # calibration sequences
+    sequence_length: Length | None = None  # tokens; None: as text and positions of the model allow, at most 2048
+    block_size: Count = 128  # columns SparseGPT solves at once
+    damping: NotNegative = 0.01  # share of the Hessian's mean diagonal
+    seed: Seed = 0  # of the draw of calibration sequences
+    data_seed: Seed = 0  # the --data-seed `train` will have: it draws the test split, which calibration must not see
+    limit: Count | None = None  # the --limit `train` will have
+    test_share: Share = 0.1  # the --test-share `train` will have
+    batch_size: Count = 8  # sequences that go through a layer at once
+    device: Annotated[str, Device()] | None = None  # where a layer is solved; None: the GPU if there is one
+    resume: bool = False  # go on where a killed compression stopped
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """What `load_base` calls it."""
+        if self.nf4:
+            return "nf4"
+        return None if not self.int8 else "int8" if self.int8_engine == "bitsandbytes" else "int8-torchao"
+
+    def problems(self) -> Iterator[str]:
+        """What options have to do with each other."""
+        if self.int8 and self.nf4:
+            yield "--int8 and --nf4 are both asked for: choose one"
+        if self.sparsity is not None and self.pattern is not None:
+            yield f"--sparsity {self.sparsity} and --pattern {self.pattern} are both asked for: choose one"
+        if self.sparsity is None and self.pattern is None and self.quantisation is None:
+            yield "nothing to do: give --sparsity 0.75 or --pattern 7:8, --int8 or --nf4"
+        pruned = (self.sparsity, self.pattern) != (None, None)
+        if pruned and self.calibration is None and self.method != "magnitude" and self.model != "tiny":
+            yield f"no calibration text for {self.model}: give --calibration a text file, or the DATA it will serve"
+
+    def taken(self) -> OSError | None:
+        """As `Options`."""
+        partial, held = beside(self.out), held_by(self.out)
+        if held and not (self.resume and "compression.json" in held):
+            return FileExistsError(f"--out {self.out} exists and is not empty: choose another folder")
+        if partial.exists() and not self.resume:
+            return FileExistsError(f"{partial} holds an unfinished compression: go on with --resume, or delete it")
+        if self.resume and not self.out.exists() and not partial.exists():
+            return missing(self.out, near(self.out, "compression.json"))
+        return None

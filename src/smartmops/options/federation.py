@@ -1,0 +1,226 @@
+"""Options of `federate`, and of its server, clients and keys on machines of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from .folders import Existing, OutFolder, refused
+from .limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole
+from .training import Activations, Base, TaskConfig, Template
+
+CENTRAL = {"mops": "mops", "fedprompt": "prompt-tuning", "fedlora": "lora"}  # what trains centrally under another name
+METHODS = "mops; fedprompt: the same prompts in one group, without a gate; fedlora: LoRA"
+ENGINES = Literal["in-process", "flower-simulation"]
+LARGEST_ALPHA = 1e6  # clients are alike long before; sums of draws for far larger ones overflow
+Alpha = Annotated[float, Number("a number above 0 and at most 1000000, such as 0.5", 0, LARGEST_ALPHA, above=True)]
+Skew = Annotated[float, Number("1 or more (15 in the paper)", 1)]
+Trim = Annotated[float, Number("a share from 0 up to, but not, 0.5", 0, 0.5, below=True)]
+Chance = Annotated[float, Number("a chance between 0 and 1, below 1 / clients", 0, 1, above=True, below=True)]
+Mass = Annotated[float, Number("a gate weight from 0 to below 1", 0, 1, below=True)]
+Clients = Annotated[Path, Existing("a folder with one JSONL file for each client", folder=True)]
+
+
+@dataclass
+class PartitionConfig(Options):
+    """How examples are shared out among clients."""
+
+    clients: Count = 100  # with partition=source, there is one for each source instead
+    partition: Literal["skewed", "dirichlet", "source"] = "skewed"  # the paper's appendix A; or as the data's sources
+    skew: Skew = 15.0  # skewed: how many times the examples of other parts the largest part of a category has
+    skew_of: Literal["each", "rest"] = "each"  # skewed: times each other part, or times all other parts together
+    dirichlet_alpha: Alpha = 0.5  # dirichlet: concentration; towards 0 a category has one holder, above 100 all alike
+
+
+@dataclass(kw_only=True)
+class RoundsConfig(Options):
+    """How many rounds of what length, with whom."""
+
+    clients_per_round: Count = 10
+    rounds: Count = 20
+    local_steps: Count = 250  # optimiser steps of a client in a round
+    quorum: Count | None = None  # answers without which a round does not count; None: half of clients_per_round
+    attempts: Count = 3  # times a round without a quorum is tried, each with other clients
+    timeout: Positive | None = None  # seconds a round waits for its clients
+    eval_every: Count = 1  # rounds between evaluations; the last round is always evaluated
+    payload: Literal["float32", "float16"] = "float32"  # of what is sent, both ways
+    share_above: Mass = 0.0  # a client keeps experts at home whose mean gate weight is not above it
+    proximal: NotNegative = 0.0  # mu of FedProx; 0: FedAvg's plain local training
+    server_steps: Whole = 0  # optimiser steps on the server's own examples after every round
+
+
+@dataclass(kw_only=True)
+class AggregationConfig(Options):
+    """How the clients' updates become one."""
+
+    aggregation: Literal["fedavg", "uniform", "fedadam", "trimmed-mean", "median", "expert-weighted"] = "fedavg"
+    trim: Trim = 0.1  # trimmed-mean: share of clients left out at either end, for every number by itself
+    server_lr: Positive = 0.01  # fedadam: the server's rate
+    norm_limit: Positive = 10.0  # an update is refused whose norm is above so many times the round's median
+
+
+@dataclass(kw_only=True)
+class PrivacyConfig(Options):
+    """Differential privacy of clients."""
+
+    noise_multiplier: Positive | None = None  # standard deviation of the sum's noise, in clip_norms; None: no privacy
+    clip_norm: Positive = 1.0  # L2 norm to which a client's whole update is clipped
+    delta: Chance | None = None  # chance with which epsilon may fail to hold; None: 1 / clients^1.1
+    epsilon_budget: Positive | None = None  # training ends before a round that would exceed it
+
+
+@dataclass(kw_only=True)
+class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfig, PrivacyConfig):
+    """Train one adapter over clients whose data stay with them. DATA is partitioned, or the server's own."""
+
+    out: OutFolder  # run folder
+    method: Annotated[Literal["mops", "fedprompt", "fedlora"], tyro.conf.arg(help=METHODS)] = "mops"  # type: ignore[assignment]
+    recovery_prompts: Whole = (
+        0  # of the server, which would train them on data that clients hold; give it data of its own
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen base; the same on every client's machine
+    expert_kind: Literal["keys_values", "hidden_states"] = "hidden_states"  # of one layer, as in the paper: fewer bytes
+    batch_size: Count = 1  # examples of a local step, as in the paper
+    clients_data: Clients | None = None  # a folder with one JSONL per client; DATA is then the server's own
+    skip_empty: bool = False  # leave clients without examples out, instead of refusing to start
+    engine: ENGINES = "in-process"
+    actors: Count = 2  # of Flower's simulation: processes that train clients, each with a model of its own
+    allow_other_versions: bool = False  # of torch, transformers, peft at a client
+    samples_per_task: Whole = 2  # answers of the frozen and the adapted model, side by side in the report
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
+
+    def central(self) -> TaskConfig:
+        """The same adapter and data as `train` knows them."""
+        given = {f.name: getattr(self, f.name) for f in fields(TaskConfig)}
+        return TaskConfig(**given | {"method": CENTRAL[self.method]})
+
+    @property
+    def shares_data_out(self) -> bool:
+        """Whether DATA is cut into as many parts as there are clients."""
+        return self.clients_data is None and self.partition != "source"
+
+    def trained(self) -> list[str]:
+        """As `TaskConfig`."""
+        return [CENTRAL[self.method]]
+
+    def problems(self) -> Iterator[str]:
+        """What options have to do with each other."""
+        yield from super().problems()
+        asked, there = self.clients_per_round, self.clients
+        if self.shares_data_out and asked > there:
+            yield f"--clients-per-round {asked}, but there are {there} clients: choose 1 to {there}"
+        if self.quorum is not None and self.quorum > asked:
+            yield f"--quorum {self.quorum}, but {asked} clients are asked in a round: choose 1 to {asked}"
+        cores = os.cpu_count() or 1
+        if self.engine == "flower-simulation" and self.actors > cores:
+            yield f"--actors {self.actors}, but this machine has {cores} cores: choose 1 to {cores}"
+        plain = self.aggregation == "fedavg" and not self.share_above and not self.server_steps
+        if self.noise_multiplier is not None and not plain:
+            yield (f"--noise-multiplier {self.noise_multiplier} goes with plain averaging: leave --aggregation, "
+                   "--share-above and --server-steps at their defaults")  # fmt: skip
+        if self.aggregation == "expert-weighted" and (self.method != "mops" or self.experts < 2):
+            yield ("--aggregation expert-weighted needs at least 2 experts, but this adapter has none: choose --method "
+                   "mops, or another aggregation")  # fmt: skip
+
+    def taken(self) -> OSError | None:
+        """As `Options`."""
+        return refused(self.out, self.resume)
+
+
+@dataclass(kw_only=True)
+class ServerConfig(FederateConfig):
+    """The server of a real federation. DATA is the server's own: it is what perplexity is measured on."""
+
+    keys: Annotated[Path, Existing("the folder `server` that `smartmops federate-keys` made", folder=True)]  # of those
+    clients: Count  # clients to wait for
+    host: Annotated[str, Text("a name or address of this machine, such as 0.0.0.0")] = "0.0.0.0"
+    port: Port = 9092
+    message_limit: Count = 256  # MB that one message of a client may have
+    patience: Positive = 600.0  # seconds to wait for the clients
+
+    @property
+    def shares_data_out(self) -> bool:
+        """As `FederateConfig`: clients bring data of their own."""
+        return False
+
+    def problems(self) -> Iterator[str]:
+        """As `FederateConfig`; and whether the keys are there."""
+        yield from super().problems()
+        if self.clients_per_round > self.clients:
+            yield (f"--clients-per-round {self.clients_per_round}, but there are {self.clients} clients: choose 1 to "
+                   f"{self.clients}")  # fmt: skip
+        missing = [
+            name for name in ("ca.crt", "server.crt", "server.key", "clients") if not (self.keys / name).exists()
+        ]
+        if missing:
+            yield (f"--keys {self.keys} has no {missing[0]}: give the folder `server` that `smartmops federate-keys` "
+                   "made")  # fmt: skip
+            return
+        known = len(list((self.keys / "clients").glob("*.pub")))
+        if known < self.clients:
+            yield (f"--clients {self.clients}, but there are keys of {known} in {self.keys / 'clients'}: make more "
+                   f"with `smartmops federate-keys`, or choose 1 to {known}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Address:
+    """HOST:PORT."""
+
+    def wrong(self, value: str) -> str | None:
+        """As `limits.Limit`."""
+        host, _, port = value.rpartition(":")
+        good = host and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536
+        return None if good else ": give HOST:PORT, such as server.example.org:9092"
+
+
+@dataclass(kw_only=True)
+class ClientConfig(Options):
+    """One client of a real federation: a model, a file of examples, and the server's address."""
+
+    data: Annotated[Path, Existing("a JSONL file")]  # JSONL; it stays on this machine
+    server: Annotated[str, Address()]  # HOST:PORT
+    keys: Annotated[Path, Existing("the folder that `smartmops federate-keys` made for this client", folder=True)]
+    model: Base  # the same as the server's
+    name: Annotated[str, Text("a name")] | None = None  # None: the data's file name without its ending
+    template: Template = "auto"  # as the server's
+    max_length: Count = 512  # tokens; as the server's
+    activations: Activations = "auto"  # as for `train`
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen weights; as the server's
+    max_wait: Positive | None = None  # seconds without a server after which the client ends; None: it waits
+
+    def problems(self) -> Iterator[str]:
+        """Whether the keys are there."""
+        for name in ("client.key", "ca.crt"):
+            if not (self.keys / name).is_file():
+                yield (f"--keys {self.keys} has no {name}: give the folder that `smartmops federate-keys` made for "
+                       "this client")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """Names that files can have."""
+
+    def wrong(self, value: tuple[str, ...]) -> str | None:
+        """As `limits.Limit`."""
+        for name in value:
+            if not name or name.startswith(".") or set(name) & set("/\\\0"):
+                return f": {name!r} is no file name, choose letters, digits, - and _"
+        return None
+
+
+@dataclass(kw_only=True)
+class KeysConfig(Options):
+    """Keys of a federation. What is there already stays; a new client is added by naming it."""
+
+    out: OutFolder = Path("keys")
+    clients: Annotated[tuple[str, ...], Several("berlin paris"), FileNames()]  # names of the client machines
+    hosts: Annotated[tuple[Annotated[str, Text("a name")], ...], Several("server.example.org")] = (
+        "localhost",
+        "127.0.0.1",
+    )  # names and addresses under which clients reach the server
+    days: Annotated[int, Number("1 to 36500 days", 1, 36500)] = 365  # that the server's certificate is valid

@@ -1,0 +1,166 @@
+"""Files and folders that options name: what can be made, what is there, and what lies near a mistyped name.
+
+Knows paths. Writes nothing that stays.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+MARK = ".lock"  # of a folder that a process writes; says nothing of what the folder holds
+NEAR = 3  # folders that are named where the one asked for is not there
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that is there and can be written, or that can be made."""
+
+    def wrong(self, value: Any) -> str | None:
+        """As `limits.Limit`."""
+        return unmade(Path(value))
+
+
+@dataclass(frozen=True)
+class Writable:
+    """A file that can be written."""
+
+    def wrong(self, value: Any) -> str | None:
+        """As `limits.Limit`."""
+        path = Path(value)
+        return " is a folder: name a file in it" if path.is_dir() else unmade(path.parent)
+
+
+@dataclass(frozen=True)
+class WordOrFolder:
+    """One of some words, or a folder; one that is new must look like one, so that no typing error becomes one."""
+
+    words: tuple[str, ...]
+
+    def wrong(self, value: Any) -> str | None:
+        """As `limits.Limit`."""
+        if value in self.words:
+            return None
+        separators = [each for each in (os.sep, os.altsep) if each]
+        if not value or not (Path(value).exists() or any(each in value for each in separators)):
+            return f": choose {', '.join(self.words)}, or a folder such as .{os.sep}{value or 'cache'}"
+        return unmade(Path(value))
+
+
+@dataclass(frozen=True)
+class WordOrFile:
+    """One of some words, or a file that is there."""
+
+    words: tuple[str, ...]
+    what: str
+
+    def wrong(self, value: Any) -> str | None:
+        """As `limits.Limit`."""
+        if value in self.words or Path(value).is_file():
+            return None
+        return f": choose {', '.join(self.words)}, or {self.what}"
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A file, or with `folder` a folder, that is there."""
+
+    what: str
+    folder: bool = False
+
+    def wrong(self, value: Any) -> str | None:
+        """As `limits.Limit`."""
+        path = Path(value).expanduser()
+        if not path.exists():
+            return f" does not exist: give {self.what}{near(path)}"
+        if path.is_dir() != self.folder:
+            return f" is a {'file' if self.folder else 'folder'}: give {self.what}"
+        return None
+
+
+OutFolder = Annotated[Path, Folder()]
+OutFile = Annotated[Path, Writable()]
+
+
+def unmade(path: Path) -> str | None:
+    """Why a folder cannot be made or written, as it stands behind its name; None: it can be."""
+    try:
+        if path.exists():
+            if not path.is_dir():
+                return " is a file: choose a folder"
+            return None if os.access(path, os.W_OK | os.X_OK) else " cannot be written: choose another folder"
+        above = next(each for each in path.absolute().parents if each.exists())
+        if not above.is_dir():
+            return f" cannot be made, {above} is a file: choose another folder"
+        first = path.absolute()
+        while first.parent != above:
+            first = first.parent
+        with suppress(FileExistsError):  # another process asks, or makes it, at this moment
+            first.mkdir()  # the only question that every file system answers truly
+            with suppress(OSError):
+                first.rmdir()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return f" cannot be made ({reason}): choose another folder"
+    return None
+
+
+def held_by(path: Path) -> list[str]:
+    """Names of what a folder holds, but for what is half written; none of one that is not there."""
+    found = path.iterdir() if path.is_dir() else iter(())
+    return sorted(item.name for item in found if item.name != MARK and not half_written(item))
+
+
+def half_written(item: Path) -> bool:
+    """Whether a kill left it."""
+    return item.name.startswith(".") and item.name.endswith(".tmp")
+
+
+def refused(path: Path, resume: bool) -> OSError | None:
+    """Why no run can start in a folder, or with `resume` go on there; None: it can."""
+    if path.exists() and not path.is_dir():
+        return NotADirectoryError(f"--out {path} is a file: choose a folder")
+    held = held_by(path)
+    if resume and not path.exists():
+        return missing(path, near(path, "config.json"))
+    if held and not resume:
+        return FileExistsError(f"--out {path} exists and holds {_described(held)}")
+    if held and "config.json" not in held:
+        return FileExistsError(
+            f"--resume: {path} is no run, it holds {held[0]} but no config.json: choose another folder"
+        )
+    return None
+
+
+def missing(path: Path, others: str) -> OSError:
+    """There is nothing to resume; `others` are folders with something, as `near` names them."""
+    return FileNotFoundError(f"--resume: --out {path} does not exist, so there is nothing to go on with: mend the "
+                             f"name{others}, or leave --resume away to start")  # fmt: skip
+
+
+def _described(held: list[str]) -> str:
+    """What a folder holds, and the way out."""
+    if "config.json" not in held:
+        return f"files of something else ({held[0]}{', ...' if len(held) > 1 else ''}): choose another folder"
+    kind = "a finished run" if "metrics.json" in held else "an unfinished run"
+    return f"{kind}: choose another folder, or resume with --resume"
+
+
+def near(path: Path, holding: str | None = None) -> str:
+    """The names beside `path` that are most like it, as the end of a sentence; empty where there are none.
+
+    With `holding`, only folders that hold a file of that name.
+    """
+    try:
+        beside = [item.name for item in path.absolute().parent.iterdir() if not item.name.startswith(".")
+                  and (holding is None or (item / holding).is_file())]  # fmt: skip
+    except OSError:
+        return ""
+    most = 0.0 if holding else 0.6
+    found = difflib.get_close_matches(path.name, beside, NEAR, most)
+    return f" (there {'are' if len(found) > 1 else 'is'} {', '.join(str(path.parent / name) for name in found)})" if (
+        found) else ""  # fmt: skip

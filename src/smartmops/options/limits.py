@@ -1,0 +1,192 @@
+"""What values an option may have, declared beside it, and the one check of all of them.
+
+A limit stands in the annotation of a field of a config: `batch_size: Count = 16`, where `Count` is
+`Annotated[int, Number("1 or more", 1)]`. What concerns several options, a config's own `problems` says. Knows limits,
+and how options are typed; knows no option.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+
+import tyro
+
+LARGEST = 2**31 - 1  # of a count: what every library takes
+
+
+@runtime_checkable
+class Limit(Protocol):
+    """What an option must be."""
+
+    def wrong(self, value: Any) -> str | None:
+        """What is wrong with `value`, and the way out, as it stands behind option and value; None: nothing."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number in a range; `above` and `below` leave out the ends themselves."""
+
+    words: str  # behind "choose"
+    low: int | float = -math.inf
+    high: int | float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def wrong(self, value: Any) -> str | None:
+        """As `Limit`."""
+        high = value < self.high if self.below else value <= self.high
+        low = value > self.low if self.above else value >= self.low
+        if low and high and math.isfinite(value):
+            return None
+        too_large = self.high == LARGEST and value > self.high
+        return f": choose {f'at most {LARGEST}' if too_large else self.words}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    def wrong(self, value: Any) -> str | None:
+        """As `Limit`."""
+        return None if value in self.words else f": choose {listed(self.words)}"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words that are not blank."""
+
+    what: str
+
+    def wrong(self, value: Any) -> str | None:
+        """As `Limit`."""
+        if not value.strip():
+            return f" is blank: give {self.what}"
+        return " holds a null character: leave it out" if "\0" in value else None
+
+
+@dataclass(frozen=True)
+class Several:
+    """One at least, each once."""
+
+    what: str
+
+    def wrong(self, value: Any) -> str | None:
+        """As `Limit`."""
+        if not value:
+            return f" is given nothing: name at least one, such as {self.what}"
+        twice = [each for number, each in enumerate(value) if each in value[:number]]
+        return f": {twice[0]} is named twice, name each once" if twice else None
+
+
+Count = Annotated[int, Number("1 or more", 1, LARGEST)]
+Whole = Annotated[int, Number("0 or more", 0, LARGEST)]
+Seed = Annotated[int, Number("0 to 4294967295", 0, 2**32 - 1)]
+Port = Annotated[int, Number("1 to 65535", 1, 65535)]
+Rate = Annotated[float, Number("a finite rate of 0 or more", 0)]
+Positive = Annotated[float, Number("a finite number above 0", 0, above=True)]
+NotNegative = Annotated[float, Number("a finite number of 0 or more", 0)]
+Share = Annotated[float, Number("a share between 0 and 1, such as 0.1", 0, 1, above=True, below=True)]
+
+
+def listed(words: Any) -> str:
+    """`a, b or c`."""
+    texts = [str(word) for word in words]
+    return " or ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else texts[0]
+
+
+def typed(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+class Options:
+    """What a config of a command is asked beside the limits of its fields."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with several options together; asked once each is right by itself."""
+        yield from ()
+
+    def taken(self) -> OSError | None:
+        """Why nothing can be written where it is to be written, or gone on with there; None: it can."""
+        return None
+
+
+def check(config: Options) -> None:
+    """Whether every option of a config is within its limits, and whether what it writes has a place.
+
+    Raises:
+        ValueError: some are not; one line for each, with its value, its limit and the way out.
+        OSError: the place alone is wrong: taken already, or not there where it is to be gone on with.
+    """
+    found = list(dict.fromkeys(_each(config))) or list(dict.fromkeys(config.problems()))
+    if (place := config.taken()) is not None:
+        if not found:
+            raise place
+        found = [*found, *([str(place)] if not any(line.startswith("--out ") for line in found) else [])]
+    if found:
+        raise ValueError("\n".join(found))
+
+
+@cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """The annotations of a config's fields, limits included."""
+    assert is_dataclass(kind)
+    found = get_type_hints(kind, include_extras=True)
+    return {each.name: found[each.name] for each in fields(kind)}
+
+
+def _each(config: Any) -> Iterator[str]:
+    for name, hint in hints_of(config.__class__).items():
+        value = getattr(config, name)
+        for item, wrong in _wrong(hint, value):
+            said = " ".join(map(str, item)) if isinstance(item, tuple) else str(item)
+            yield " ".join(filter(None, (_shown(name, hint), said))) + wrong
+
+
+def _shown(name: str, hint: Any) -> str:
+    """As it is typed; what has no name on the command line, by its place there."""
+    positional = get_origin(hint) is Annotated and tyro.conf.Positional in hint.__metadata__
+    return name.upper() if positional else typed(name)
+
+
+def _wrong(hint: Any, value: Any) -> Iterator[tuple[Any, str]]:
+    """What of a value is wrong, and why."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        found = list(_wrong(inner[0], value))
+        limits = [each for each in hint.__metadata__ if isinstance(each, Limit)]
+        yield from found or ((value, said) for limit in limits if (said := limit.wrong(value)) is not None)
+    elif origin in (Union, types.UnionType):
+        if value is not None or type(None) not in inner:
+            kinds = [each for each in inner if each is not type(None)]
+            answers = [list(_wrong(each, value)) for each in kinds]
+            yield from [] if [] in answers else answers[0]
+    elif origin is Literal:
+        if value not in inner:
+            yield value, f": choose {listed(inner)}"
+    elif origin is tuple:
+        for each in value:
+            yield from _wrong(inner[0], each)
+    elif origin in (dict, Mapping):
+        for key, each in value.items():
+            yield from _wrong(inner[0], key)
+            yield from ((f"{key} {item}", said) for item, said in _wrong(inner[1], each))
+    elif isinstance(hint, type) and not _is(hint, value):
+        yield value, f": give {NAMES.get(hint, hint.__name__)}"
+
+
+NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "True or False"}
+
+
+def _is(kind: type, value: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, (int,) if kind is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -1,0 +1,185 @@
+"""Options of what is trained on top of a frozen base, and of how its gate starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from .limits import Count, Number, Positive, Rate, Several, Text, Whole, typed
+
+Method = Literal[
+    "mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3", "uniform-gate", "oracle", "nearest-cluster", "top-1"
+]
+# The same experts under other gates: even weights; the true task; the nearest centre; the highest weight alone.
+OTHER_GATES = ("uniform-gate", "oracle", "nearest-cluster", "top-1")
+OURS = ("mops", "prompt-tuning", *OTHER_GATES)  # that enter at the injection layer
+TOLD = ("oracle", "nearest-cluster")  # methods whose gate is told what to choose
+
+EMBEDDED_RATE = {
+    "hidden_states": 0.3,
+    "random": 0.03,
+}  # absolute, for hundreds of steps (experiments/office/tuning.json)
+OTHER_RATE = {"input-prompt-tuning": 0.03, "lora": 2e-3, "ia3": 1e-2}
+
+FEWEST = 20  # texts of no task that a null expert is fitted by
+MOST_PROMPTS = 1_000_000  # of an adapter: more than any model attends to
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A text file of enough texts."""
+
+    def wrong(self, value: Path) -> str | None:
+        """As `limits.Limit`."""
+        try:
+            count = len(paragraphs(value.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            return f" cannot be read ({error}): give a UTF-8 text file"
+        return None if count >= FEWEST else f" holds {count} texts: give {FEWEST} or more, with an empty line between"
+
+
+def paragraphs(text: str) -> list[str]:
+    """Of a text, without the empty lines between."""
+    return [part.strip() for part in text.split("\n\n") if part.strip()]
+
+
+Unrelated = Annotated[Path, Texts()]
+Embedder = Annotated[str, Text("a folder or hub id")]
+Weight = Number("a weight from 0 (all is left to the base) to 1, or more than 1 (nothing is)", 0)
+From = Annotated[float, Weight]
+
+
+@dataclass
+class MethodConfig:
+    """What is trained on top of the frozen base."""
+
+    method: Method = "mops"
+    experts: Count = 7
+    prompts_per_expert: Count = 10
+    expert_kind: Literal["keys_values", "hidden_states"] = "keys_values"  # of every layer from the injection layer up;
+    # hidden_states: of that layer, as in the paper
+    shared_prompts: Whole = 0  # columns beside the experts that every row sees at full strength
+    prefix_attention: Literal["joint", "separate", "linear"] = "joint"  # with the text in one softmax; in one of its
+    # own, weighted per head from zero; or without softmax
+    visible_to: Literal["all", "answers"] | None = None  # text tokens that see experts; None: answers, with keys_values
+    null_expert: bool | None = None  # leave text unlike the training instructions to the base; None: with keys_values
+    null_threshold: From = 0.5  # weight of the null expert from which on a text is left to the base entirely
+    unrelated: Unrelated | None = None  # texts of no task, to fit the null expert by; None: those that come with it
+    gate_layer: Whole | None = None  # layer whose hidden states the gate reads; None: where tasks are told apart best
+    # if answers alone see experts, else the injection layer
+    injection_layer: Whole | None = (
+        None  # first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)
+    )
+    gate_target: Literal["attention", "hidden_states"] = "attention"
+    gate_input: Literal["instruction", "sequence"] = "instruction"
+    gate_granularity: Literal["expert", "prompt"] = "expert"
+    expert_attention: Literal["isolated", "causal"] = "isolated"
+    init: Literal["hidden_states", "random"] = "hidden_states"
+    gate_hidden_size: Count = 64
+    gate_temperature: Positive = 1.0
+    gate_top_k: Count | None = None
+    gate_renormalise: bool = True  # False: the weights that gate_top_k leaves do not sum to one
+    keep_recovery_prompts: bool = True
+    lora_rank: Count = 2  # rank r and alpha as in the paper's appendix E
+    lora_alpha: Count = 32
+    lora_from: Whole = 0  # first decoder layer (from 0) with LoRA
+    lora_match: Literal["none", "parameters", "memory"] = "none"  # rank for as many trained numbers as MoPs have;
+    # memory: that, and from the injection layer up, so that the backward pass goes no deeper than theirs
+    relative_lr: Rate = 0.03  # Adam's rate for prompts, as a share of their root mean square
+    prompt_lr: Rate | None = None  # the same, absolute, and the rate of LoRA and IA3; None: relative_lr, or tuned ones
+    gate_lr: Rate | None = None  # Adam's rate for the gate; None: a share of 0.003 of its weights' root mean square
+    embedder: Embedder | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
+
+    @property
+    def rate(self) -> float:
+        """Adam's rate of everything but the gate; of prompts without a rate of their own, relative to their size."""
+        if self.prompt_lr is not None:
+            return self.prompt_lr
+        return OTHER_RATE.get(self.method, self.relative_lr)
+
+    @property
+    def answers_alone(self) -> bool:
+        """Whether experts are seen by answers alone."""
+        return self.visible_to == "answers" or (self.visible_to is None and self.expert_kind == "keys_values")
+
+    @property
+    def leaves_to_base(self) -> bool:
+        """Whether there is a null expert."""
+        wanted = self.expert_kind == "keys_values" if self.null_expert is None else self.null_expert
+        return wanted and self.method == "mops"
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the gate can start from ridge scores."""
+        return self.expert_kind == "keys_values" and self.gate_granularity == "expert" and self.method == "mops"
+
+    def excluded(self) -> str | None:
+        """Names of modules below `lora_from`, as a regular expression."""
+        return rf".*\.({'|'.join(map(str, range(self.lora_from)))})\..*" if self.lora_from else None
+
+
+@dataclass
+class GatePretraining:
+    """How the gate learns which expert an instruction is meant for."""
+
+    gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
+    gate_start: Literal["auto", "ridge", "gradient"] = (
+        "auto"  # in closed form, or by Adam; auto: ridge with keys_values
+    )
+    gate_pretraining_steps: Whole = 200  # Adam steps on all pooled instructions at once
+    gate_pretraining_lr: Rate = 1e-2
+    expert_names: Annotated[tuple[str, ...], Several("summary")] | None = (
+        None  # the task each expert is meant for; None: the tasks of the data, sorted
+    )
+
+
+def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
+    """What options of our own methods have to do with each other, and with the methods that are trained."""
+    ours = any(method in OURS for method in methods)
+    wanted = {
+        "visible_to": config.visible_to, "null_expert": config.null_expert, "unrelated": config.unrelated,
+        "shared_prompts": config.shared_prompts, "gate_layer": config.gate_layer,
+        "prefix_attention": None if config.prefix_attention == "joint" else config.prefix_attention,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        if value in (None, 0, False):
+            continue
+        if not ours:
+            yield (f"{typed(name)} {value} is of experts, and --method {methods[0]} has none: choose --method mops, or "
+                   "leave it away")  # fmt: skip
+        elif (value == "answers" or name == "prefix_attention") and config.expert_kind == "hidden_states":
+            yield (f"{typed(name)} {value} needs --expert-kind keys_values, but it is hidden_states: choose that, or "
+                   f"leave {typed(name)} away")  # fmt: skip
+    if ours and config.expert_kind == "keys_values" and config.gate_target == "hidden_states":
+        yield ("--gate-target hidden_states scales prompts that run through the layers, and those of --expert-kind "
+               "keys_values do not: choose --gate-target attention, or --expert-kind hidden_states")  # fmt: skip
+    groups = config.experts * (1 if config.gate_granularity == "expert" else config.prompts_per_expert)
+    if config.gate_top_k is not None and config.gate_top_k > groups:
+        yield (f"--gate-top-k {config.gate_top_k}, but there are {groups} gate weights: choose 1 to {groups}, or leave "
+               "it away for all")  # fmt: skip
+    if config.experts * config.prompts_per_expert > MOST_PROMPTS:
+        yield (f"--experts {config.experts} of --prompts-per-expert {config.prompts_per_expert} are "
+               f"{config.experts * config.prompts_per_expert} prompts: choose {MOST_PROMPTS} at most")  # fmt: skip
+
+
+def gate_problems(config: GatePretraining, experts: int) -> Iterator[str]:
+    """What the names of experts have to do with their number."""
+    names = config.expert_names
+    if names is not None and len(names) > experts:
+        yield (f"--expert-names {' '.join(names)} are {len(names)} names, but there are --experts {experts}: name "
+               f"{experts} at most, or choose --experts {len(names)}")  # fmt: skip
+
+
+def unmet_by_shape(config: MethodConfig, methods: Sequence[str], layers: int) -> Iterator[str]:
+    """Which options name layers that a base of so many `layers` has not got."""
+    last = layers - 1
+    ours = any(method in OURS for method in methods)
+    if ours and config.injection_layer is not None and config.injection_layer > last:
+        yield f"--injection-layer {config.injection_layer}, but this model has {layers} layers: choose 0 to {last}"
+    if ours and config.gate_layer is not None and config.gate_layer > layers:
+        yield (f"--gate-layer {config.gate_layer}, but this model has {layers} layers: choose 0 to {layers}, or leave "
+               "it away")  # fmt: skip
+    if "lora" in methods and config.lora_from > last:
+        yield f"--lora-from {config.lora_from}, but this model has {layers} layers: choose 0 to {last}"

@@ -1,0 +1,68 @@
+"""Options of the commands that read finished runs: `evaluate`, `inspect` and `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .folders import OutFile, near
+from .limits import Count, Options, Text, Whole
+from .training import Data
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that a run was written to; with `finished`, to its end."""
+
+    def wrong(self, value: Path) -> str | None:
+        """As `limits.Limit`."""
+        if not value.is_dir():
+            what = "is a file" if value.exists() else "does not exist"
+            return f" {what}: give a run folder, as written by --out{near(value, 'config.json')}"
+        if not (value / "config.json").is_file():
+            return " has no config.json, so it is no run folder: give a folder written by --out"
+        if not (value / "metrics.json").is_file():
+            return " is unfinished, it has no metrics.json: finish it with --resume, or give a finished run"
+        return None
+
+
+FinishedRun = Annotated[Path, RunFolder()]
+
+
+@dataclass
+class EvaluateConfig(Options):
+    """Perplexity of a run's adapter over response tokens, overall and per task; answers where asked for."""
+
+    run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
+    data: Data | None = None  # None: the test split of the data the run was trained on
+    max_length: Count | None = None  # tokens; None: as in training
+    batch_size: Count = 32
+    answers: Whole = 0  # examples of each task answered, frozen and adapted, and scored: ROUGE-L and exact match
+    answer_tokens: Count = 48  # at which an answer ends that has not ended itself
+
+
+@dataclass
+class InspectConfig(Options):
+    """Which experts fire, and how much, for an instruction."""
+
+    run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
+    text: Annotated[str, Text("an instruction")]  # instruction
+    context: str = ""
+    max_new_tokens: Count = 48
+
+
+@dataclass
+class ReportConfig(Options):
+    """One self-contained report.html of one or several runs."""
+
+    runs: Annotated[tuple[FinishedRun, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]  # run folders
+    out: OutFile | None = None  # None: report.html in the first run folder
+
+    def problems(self) -> Iterator[str]:
+        """Whether there is a run."""
+        if not self.runs:
+            yield "0 run folders given: name at least one, such as runs/quickstart"

@@ -1,0 +1,173 @@
+"""Command lines that cannot work, each with what must be said of it: for the suite, and for scripts/sweep_wrong_inputs.
+
+`DIR` stands for a folder that `prepare` filled; `NEW` for a name in it where nothing is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+TRAIN = "train tiny --data DIR/doc.jsonl --batch-size 4 --experts 3 --steps 2 --out NEW"
+COMPARE = "compare tiny --data DIR/doc.jsonl --steps 2 --experts 3 --batch-size 4 --out NEW"
+FEDERATE = "federate tiny --data DIR/doc.jsonl --clients 4 --clients-per-round 2 --out NEW"
+COMPRESS = "compress tiny --out NEW --sparsity 0.5"
+WRONG: list[tuple[str, str]] = [
+    # sizes, rates and shares of training
+    (f"{TRAIN} --batch-size 1000000", "--batch-size 1000000, but there are 54 training examples: choose 1 to 54"),
+    (f"{TRAIN} --batch-size 0", "--batch-size 0: choose 1 or more"),
+    (f"{TRAIN} --batch-size 99999999999", "--batch-size 99999999999: choose at most 2147483647"),
+    (f"{TRAIN} --batch-size 4.5", "--batch-size"),
+    (f"{TRAIN} --steps -5", "--steps -5: choose 0 or more"),
+    (f"{TRAIN} --prompt-lr -1", "--prompt-lr -1.0: choose a finite rate of 0 or more"),
+    (f"{TRAIN} --prompt-lr nan", "--prompt-lr nan: choose a finite rate"),
+    (f"{TRAIN} --prompt-lr inf", "--prompt-lr inf: choose a finite rate"),
+    (f"{TRAIN} --gate-lr -0.1", "--gate-lr -0.1: choose a finite rate"),
+    (f"{TRAIN} --recovery-lr nan", "--recovery-lr nan: choose a finite rate"),
+    (f"{TRAIN} --relative-lr inf", "--relative-lr inf: choose a finite rate"),
+    (f"{TRAIN} --warmup-steps -1", "--warmup-steps -1: choose 0 or more"),
+    (f"{TRAIN} --warmup 1", "--warmup 1.0: choose a share of the steps"),
+    (f"{TRAIN} --clip 0", "--clip 0.0: choose a finite number above 0"),
+    (f"{TRAIN} --max-grad-norm nan", "--max-grad-norm nan: choose a finite number above 0"),
+    (f"{TRAIN} --log-every 0", "--log-every 0: choose 1 or more"),
+    (f"{TRAIN} --save-every 0", "--save-every 0: choose 1 or more"),
+    (f"{TRAIN} --eval-every 0", "--eval-every 0: choose 1 or more"),
+    (f"{TRAIN} --patience 0", "--patience 0: choose 1 or more"),
+    (f"{TRAIN} --patience 2 --validation-share 0", "--patience 2 waits for evaluations on validation data"),
+    (f"{TRAIN} --gate-pretraining-steps -1", "--gate-pretraining-steps -1: choose 0 or more"),
+    (f"{TRAIN} --recovery-prompts -1", "--recovery-prompts -1: choose 0 or more"),
+    (f"{TRAIN} --recovery-steps -1", "--recovery-steps -1: choose 0 or more"),
+    (f"{TRAIN} --max-length 0", "--max-length 0: choose 1 or more"),
+    (f"{TRAIN} --limit 0", "--limit 0: choose 1 or more"),
+    (f"{TRAIN} --limit 900", "--limit 900, but there are 60 examples: choose 1 to 60"),
+    (f"{TRAIN} --test-share 1", "--test-share 1.0: choose a share between 0 and 1"),
+    (f"{TRAIN} --test-share nan", "--test-share nan: choose a share between 0 and 1"),
+    (f"{TRAIN} --validation-share -0.1", "--validation-share -0.1: choose a share from 0"),
+    (f"{TRAIN} --seed -1", "--seed -1: choose 0 to 4294967295"),
+    (f"{TRAIN} --data-seed -3", "--data-seed -3: choose 0 to 4294967295"),
+    (f"{TRAIN} --answers-per-task -1", "--answers-per-task -1: choose 0 or more"),
+    (f"{TRAIN} --answer-tokens 0", "--answer-tokens 0: choose 1 or more"),
+    (f"{TRAIN} --samples-per-task -2", "--samples-per-task -2: choose 0 or more"),
+    # the method
+    (f"{TRAIN} --method mop", "'mop'"),
+    (f"{TRAIN} --experts 0", "--experts 0: choose 1 or more"),
+    (f"{TRAIN} --experts 2", "--experts 2, but there are 3 tasks: choose 3, or --gate-pretraining clusters"),
+    (f"{TRAIN} --prompts-per-expert 0", "--prompts-per-expert 0: choose 1 or more"),
+    (f"{TRAIN} --prompts-per-expert 2000000", "choose 1000000 at most"),
+    (f"{TRAIN} --expert-names a b", "lack category"),
+    (f"{TRAIN} --expert-names a a b", "is named twice"),
+    (f"{TRAIN} --expert-names a b c d", "are 4 names, but there are --experts 3"),
+    (f"{TRAIN} --injection-layer 99", "--injection-layer 99, but this model has 8 layers: choose 0 to 7"),
+    (f"{TRAIN} --injection-layer -1", "--injection-layer -1: choose 0 or more"),
+    (f"{TRAIN} --gate-layer 99", "--gate-layer 99, but this model has 8 layers: choose 0 to 8"),
+    (f"{TRAIN} --gate-top-k 9", "--gate-top-k 9, but there are 3 gate weights: choose 1 to 3"),
+    (f"{TRAIN} --gate-temperature 0", "--gate-temperature 0.0: choose a finite number above 0"),
+    (f"{TRAIN} --gate-hidden-size 0", "--gate-hidden-size 0: choose 1 or more"),
+    (f"{TRAIN} --null-threshold -1", "--null-threshold -1.0: choose a weight from 0"),
+    (f"{TRAIN} --unrelated DIR/nowhere.txt", "nowhere.txt cannot be read"),
+    (f"{TRAIN} --unrelated DIR/doc.jsonl", "holds 1 texts: give 20 or more"),
+    (f"{TRAIN} --gate-target hidden_states", "--gate-target hidden_states scales prompts"),
+    (f"{TRAIN} --method lora --lora-rank 0", "--lora-rank 0: choose 1 or more"),
+    (f"{TRAIN} --method lora --lora-from 99", "--lora-from 99, but this model has 8 layers: choose 0 to 7"),
+    (f"{TRAIN} --method lora --shared-prompts 4", "--shared-prompts 4 is of experts, and --method lora has none"),
+    (f"{TRAIN} --dtype float16", "'float16'"),
+    (f"{TRAIN} --template caht", "--template caht: choose auto, chat, plain, or a file"),
+    # files and folders
+    (f"{TRAIN} --activations memroy", "--activations memroy: choose auto, memory, off, or a folder such as ./memroy"),
+    (f"{TRAIN} --rows disk", "--rows disk: choose memory, or a folder such as ./disk"),
+    (f"{TRAIN} --activations DIR/doc.jsonl", "doc.jsonl is a file: choose a folder"),
+    (f"{TRAIN} --out /proc/x", "--out /proc/x cannot be made"),
+    (f"{TRAIN} --out DIR/doc.jsonl/x", "doc.jsonl is a file"),
+    (f"{TRAIN} --out DIR/doc.jsonl", "doc.jsonl is a file: choose a folder"),
+    (f"{TRAIN} --out DIR/begun", "begun exists and holds an unfinished run: choose another folder, or resume"),
+    (f"{TRAIN} --out DIR/notes", "notes exists and holds files of something else (thesis.tex)"),
+    (f"{TRAIN} --out DIR/notes --resume", "is no run, it holds thesis.tex but no config.json"),
+    (f"{TRAIN} --out DIR/begum --resume", "begum does not exist, so there is nothing to go on with: mend the name"),
+    (f"{TRAIN} --data DIR/missing.jsonl", "missing.jsonl"),
+    (f"{TRAIN} --data DIR/single.jsonl", "5 training and 0 test examples"),
+    (f"{TRAIN} --data DIR/torn.jsonl", "torn.jsonl, line 2"),
+    (f"{TRAIN} --data DIR/bare.jsonl", "--gate-pretraining labels, but no example has a category"),
+    (f"{TRAIN} --hold-out z", "--hold-out z is no category of the training split"),
+    (f"{TRAIN.replace(' tiny ', ' DIR/doc.jsonl ')}", "MODEL"),
+    (f"{TRAIN.replace(' tiny ', ' ./nosuch ')}", "MODEL ./nosuch does not exist"),
+    (f"{TRAIN.replace(' tiny ', ' DIR/notes ')}", "has no config.json and no *.gguf file"),
+    # how a command is typed
+    (f"{TRAIN} --stepz 3", "--stepz"),
+    (f"{TRAIN} --steps three", "--steps"),
+    (f"{TRAIN} --steps", "--steps"),
+    ("train tiny --out NEW", "--data"),
+    ("trian tiny", "trian"),
+    # the other commands
+    (f"{COMPARE} --methods mops -1", "--methods mops -1.0: choose a finite rate"),
+    (f"{COMPARE} --seeds", "--seeds"),
+    (f"{COMPARE} --seeds 1 1", "--seeds 1 1: 1 is named twice"),
+    (f"{COMPARE} --sparsity 1", "--sparsity 1.0: choose a share of zeros between 0 and 1"),
+    (f"{COMPARE} --shots -1", "--shots -1: choose 0 or more"),
+    (f"{COMPARE} --answers-per-task 2", "--answers-per-task 2, but compare does not measure that"),
+    ("quickstart --out NEW --steps -1", "--steps -1: choose 0 or more"),
+    (f"{COMPRESS} --sparsity 1.5", "--sparsity 1.5: choose a share of zeros between 0 and 1"),
+    (f"{COMPRESS} --pattern 7:8", "--sparsity 0.5 and --pattern 7:8 are both asked for"),
+    ("compress tiny --out NEW", "nothing to do: give --sparsity 0.75 or --pattern 7:8"),
+    ("compress tiny --out NEW --pattern 4:7", "has 256 inputs, which 7 does not divide"),
+    (f"{COMPRESS} --damping -1", "--damping -1.0: choose a finite number of 0 or more"),
+    (f"{COMPRESS} --damping nan", "--damping nan: choose a finite number"),
+    (f"{COMPRESS} --device gpu", "--device gpu: choose cpu, cuda, cuda:N, xpu or mps"),
+    (f"{COMPRESS} --int8 --nf4", "--int8 and --nf4 are both asked for"),
+    (f"{COMPRESS} --sequences 0", "--sequences 0: choose 1 or more"),
+    (f"{COMPRESS} --sequence-length 99999", "positions: choose that at most"),
+    (f"{COMPRESS} --resume", "does not exist, so there is nothing to go on with"),
+    (f"{FEDERATE} --rounds 0", "--rounds 0: choose 1 or more"),
+    (f"{FEDERATE} --clients-per-round 9", "--clients-per-round 9, but there are 4 clients: choose 1 to 4"),
+    (f"{FEDERATE} --quorum 3", "--quorum 3, but 2 clients are asked in a round: choose 1 to 2"),
+    (f"{FEDERATE} --clients 900", "--clients 900, but there are 54 training examples"),
+    (f"{FEDERATE} --skew 0.5", "--skew 0.5: choose 1 or more"),
+    (f"{FEDERATE} --dirichlet-alpha 0", "--dirichlet-alpha 0.0: choose a number above 0"),
+    (f"{FEDERATE} --trim 0.5", "--trim 0.5: choose a share from 0 up to, but not, 0.5"),
+    (f"{FEDERATE} --timeout nan", "--timeout nan: choose a finite number above 0"),
+    (f"{FEDERATE} --delta 2", "--delta 2.0: choose a chance between 0 and 1"),
+    (f"{FEDERATE} --clients-data DIR/nowhere", "nowhere does not exist"),
+    ("federate-keys --out NEW --clients", "--clients"),
+    ("federate-keys --out NEW --clients ../a", "is no file name"),
+    ("federate-keys --out NEW --clients a --days 0", "--days 0: choose 1 to 36500 days"),
+    ("federate-server tiny --data DIR/doc.jsonl --clients 2 --clients-per-round 2 --keys DIR/nokeys --out NEW",
+     "nokeys does not exist"),
+    ("federate-client tiny --data DIR/doc.jsonl --server nowhere --keys DIR/notes", "--server nowhere: give HOST:PORT"),
+    ("evaluate DIR/nowhere", "nowhere does not exist: give a run folder"),
+    ("evaluate DIR/begun", "begun is unfinished"),
+    ("inspect DIR/notes --text x", "has no config.json, so it is no run folder"),
+    ("report DIR/nowhere", "nowhere does not exist"),
+    ("report", "0 run folders given"),
+    ("reproduce table2 --bases tiny% --out NEW", "--bases tiny%: choose dense"),
+    ("reproduce table2 --rates mops -1 --out NEW", "--rates mops -1.0: choose a finite rate"),
+    ("reproduce table2 --budget 0 --out NEW", "--budget 0.0: choose a finite number above 0"),
+    ("bench --out NEW --only speed", "--only speed: choose train_vs_prompt_tuning"),
+    ("bench --out NEW --injection-layer 16", "--injection-layer 16, but the model is given --layers 16"),
+    ("bench --out NEW --hidden 30", "cannot be shared out in pairs"),
+]  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    """Good and bad data, a run that was killed, and a folder of something else."""
+
+    def rows(*categories: str) -> str:
+        return "".join(json.dumps({"instruction": f"Say {i}.", "response": f"It is {i}."}
+                                  | ({"category": name} if name else {})) + "\n"
+                       for i, name in enumerate(categories))  # fmt: skip
+
+    (folder / "doc.jsonl").write_text(rows(*"abc" * 20))
+    (folder / "single.jsonl").write_text(rows(*"abcde"))
+    (folder / "bare.jsonl").write_text(rows(*[""] * 60))
+    (folder / "torn.jsonl").write_text(rows("a") + '{"instruction": "x", "resp\n' + rows("a"))
+    for name, file in (("begun", "config.json"), ("notes", "thesis.tex")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text("{}")
+
+
+def words(line: str, folder: Path) -> list[str]:
+    """The arguments of a command line of the table."""
+    return [word.replace("DIR", str(folder)).replace("NEW", str(folder / "new")) for word in line.split()]
+
+
+def there(folder: Path) -> list[str]:
+    """All that lies in a folder, to see whether anything was written."""
+    return sorted(str(path) for path in folder.rglob("*"))
