@@ -74,14 +74,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(content=st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode(errors="surrogatepass")))
 def test_bytes_of_nothing(folder: Path, suffix: str, content: bytes) -> None:
     check(folder, suffix, content)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(rows=st.lists(LIKELY | CHATS | ROWS | VALUES, max_size=5) | ROWS, ascii=st.booleans())
 def test_values_of_wrong_types(folder: Path, suffix: str, rows: Any, ascii: bool) -> None:
     lines = suffix == ".jsonl" and isinstance(rows, list)
@@ -89,7 +89,7 @@ def test_values_of_wrong_types(folder: Path, suffix: str, rows: Any, ascii: bool
     check(folder, suffix, text.encode(errors="surrogatepass"))
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(rows=st.lists(LIKELY | CHATS | ROWS, min_size=1, max_size=4))
 def test_columns_of_wrong_types(folder: Path, rows: list[dict[str, Any]]) -> None:
     sink = pa.BufferOutputStream()
@@ -114,7 +114,7 @@ def whole(suffix: str) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(cut=st.integers(0, 2**16))
 def test_a_file_that_ends_too_soon(folder: Path, suffix: str, cut: int) -> None:
     content = whole(suffix)
@@ -131,7 +131,7 @@ CHANGES: list[Callable[[bytes, int, bytes], bytes]] = [
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(at=st.integers(0, 2**16), new=st.binary(min_size=1, max_size=4), change=st.sampled_from(CHANGES))
 def test_a_file_with_other_bytes(
     folder: Path, suffix: str, at: int, new: bytes, change: Callable[[bytes, int, bytes], bytes]
@@ -141,7 +141,7 @@ def test_a_file_with_other_bytes(
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-@pytest.mark.parametrize("depth", [10, 900, 5_000, 1_000_000])
+@pytest.mark.parametrize("depth", [10, 900, 5_000, 100_000])
 @pytest.mark.parametrize("opens", ["[", '{"a":', '{"instruction": "i", "response": "r", "history": ['])
 def test_deep_nests(folder: Path, suffix: str, depth: int, opens: str) -> None:
     closes = {"[": "]", "{": "}"}

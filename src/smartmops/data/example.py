@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 ROLES = ("system", "user", "assistant")
+TEXTS = ("instruction", "context", "response", "category", "source", "system")
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class Example:
     history: tuple[tuple[str, str], ...] = ()  # earlier turns: what the user said, what the assistant answered
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            for text in [value] if isinstance(value, str) else [text for turn in value for text in turn]:
-                _check_characters(field.name, text)
+        texts = [getattr(self, name) for name in TEXTS] + [text for turn in self.history for text in turn]
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            for name, text in zip([*TEXTS, *["history"] * 2 * len(self.history)], texts, strict=True):
+                _check_characters(name, text)
 
     def turns(self) -> list[Example]:
         """The earlier turns, as examples of their own, and this one."""

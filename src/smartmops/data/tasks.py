@@ -53,7 +53,6 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # files about data, without any
 TRAIN = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)")  # in the name of a file, or of a folder around it
 HELD = re.compile(r"(^|[^a-z])(test(ing)?|eval(uation)?|val(id(ation)?)?|dev)([^a-z]|$)")
-AS_TEXT = {"dtype": str, "keep_default_na": False}  # for pandas, with which `datasets` reads a CSV
 TEXTS = pa.schema([
     (field.name, pa.list_(pa.list_(pa.large_string())) if field.name == "history" else pa.large_string())
     for field in fields(Example)
@@ -319,12 +318,15 @@ def _dolly(examples: Sequence[Example], name: str, keep_general_qa: bool) -> Seq
 
 
 def _without_empty(examples: Iterable[Example], name: str) -> Iterator[Example]:
-    empty = 0
+    empty = found = 0
     for example in examples:
         if example.response.strip():
+            found += 1
             yield example
         else:
             empty += 1
+    if not found:
+        raise ValueError(f"{name} holds no examples with a response: give instances with an output")
     if empty:
         log.warning("%s: %d examples with an empty response left out", name, empty)
 
@@ -332,14 +334,17 @@ def _without_empty(examples: Iterable[Example], name: str) -> Iterator[Example]:
 def _load(name: str, *, every_split: bool) -> Any:
     """All rows as one `datasets.Dataset`."""
     # takes seconds to import, and most data need none of it
-    from datasets import concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
+    from datasets import Features, Value, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 
     try:
         if Path(name).is_dir():
             found = load_from_disk(name)
+        elif load_dataset_builder(name).name == "csv":  # types that nobody gave, `datasets` guesses by pandas
+            (first, *_) = load_dataset(name, nrows=1).values()
+            as_text = Features({column: Value("string") for column in first.column_names})
+            found = load_dataset(name, features=as_text, na_filter=False)
         else:
-            is_csv = load_dataset_builder(name).name == "csv"
-            found = load_dataset(name, **(AS_TEXT if is_csv else {}))
+            found = load_dataset(name)
     except Exception as error:  # the loaders of `datasets` raise whatever their format's parser does
         reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         problem, way_out = "could not be loaded", "save it again"
