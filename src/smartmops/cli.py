@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
         validation_share=0.0, template=template_of(run),
+        columns=() if config.data else tuple(arguments.get("columns", ())),
     )  # fmt: skip
     task = Task.load(again, model, tokenizer)
     rows = [*task.train, *task.test] if config.data else task.test
@@ -283,6 +285,10 @@ COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Entry point; an error of the user's is one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("smartmops.data").setLevel(
+        logging.INFO
+    )  # which form the data have, and what was left out of them
     disable_progress_bar()  # of transformers' loading and saving: ours say what takes time
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
