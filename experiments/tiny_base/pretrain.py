@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smartmops.data.example import Example
 from smartmops.data.office import TASKS, contents, episode, random_style
-from smartmops.data.tasks import read_superni
+from smartmops.data.superni import read_superni
 from smartmops.data.template import prompt_text
 
 # Tasks of the paper, and tasks built from the same passages or questions: never in pretraining.

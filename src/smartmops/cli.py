@@ -5,6 +5,7 @@ Options are checked before anything that takes time is imported, so commands imp
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
@@ -176,6 +177,7 @@ def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
         validation_share=0.0, template=template_of(run),
+        columns=() if config.data else tuple(arguments.get("columns", ())),
     )  # fmt: skip
     task = Task.load(again, model, tokenizer)
     rows = [*task.train, *task.test] if config.data else task.test
@@ -325,6 +327,9 @@ def _later(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def main() -> None:
     """Entry point; an error of the user's is one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(message)s")
+    # Which form the data have, and what was left out of them.
+    logging.getLogger("smartmops.data").setLevel(logging.INFO)
     call = parsed(lambda: tyro.extras.subcommand_cli_from_dict(
         {name: _later(command) for name, command in COMMANDS.items()}, prog="smartmops",
         description="Mixture of Prompts: one frozen model, many tasks.",

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from smartmops.data import tasks
 from smartmops.data.example import Example
 from smartmops.data.office import HOUSE_STYLES, TASKS, episode, office, part, random_style
+from smartmops.data.superni import read_superni
 from smartmops.data.tasks import (
     DOLLY_TASKS,
     SUPERNI_TASKS,
@@ -25,7 +26,6 @@ from smartmops.data.tasks import (
     read_dolly,
     read_hub,
     read_jsonl,
-    read_superni,
     sample,
     split,
 )
@@ -63,8 +63,8 @@ def without(column: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ('{"instruction": "a", ', r"a\.jsonl, line 3, column 22: not JSON .*: mend the line or delete it"),
-        ("[1, 2]", r"line 3: '\[1, 2\]' is no object: write \{"),
+        ('{"instruction": "a", ', r"a\.jsonl, line 3: not JSON at column 21 .*: mend the line or delete it"),
+        ("[1, 2]", r"line 3: \[1, 2\] is no object: write \{"),
         (without("response"), r"line 3: no column `response` \(found: instruction, context, category, source\)"),
         (
             without("instruction"),
@@ -84,9 +84,11 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: Mapping[str, object] | str, me
 
 def test_files_that_hold_nothing_readable(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes('{"instruction": "Käse"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.jsonl is not UTF-8 text \(byte 18\): convert it"):
+    with pytest.raises(
+        ValueError, match=r"latin\.jsonl, line 1: not UTF-8 text \(byte 18 of the line\): convert the file"
+    ):
         read(str(tmp_path / "latin.jsonl"))
-    with pytest.raises(ValueError, match="holds no examples: write one JSON object a line"):
+    with pytest.raises(ValueError, match="holds no examples: write one row a line"):
         read(str(write(tmp_path / "empty.jsonl", "", "")))
     with pytest.raises(ValueError, match=r"gone\.jsonl cannot be read \(No such file or directory\): check the path"):
         read_jsonl(tmp_path / "gone.jsonl")
@@ -161,10 +163,13 @@ def test_empty_outputs_of_others_are_left_out_and_counted(tmp_path: Path, caplog
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ('{"Definition":\n "a"', r"bad\.json, line 2, column 5: not JSON"),
-        ("[]", r"bad\.json: no Super-NaturalInstructions task file.*belong in a \.jsonl file"),
+        ('{"Definition":\n "a"', r"bad\.json, line 2: not JSON at column 5"),
+        ('{"Definition": "a", "rows":\n []}', r"bad\.json: no Super-NaturalInstructions task file.*belong in a list"),
         ({"Definition": "a"}, "an object with `Definition` and `Instances`"),
-        ({"Definition": "a", "Instances": [{"input": "b"}]}, "instance 1 needs `input` and `output`, but is"),
+        (task("Do it.", "a", 5), "instance 2: `output` is 5, not text: write it in quotes"),
+        (task(7, "a"), "instance 1: `Definition` is 7, not text"),
+        ({"Definition": "a", "Instances": 3}, "`Instances` is 3, no list"),
+        ({"Definition": "a", "Instances": [{"input": "b"}]}, "instance 1: needs `input` and `output`, but is"),
     ],
 )
 def test_a_bad_task_file_is_named(tmp_path: Path, bad: Mapping[str, object] | str, message: str) -> None:
@@ -221,11 +226,11 @@ def test_hub_out_of_reach(data: str, hub: str) -> None:
         read(data)
 
 
-def test_folder_that_datasets_cannot_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"could not be loaded .*: mend the files"):
+def test_folder_without_data_or_with_bad_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no file ending in \.jsonl, .*: choose another folder"):
         read(str(tmp_path))
     write(tmp_path / "train.jsonl", without("response"))
-    with pytest.raises(ValueError, match="row 1: no column `response`"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: no column `response`"):
         read(str(tmp_path))
 
 

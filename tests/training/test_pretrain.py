@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def test_initialising_twice_with_one_seed_gives_the_same_prompts(task: Task, con
         expert_of = [0 if row.category == "a" else 1 for row in task.train]
         initialise(model, task.train, task.collator, expert_of, seed=0 if expected else 1)
         assert torch.equal(before, prompts) == expected
+
+
+@pytest.mark.parametrize("kind", ["hidden_states", "keys_values"])
+def test_without_categories_experts_are_meant_for_clusters(
+    config: Make, two_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    rows = [json.loads(line) for line in two_tasks.read_text().splitlines()]
+    file = tmp_path / "nameless.jsonl"
+    file.write_text("".join(json.dumps({"q": row["instruction"], "a": row["response"]}) + "\n" for row in rows))
+    chosen = config(data=str(file), columns=("instruction=q", "response=a"), expert_kind=kind)
+    task = Task.load(chosen)
+    _, names, accuracy = task.adapt(chosen, chosen, seed=0)
+    assert names == ["cluster 0", "cluster 1"] and accuracy is not None
+    assert "no example has a category, so each expert is meant for a cluster" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no example has a category: add one"):
+        task.adapt(chosen, config(expert_names=("a", "b")), seed=0)
 
 
 def test_labels_and_clusters_that_cannot_be_are_refused(task: Task) -> None:

@@ -275,3 +275,11 @@ def test_compare_keeps_each_methods_best_and_says_who_gained(config: Make) -> No
     assert mops["best"]["step"] == alone["best"]["step"] and mops["gained"] == alone["gained"]
     assert metrics["perplexity"]["mops"] == pytest.approx(alone["perplexity"]["overall"], rel=1e-6)
     assert metrics["examples"]["validation"] == 8
+
+
+def test_validation_holds_out_whole_conversations() -> None:
+    said = [Example(f"{n}", "", "a", "c", history=((f"{n}", "a"),) * turn) for n in range(30) for turn in range(3)]
+    for limit in (200, 7, 3):
+        train, held = hold_out(said, ValidationConfig(validation_share=0.2, validation_limit=limit), 0)
+        assert 0 < len(held) <= limit and len(train) + len(held) == 90
+        assert not {example.instruction for example in train} & {example.instruction for example in held}

@@ -6,11 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ROLES = ("system", "user", "assistant")
+TEXTS = ("instruction", "context", "response", "category", "source", "system")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One supervised example of one task."""
+    """One supervised example of one task.
+
+    Raises:
+        ValueError: a text holds half a character, as cut-off text from the web does: no tokenizer and no file takes it.
+    """
 
     instruction: str
     context: str  # empty where the task has none
@@ -19,6 +24,14 @@ class Example:
     source: str = ""  # who holds it: a client, a team, a file
     system: str = ""  # what an application says before the user does
     history: tuple[tuple[str, str], ...] = ()  # earlier turns: what the user said, what the assistant answered
+
+    def __post_init__(self) -> None:
+        texts = [getattr(self, name) for name in TEXTS] + [text for turn in self.history for text in turn]
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            for name, text in zip([*TEXTS, *["history"] * 2 * len(self.history)], texts, strict=True):
+                _check_characters(name, text)
 
     def turns(self) -> list[Example]:
         """The earlier turns, as examples of their own, and this one."""
@@ -77,3 +90,12 @@ def opened(messages: Sequence[Mapping[str, str]]) -> tuple[str, tuple[tuple[str,
     if question is None and not history:
         raise ValueError(f"{len(messages)} messages, and none of a user: give at least one")
     return system, tuple(history), question
+
+
+def _check_characters(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise ValueError(f"`{name}` holds {half} as character {error.start + 1}, which is half a character: write the "
+                         "whole one or delete it") from error  # fmt: skip

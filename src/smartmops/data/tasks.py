@@ -1,17 +1,15 @@
-"""Readers and splits: files and data sets in, `Example` out. Knows formats; knows no tokens and no models.
+"""What the command line calls DATA: names, files, folders and data sets in, `Example` out. Knows no tokens.
 
-Two rules about empty responses. In a JSONL file, which its owner can mend, one is an error with its line. In
-collections made by others (Super-NaturalInstructions, the hub) such rows are left out, and their number is logged.
+Two rules about empty responses. In a JSONL or JSON file, which its owner can mend, one is an error with its line. In
+tables, folders and collections of others (Super-NaturalInstructions, the hub) such rows are left out, named, counted.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
@@ -20,8 +18,12 @@ from typing import Any
 import pyarrow as pa
 
 from .example import Example
+from .faults import Faults
+from .files import SUFFIXES, rows_of, unit_of
+from .forms import CATEGORY, chosen_columns, examples_of
 from .office import office
 from .stored import store, take
+from .superni import is_task, read_superni, task_files
 
 log = logging.getLogger(__name__)
 
@@ -47,40 +49,52 @@ SUPERNI_TASKS = (
 )
 DOLLY_HUB = "databricks/databricks-dolly-15k"
 SUPERNI_HUB = "Muennighoff/natural-instructions"  # columns task_name, definition, inputs, targets
-SUPERNI_COLUMNS = {"definition": "instruction", "inputs": "context", "targets": "response", "task_name": "category"}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-NEEDED = ("instruction", "response")
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # files about data, without any
+TRAIN = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)")  # in the name of a file, or of a folder around it
+HELD = re.compile(r"(^|[^a-z])(test(ing)?|eval(uation)?|val(id(ation)?)?|dev)([^a-z]|$)")
 TEXTS = pa.schema([
     (field.name, pa.list_(pa.list_(pa.large_string())) if field.name == "history" else pa.large_string())
     for field in fields(Example)
 ])  # fmt: skip
 
 
-def read(data: str | Path, *, keep_general_qa: bool = False) -> list[Example]:
+def read(data: str | Path, *, keep_general_qa: bool = False, columns: Sequence[str] = ()) -> list[Example]:
     """Read what the command line calls DATA.
 
+    Rows have columns of one form: `instruction` and `response`; `instruction` and `output` (Alpaca); `prompt` and
+    `completion`; `messages` or `conversations` (ShareGPT), each of whose answers becomes an example of its own.
+    Optional are `context` or `input`; `category` or `task`; `source` or `client`; `system`; `history`. Columns of text
+    hold text: a number is an error.
+
     Args:
-        data: `office`, `dolly`, `superni`, a JSONL file, a Super-NaturalInstructions .json file or a folder of them, a
-            .csv or .parquet file, a folder in the hub's layout, or a hub id.
+        data: `office`, `dolly`, `superni`, a file ending in .jsonl, .json, .csv, .tsv or .parquet, a
+            Super-NaturalInstructions .json file or a folder of them, a folder of files (the training split where their
+            names tell splits; else each file's name is the task of its rows that have none), one that `datasets` saved,
+            or a hub id.
         keep_general_qa: Keep Dolly's eighth category, which the paper leaves out. Data count as Dolly's where they use
             its category names and no others.
+        columns: `FIELD=COLUMN` for columns of other names, such as `response=answer`.
 
     Raises:
-        ValueError: There is no such data, or it cannot be read; the message names file, line and way out.
+        ValueError: There is no such data, or it cannot be read; the message names file, lines and way out.
     """
-    return list(_read(str(data), list, keep_general_qa))
+    return list(_read(str(data), list, keep_general_qa, columns))
 
 
-def read_stored(data: str | Path, folder: Path, *, keep_general_qa: bool = False) -> Sequence[Example]:
+def read_stored(
+    data: str | Path, folder: Path, *, keep_general_qa: bool = False, columns: Sequence[str] = ()
+) -> Sequence[Example]:
     """`read`, one example after the other, into a memory-mapped file in `folder`: for data larger than memory.
 
     Raises:
         ValueError: As `read`; also if the folder cannot be written to, or its disk is full.
     """
-    return _read(
-        str(data), lambda examples: store(examples, TEXTS, attrgetter(*TEXTS.names), restored, folder), keep_general_qa
-    )
+
+    def keep(examples: Iterable[Example]) -> Sequence[Example]:
+        return store(examples, TEXTS, attrgetter(*TEXTS.names), restored, folder)
+
+    return _read(str(data), keep, keep_general_qa, columns)
 
 
 def read_dolly(file: str | Path, *, keep_general_qa: bool = False) -> list[Example]:
@@ -92,77 +106,69 @@ def read_dolly(file: str | Path, *, keep_general_qa: bool = False) -> list[Examp
     return list(_dolly(read_jsonl(file), str(file), keep_general_qa))
 
 
-def read_superni(file: str | Path) -> list[Example]:
-    """One Super-NaturalInstructions (or v1) task file: definition, input and first output of each instance.
-
-    The category is the file's name, or the folder's where the file is called train.json or test.json. Instances with an
-    empty output are returned too; `read` leaves them out.
-
-    Raises:
-        ValueError: Not JSON, or not a task file.
-    """
-    path = Path(file)
-    task = _json(_text(path), path)
-    if not isinstance(task, dict) or not {"Definition", "Instances"} <= task.keys():
-        raise ValueError(
-            f"{path}: no Super-NaturalInstructions task file: that is an object with `Definition` and `Instances`. "
-            "Rows with instruction and response belong in a .jsonl file, one a line"
-        )
-    definition, name = _first(task["Definition"]), path.stem if path.stem not in ("train", "test") else path.parent.name
-    examples = []
-    for number, instance in enumerate(task["Instances"], 1):
-        if not isinstance(instance, dict) or not {"input", "output"} <= instance.keys():
-            raise ValueError(
-                f"{path}: instance {number} needs `input` and `output`, but is {json.dumps(instance)[:60]}"
-            )
-        examples.append(Example(definition, instance["input"], _first(instance["output"]), name, "superni"))
-    return examples
-
-
 def read_jsonl(file: str | Path) -> list[Example]:
-    """One example a line: `instruction` and `response`; optional `context`, `category`, and `source` or `client`.
+    """One row a line, in one of the forms that `read` takes.
 
     Raises:
-        ValueError: A broken line, a missing column (`category` may be missing only from all lines), a value that is no
-            text, an empty response, no examples at all. The message names file and line.
+        ValueError: Broken lines, a missing column (`category` may be missing only from all lines), a value that is no
+            text, an empty response, no examples at all. The message names the file and up to ten lines.
     """
-    return list(_jsonl(Path(file)))
+    return list(_file(Path(file), ()))
 
 
-def read_hub(name: str, *, tasks: Collection[str] | None = None) -> list[Example]:
-    """Rows of a hub data set, a folder in the hub's layout, or a .csv or .parquet file, through `datasets`.
+def read_hub(name: str, *, tasks: Collection[str] | None = None, columns: Sequence[str] = ()) -> list[Example]:
+    """Rows of a hub data set, of a file, or of a folder of files, in one of the forms that `read` takes.
 
-    Columns are those of `read_jsonl`, or `definition`, `inputs`, `targets` and `task_name`. Reads the `train` split
-    where there is one, else all splits: `split` cuts its own test part.
+    Reads the `train` split where there is one, else all splits: `split` cuts its own test part.
 
     Args:
         name: Hub id, folder or file.
         tasks: Only rows of these categories, from all splits.
+        columns: As in `read`.
 
     Raises:
-        ValueError: It cannot be loaded, or a row is broken; the message says which.
+        ValueError: It cannot be loaded, or rows are broken; the message says which.
     """
-    return list(_hub(name, tasks))
+    return list(_hub(name, tasks, columns))
 
 
 def split(examples: Sequence[Example], test: float = 0.1, seed: int = 0) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and test part, stratified by category, each in the order given (90 % and 10 %: paper, section 4).
 
-    Every category with two examples or more has at least one on either side; a single one goes to training.
+    Every category with two examples or more has at least one on either side; a single one goes to training. Turns of
+    one conversation stay on one side, and count as one: the later ones hold the earlier ones' answers.
 
     Raises:
         ValueError: `test` is not between 0 and 1.
     """
     if not 0 < test < 1:
         raise ValueError(f"test={test}: choose a share between 0 and 1, such as 0.1")
-    members = defaultdict(list)
-    for index, example in enumerate(examples):
-        members[example.category].append(index)
     held: set[int] = set()
-    for category, indices in members.items():
-        count = min(max(1, round(len(indices) * test)), len(indices) - 1)
-        held.update(random.Random(f"{seed} {category}").sample(indices, count))
+    for category, talks in conversations(examples).items():
+        count = min(max(1, round(len(talks) * test)), len(talks) - 1)
+        held.update(i for talk in random.Random(f"{seed} {category}").sample(talks, count) for i in talk)
     return take(examples, (i for i in range(len(examples)) if i not in held)), take(examples, sorted(held))
+
+
+def conversations(examples: Sequence[Example]) -> dict[str, list[list[int]]]:
+    """By category, the indices of each conversation's turns; an example that goes on from none is one by itself."""
+    found: dict[str, list[list[int]]] = {}
+    before: Example | None = None
+    for index, example in enumerate(examples):
+        talks = found.setdefault(example.category, [])
+        if before is not None and _goes_on(before, example):
+            talks[-1].append(index)
+        else:
+            talks.append([index])
+        before = example
+    return found
+
+
+def _goes_on(before: Example, example: Example) -> bool:
+    said = (*before.history, (before.instruction, before.response))
+    return (example.system, example.category) == (before.system, before.category) and (
+        example.history[: len(said)] == said
+    )
 
 
 def splits(
@@ -172,6 +178,7 @@ def splits(
     seed: int = 0,
     validation: bool = False,
     folder: Path | None = None,
+    columns: Sequence[str] = (),
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and test part of DATA, of which `limit` examples are drawn first: the split that every command makes.
 
@@ -181,7 +188,7 @@ def splits(
     Raises:
         ValueError: As `read`, `read_stored`, `sample` and `split`.
     """
-    examples = read(data) if folder is None else read_stored(data, folder)
+    examples = read(data, columns=columns) if folder is None else read_stored(data, folder, columns=columns)
     train, held = split(examples if limit is None else sample(examples, limit, seed), test, seed)
     return split(train, test, seed) if validation else (train, held)
 
@@ -198,14 +205,16 @@ def sample(examples: Sequence[Example], n: int, seed: int = 0) -> Sequence[Examp
 
 
 def _read(
-    data: str, keep: Callable[[Iterable[Example]], Sequence[Example]], keep_general_qa: bool
+    data: str, keep: Callable[[Iterable[Example]], Sequence[Example]], keep_general_qa: bool, columns: Sequence[str]
 ) -> Sequence[Example]:
     name = {"dolly": DOLLY_HUB}.get(data, data)
+    if columns and data in ("office", "dolly", "superni"):
+        raise ValueError(f"--columns {' '.join(columns)}: {data} has columns of its own: leave the option away")
     if name == "office":
         return keep(office())
     if name == "superni":
         return keep(_hub(SUPERNI_HUB, SUPERNI_TASKS))
-    examples = keep(_path(name))
+    examples = keep(_path(name, columns))
     is_dolly = name == DOLLY_HUB or {example.category for example in examples} <= {*DOLLY_TASKS, GENERAL_QA}
     return _dolly(examples, name, keep_general_qa) if is_dolly else examples
 
@@ -216,59 +225,83 @@ def restored(*parts: Any) -> Example:
     return Example(**given | {"history": tuple((user, answer) for user, answer in given["history"])})
 
 
-def _path(name: str) -> Iterator[Example]:
+def _path(name: str, columns: Sequence[str]) -> Iterator[Example]:
     path = Path(name)
-    if path.is_dir() and (files := _superni_files(path)):
+    if path.is_dir() and (files := task_files(path)):
         return _without_empty((example for file in files for example in read_superni(file)), name)
-    if path.is_file() and path.suffix == ".json":
+    if path.is_file() and path.suffix == ".json" and is_task(path):
         return _without_empty(read_superni(path), name)
-    if path.is_file() and path.suffix == ".jsonl":
-        return _jsonl(path)
-    is_hub_id = not path.exists() and path.suffix not in FILE_SUFFIXES and HUB_ID.fullmatch(name)
-    if is_hub_id or path.is_dir() or (path.is_file() and path.suffix in FILE_SUFFIXES):
-        return _hub(name)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return _file(path, columns)
+    if path.is_dir() or (not path.exists() and path.suffix not in SUFFIXES and HUB_ID.fullmatch(name)):
+        return _hub(name, None, columns)
     problem = f"a file ending in {path.suffix!r} cannot be read" if path.exists() else "no such file or folder"
     raise ValueError(
-        f"data={name!r}: {problem}. Choose office, dolly, superni, a file ending in {', '.join(FILE_SUFFIXES)}, "
-        "a folder of Super-NaturalInstructions task files or in the hub's layout, or a hub id (owner/name)"
+        f"data={name!r}: {problem}. Choose office, dolly, superni, a file ending in {', '.join(SUFFIXES)}, "
+        "a folder of such files or of Super-NaturalInstructions task files, or a hub id (owner/name)"
     )
 
 
-def _jsonl(file: Path) -> Iterator[Example]:
-    needed: tuple[str, ...] = NEEDED
-    found = 0
-    for number, line in enumerate(_lines(file), 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        row = _json(line, file, number)
-        if not isinstance(row, dict):
-            raise ValueError(
-                f'{where}: {line.strip()[:40]!r} is no object: write {{"instruction": ..., "response": ...}}'
-            )
-        if not found and "category" in row:
-            needed = (*NEEDED, "category")
-        example = _example(row, where, needed)
-        if not example.response.strip():
-            raise ValueError(f"{where}: empty `response`, so nothing to learn: write one or delete the line")
+def _file(
+    file: Path, columns: Sequence[str], task: str = "", of: Collection[str] | None = None, *, leave_out: bool = False
+) -> Iterator[Example]:
+    """Examples of one file, those of the categories `of`; what is wrong with it is told when all of it was read."""
+    faults, found = Faults(file, unit_of(file)), 0
+    rows = _only(rows_of(file, faults), of)
+    lenient = leave_out or file.suffix not in (".jsonl", ".json")
+    for example in examples_of(rows, faults, chosen_columns(columns), task, leave_out_empty=lenient):
         found += 1
         yield example
-    if not found:
-        raise ValueError(f"{file} holds no examples: write one JSON object a line, with `instruction` and `response`")
+    faults.check()
+    if not found and of is None:
+        raise ValueError(f"{file} holds no examples: write one row a line, with instruction and response, or messages")
 
 
-def _hub(name: str, tasks: Collection[str] | None = None) -> Iterator[Example]:
-    rows = _load(name, every_split=tasks is not None)
-    if "instruction" not in rows.column_names:
-        rows = rows.rename_columns({old: new for old, new in SUPERNI_COLUMNS.items() if old in rows.column_names})
-    if tasks is not None and "category" in rows.column_names:
-        rows = rows.filter(lambda category: category in tasks, input_columns="category")
-    found = 0
-    for example in _without_empty((_example(row, f"{name}, row {n}", NEEDED) for n, row in enumerate(rows, 1)), name):
+def _hub(name: str, tasks: Collection[str] | None = None, columns: Sequence[str] = ()) -> Iterator[Example]:
+    path, found = Path(name), 0
+    examples: Iterator[Example]
+    if path.is_file():
+        examples = _file(path, columns, "", tasks)
+    elif path.is_dir() and not any((path / each).is_file() for each in ("state.json", "dataset_dict.json")):
+        examples = _folder(path, columns, tasks)
+    else:
+        faults = Faults(name, "row")
+        rows = _only(enumerate(_load(name, every_split=tasks is not None), 1), tasks)
+        examples = examples_of(rows, faults, chosen_columns(columns), leave_out_empty=True)
+        examples = _checked(examples, faults)
+    for example in examples:
         found += 1
         yield example
     if not found:
         raise ValueError(f"{name} holds no examples" + (f" of {', '.join(tasks)}" if tasks else ""))
+
+
+def _checked(examples: Iterator[Example], faults: Faults) -> Iterator[Example]:
+    yield from examples
+    faults.check()
+
+
+def _only(rows: Iterable[tuple[int, Any]], tasks: Collection[str] | None) -> Iterator[tuple[int, Any]]:
+    """Rows of these categories."""
+    for number, row in rows:
+        if tasks is None or not isinstance(row, dict) or any(row.get(name) in tasks for name in CATEGORY):
+            yield number, row
+
+
+def _folder(folder: Path, columns: Sequence[str], tasks: Collection[str] | None) -> Iterator[Example]:
+    """Examples of its files: of the training split where names tell splits, else of all, named for their tasks."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in SUFFIXES
+                   and file.name not in ABOUT and not file.relative_to(folder).as_posix().startswith("."))  # fmt: skip
+    if not files:
+        raise ValueError(f"data={str(folder)!r} holds no file ending in {', '.join(SUFFIXES)}: choose another folder")
+    names = {file: file.relative_to(folder).with_suffix("").as_posix().lower() for file in files}
+    train = [file for file in files if TRAIN.search(names[file])]
+    told = bool(train) or any(HELD.search(name) for name in names.values())
+    chosen = train if train and tasks is None else files
+    if left := len(files) - len(chosen):
+        log.info("%s: %d files of other splits than training are not read", folder, left)
+    for file in chosen:
+        yield from _file(file, columns, "" if told else file.stem, tasks, leave_out=True)
 
 
 def _dolly(examples: Sequence[Example], name: str, keep_general_qa: bool) -> Sequence[Example]:
@@ -284,89 +317,42 @@ def _dolly(examples: Sequence[Example], name: str, keep_general_qa: bool) -> Seq
     return kept
 
 
-def _superni_files(folder: Path) -> list[Path]:
-    """Task files anywhere under a folder; none where its JSON files are something else."""
-    files = sorted(file for file in folder.rglob("*.json") if not file.name.upper().startswith("INDEX"))
-    return files if any('"Instances"' in _text(file) for file in files) else []
-
-
 def _without_empty(examples: Iterable[Example], name: str) -> Iterator[Example]:
-    empty = 0
+    empty = found = 0
     for example in examples:
         if example.response.strip():
+            found += 1
             yield example
         else:
             empty += 1
+    if not found:
+        raise ValueError(f"{name} holds no examples with a response: give instances with an output")
     if empty:
         log.warning("%s: %d examples with an empty response left out", name, empty)
 
 
 def _load(name: str, *, every_split: bool) -> Any:
     """All rows as one `datasets.Dataset`."""
-    from datasets import concatenate_datasets, load_dataset  # takes seconds to import; most data need none of it
+    # takes seconds to import, and most data need none of it
+    from datasets import Features, Value, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 
-    path = Path(name)
     try:
-        found = load_dataset(path.suffix[1:], data_files=name) if path.is_file() else load_dataset(name)
+        if Path(name).is_dir():
+            found = load_from_disk(name)
+        elif load_dataset_builder(name).name == "csv":  # types that nobody gave, `datasets` guesses by pandas
+            (first, *_) = load_dataset(name, nrows=1).values()
+            as_text = Features({column: Value("string") for column in first.column_names})
+            found = load_dataset(name, features=as_text, na_filter=False)
+        else:
+            found = load_dataset(name)
     except Exception as error:  # the loaders of `datasets` raise whatever their format's parser does
         reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
-        problem, way_out = "could not be loaded", "mend the files"
-        if not path.exists():
+        problem, way_out = "could not be loaded", "save it again"
+        if not Path(name).exists():
             problem = "is no file or folder here and could not be loaded from the hub"
             way_out = "check the name and the network, or download the data and give their folder or a JSONL file"
         raise ValueError(f"data={name!r} {problem} ({reason}): {way_out}") from error
+    if not isinstance(found, dict):
+        return found
     splits = [found["train"]] if "train" in found and not every_split else list(found.values())
     return concatenate_datasets(splits)
-
-
-def _example(row: Mapping[str, Any], where: str, needed: Iterable[str]) -> Example:
-    for column in needed:
-        if column not in row:
-            raise ValueError(
-                f"{where}: no column `{column}` (found: {', '.join(row) or 'none'}). Needed are "
-                f"{', '.join(needed)}; optional are context, category, source"
-            )
-    source = "source" if row.get("source") is not None else "client"
-    text = {column: _value(row, column, where) for column in (*NEEDED, "context", "category", source)}
-    return Example(text["instruction"], text["context"], text["response"], text["category"], text[source])
-
-
-def _value(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = row.get(column)
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{where}: `{column}` is {json.dumps(value, default=str)[:40]}, not text: write it in quotes")
-    return str(value)
-
-
-def _first(texts: str | list[str]) -> str:
-    """Task files hold one text or a list of equals, of which the first is used."""
-    return texts if isinstance(texts, str) else (texts or [""])[0]
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with open(file, encoding="utf-8-sig") as lines:
-            yield from (line.removesuffix("\n") for line in lines)
-    except (OSError, UnicodeDecodeError):
-        _text(file)  # says what is wrong with it
-        raise
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from error
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}): check the path") from error
-
-
-def _json(text: str, file: str | Path, line: int | None = None) -> Any:
-    """The value of a whole file, or of one line of it."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{file}, line {line or error.lineno}, column {error.colno}"
-        raise ValueError(f"{where}: not JSON ({error.msg}): mend the line or delete it") from error

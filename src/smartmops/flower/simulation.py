@@ -102,7 +102,8 @@ def clients_of(config: FederateConfig) -> int:
     if config.partition != "source":
         return config.clients
     seed = config.seed if config.data_seed is None else config.data_seed
-    return len({example.source for example in splits(config.data, config.limit, config.test_share, seed)[0]})
+    train, _ = splits(config.data, config.limit, config.test_share, seed, columns=config.columns)
+    return len({example.source for example in train})
 
 
 def _answer(config: FederateConfig, threads: int, kind: str, message: Any, context: Any) -> Any:

@@ -38,6 +38,7 @@ class TaskConfig(Options, MethodConfig, GatePretraining):
 
     model: Base  # folder, *.gguf, hub id, smollm2, tiny
     data: Data
+    columns: tuple[str, ...] = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: bfloat16 where it is faster
     template: Template = (
         "auto"  # chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one

@@ -80,7 +80,7 @@ class Task:
             ValueError: `hold_out` is no category of the training split, or the only one; the data do not fit.
         """
         train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation,
-                             config.folder)  # fmt: skip
+                             config.folder, config.columns)  # fmt: skip
         if config.hold_out is not None:
             check_hold_out(config.hold_out, {example.category for example in train})
         warn_of_calibration(config, local(config.model), console)
@@ -172,6 +172,13 @@ class Task:
             self.found["gate_layer"] = layer
         return replace(method, gate_layer=self.found["gate_layer"])
 
+    def _meant_by(self, gate: GatePretraining) -> str:
+        """What says which expert an instruction is meant for: its category, or else its cluster."""
+        if gate.gate_pretraining == "labels" and gate.expert_names is None and not any(r.category for r in self.train):
+            console.print("no example has a category, so each expert is meant for a cluster of instructions")
+            return "clusters"
+        return "clusters" if gate.gate_pretraining == "none" else gate.gate_pretraining
+
     def _gate_of_some(
         self, model: Any, method: MethodConfig, gate: GatePretraining, seed: int
     ) -> tuple[Sequence[Encoded], list[int], list[str], float | None]:
@@ -182,7 +189,7 @@ class Task:
         rows = [self.train[i] for i in chosen]
         pooled = self._read(model, "train", rows)
         standardise(model, pooled)
-        how = gate.gate_pretraining if gate.gate_pretraining != "none" else "clusters"
+        how = self._meant_by(gate)
         expert_of, names = assign(rows, pooled, config.num_experts, how, seed, gate.expert_names)
         config.expert_names, accuracy = names, None
         if method.method == "uniform-gate":
@@ -230,7 +237,7 @@ class Task:
                 _, names = assign(self.train, pooled, config.num_experts, "labels", seed)
         else:
             standardise(model, pooled)
-            how = gate.gate_pretraining if gate.gate_pretraining != "none" else "clusters"
+            how = self._meant_by(gate)
             expert_of, names = assign(self.train, pooled, config.num_experts, how, seed, gate.expert_names)
             if method.method == "uniform-gate":
                 level(model)

@@ -6,8 +6,8 @@ Knows examples and perplexities. Knows no loop and no files.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smartmops.data.example import Example
 from smartmops.data.stored import take
+from smartmops.data.tasks import conversations
 from smartmops.options.training import Schedule, ValidationConfig
 from smartmops.tuner import MoPsModel
 
@@ -38,20 +39,20 @@ def hold_out(
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and validation examples, each in the order given; the latter by task, and one at least of each task.
 
-    A task with fewer than five examples keeps them all. Says so where that leaves none.
+    A task with fewer than five examples keeps them all; turns of one conversation stay together. Says so where that
+    leaves none.
     """
     if not train or not config.validation_share:
         return train, []
-    members = defaultdict(list)
-    for index, example in enumerate(train):
-        members[example.category].append(index)
     share = min(config.validation_share, config.validation_limit / len(train))
-    held: list[int] = []
-    for category, own in members.items():
+    talks: list[list[int]] = []
+    for category, own in conversations(train).items():
         if len(own) >= ENOUGH:
-            held += random.Random(f"{seed} validation {category}").sample(own, max(1, round(len(own) * share)))
-    if len(held) > config.validation_limit:
-        held = random.Random(f"{seed} validation").sample(held, config.validation_limit)
+            talks += random.Random(f"{seed} validation {category}").sample(own, max(1, round(len(own) * share)))
+    if sum(map(len, talks)) > config.validation_limit:
+        talks = random.Random(f"{seed} validation").sample(talks, min(len(talks), config.validation_limit))
+    ends = accumulate(map(len, talks))  # whole conversations, as many as there is room for
+    held = [i for talk, end in zip(talks, ends, strict=True) if end <= config.validation_limit for i in talk]
     if not held:
         console.print(f"validation: none held out, no task has {ENOUGH} training examples; the last state is kept")
         return train, []

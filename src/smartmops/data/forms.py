@@ -1,0 +1,262 @@
+"""The columns that data come with, and the examples that their rows make. Knows columns; knows no files, no tokens."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .example import Example, conversation
+from .faults import SHOWN, Faults, places, shown
+
+log = logging.getLogger(__name__)
+
+Columns = Mapping[str, str]  # what an example has -> the column of the data that holds it
+FIELDS = ("instruction", "context", "response", "category", "source", "system", "history", "messages")
+CATEGORY = ("category", "task", "task_name")  # columns that may say which task a row belongs to
+SOURCE = ("source", "client")
+TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # how a list of messages begins when it is text
+ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "developer": "system",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """Columns that belong together.
+
+    Attributes:
+        name: As it is told.
+        needed: Columns without which a row has another form.
+        context: Columns that may hold the context, the first one that is there.
+    """
+
+    name: str
+    needed: tuple[str, ...]
+    context: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """The column with the instruction."""
+        return self.needed[0]
+
+    @property
+    def answered(self) -> str:
+        """The column with the response."""
+        return self.needed[-1]
+
+
+CHATS = (Form("chat", ("messages",)), Form("chat", ("conversations",)))
+TEXTS = (
+    Form("instruction", ("instruction", "response"), ("context", "input")),
+    Form("Alpaca", ("instruction", "output"), ("input", "context")),
+    Form("prompt and completion", ("prompt", "completion"), ("context",)),
+    Form("Super-NaturalInstructions", ("definition", "inputs", "targets"), ("inputs",)),
+)
+
+
+CELL = "a cell of CSV holds nothing but text, so write such data as JSONL, JSON or Parquet"
+
+
+class EmptyResponse(ValueError):
+    """A row with nothing to learn."""
+
+
+def chosen_columns(chosen: Sequence[str]) -> dict[str, str]:
+    """`instruction=question response=answer` as a mapping.
+
+    Raises:
+        ValueError: one of them has no `=`, names nothing that an example has, or names it twice.
+    """
+    found: dict[str, str] = {}
+    for each in chosen:
+        field, equals, column = each.partition("=")
+        field = "category" if field == "task" else field
+        if not equals or not column or field not in FIELDS:
+            raise ValueError(f"--columns {each}: write FIELD=COLUMN, such as response=answer; FIELD is one of "
+                             f"{', '.join(FIELDS)}")  # fmt: skip
+        if field in found:
+            raise ValueError(f"--columns names a column for {field} twice ({found[field]}, {column}): choose one")
+        found[field] = column
+    return found
+
+
+def examples_of(
+    rows: Iterable[tuple[int, Any]], faults: Faults, chosen: Columns, task: str = "", *, leave_out_empty: bool = False
+) -> Iterator[Example]:
+    """One example a row, or one for each of the assistant's turns in a chat. The first good row says which form it is.
+
+    Args:
+        rows: With their numbers.
+        faults: Where everything that is wrong with a row is noted.
+        chosen: Columns that are called otherwise than in a form.
+        task: Of rows without a category.
+        leave_out_empty: Leave out, and count, rows with an empty response; else they are wrong.
+    """
+    reader, empty, count, unasked = _Reader(chosen, task, faults.unit), list[int](), 0, list[int]()
+    for number, row in rows:
+        try:
+            found = reader.read(row)
+        except ValueError as error:
+            if leave_out_empty and isinstance(error, EmptyResponse):
+                empty.append(number)
+            else:
+                faults.add(number, str(error))
+            continue
+        count += len(found)
+        if not (found[0].instruction.strip() or found[0].context.strip()):
+            unasked.append(number)
+        yield from found
+    _warn(faults, empty, "examples with an empty response left out")
+    _warn(faults, unasked, "examples ask nothing: neither instruction nor context")
+    if reader.form and not faults.count:
+        log.info("%s: %d examples from %s rows, %s", faults.name, count, reader.form.name, reader.told)
+
+
+def _warn(faults: Faults, numbers: Sequence[int], what: str) -> None:
+    if numbers:
+        named = places(faults.unit, list(numbers[:SHOWN])) + (", ..." if len(numbers) > SHOWN else "")
+        log.warning("%s: %d %s (%s)", faults.name, len(numbers), what, named)
+
+
+class _Reader:
+    """Rows of one file to examples. What the first good row has, all have."""
+
+    def __init__(self, chosen: Columns, task: str, unit: str) -> None:
+        self.chosen, self.task = chosen, task
+        self.way_out = "write it in quotes" if unit == "line" else "store the column as text"
+        self.form: Form | None = None
+        self.category: str | None = None  # the column with the task, if there is one
+
+    @property
+    def told(self) -> str:
+        """Where the tasks come from."""
+        named = self.chosen.get("category", self.category)
+        return f"tasks from column `{named}`" if named else f"task `{self.task}`" if self.task else "no column of tasks"
+
+    def read(self, row: Any) -> list[Example]:
+        if not isinstance(row, dict):
+            raise ValueError(f'{shown(row)} is no object: write {{"instruction": ..., "response": ...}}')
+        row = self._renamed(row)
+        form = self.form or self._recognised(row)
+        column = next((name for name in CATEGORY if name in row), None)
+        if self.form and bool(column) != bool(self.category):
+            problem = (
+                f"no column `{self.category}`" if self.category else f"a column `{column}`, which rows before lack"
+            )
+            raise ValueError(f"{problem} (found: {_names(row)}): give every row a category, or none")
+        found = self._chat(form, row) if form in CHATS or _is_talk(form, row) else [self._text(form, row)]
+        self.form, self.category = form, column
+        return found
+
+    def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
+        if missing := [f"{field}={column}" for field, column in self.chosen.items() if column not in row]:
+            raise ValueError(f"--columns {' '.join(missing)}: no such column (found: {_names(row)})")
+        left = {name: value for name, value in row.items() if name not in self.chosen.values()}
+        return left | {field: row[column] for field, column in self.chosen.items()}
+
+    def _recognised(self, row: Mapping[str, Any]) -> Form:
+        """The form that has the chosen columns if any, else the first whose columns are there."""
+        every = sorted((*CHATS, *TEXTS), key=lambda form: not set(form.needed) & self.chosen.keys())
+        for form in every:
+            if row.keys() >= set(form.needed):
+                return form
+        nearest = max(every, key=lambda form: len(row.keys() & set(form.needed)))
+        missing = [name for name in nearest.needed if name not in row]
+        problem = f"no column `{missing[0]}`" if len(missing) < len(nearest.needed) else "no columns that are known"
+        raise ValueError(f"{problem} (found: {_names(row)}). Needed are instruction and response, instruction and "
+                         "output, prompt and completion, messages or conversations; optional are context, category, "
+                         "source. Other names: --columns instruction=... response=...")  # fmt: skip
+
+    def _text(self, form: Form, row: Mapping[str, Any]) -> Example:
+        for name in form.needed:
+            if name not in row:
+                raise ValueError(f"no column `{name}` (found: {_names(row)}). Needed are {' and '.join(form.needed)}")
+        if _is_talk(form, row, str):
+            raise ValueError(f"`prompt` and `completion` are lists of messages written as text: {CELL}")
+        context = next((name for name in form.context if name in row), "context")
+        asked, given, response = (self._words(row, name) for name in (form.asked, context, form.answered))
+        task, source = self._label(row, CATEGORY) or self.task, self._label(row, SOURCE)
+        example = Example(asked, given, response, task, source, self._words(row, "system"), _history(row))
+        if not response.strip():
+            raise EmptyResponse(f"empty `{form.answered}`, so nothing to learn: write one or delete the line")
+        return example
+
+    def _chat(self, form: Form, row: Mapping[str, Any]) -> list[Example]:
+        """All turns of the assistant; those of the completion where prompt and completion both are messages."""
+        parts = [_messages(row, name) for name in form.needed]
+        given = [message for part in parts for message in part]
+        if (system := self._words(row, "system")) and given and given[0]["role"] != "system":
+            given.insert(0, {"role": "system", "content": system})
+        found = conversation(given, self._label(row, CATEGORY) or self.task, self._label(row, SOURCE))
+        if len(parts) > 1:
+            learnt = sum(message["role"] == "assistant" for message in parts[-1])
+            if not learnt:
+                raise EmptyResponse(f"`{form.answered}` has no turn of the assistant, so nothing to learn")
+            return found[-learnt:]
+        return found
+
+    def _words(self, row: Mapping[str, Any], column: str) -> str:
+        value = row.get(column)
+        if value is None or isinstance(value, str):
+            return value or ""
+        raise ValueError(f"`{column}` is {shown(value)}, not text: {self.way_out}")
+
+    def _label(self, row: Mapping[str, Any], columns: Iterable[str]) -> str:
+        """A name, for which numbers are taken too."""
+        column = next((name for name in columns if row.get(name) is not None), "")
+        value = row.get(column)
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else self._words(row, column)
+
+
+def _is_talk(form: Form, row: Mapping[str, Any], kind: type = list) -> bool:
+    """Whether prompt and completion are lists of messages, as TRL has them, or such lists written as text."""
+    values = [row.get(name) for name in form.needed]
+    if form.needed != ("prompt", "completion") or not all(isinstance(value, kind) for value in values):
+        return False
+    return kind is list or all(TALK.match(value) for value in values if isinstance(value, str))
+
+
+def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, str]]:
+    """Messages as `conversation` takes them: ShareGPT writes `from` and `value`, OpenAI may write parts of a text."""
+    value = row.get(column)
+    if isinstance(value, str):
+        raise ValueError(f"`{column}` is text, not a list of messages: {CELL}")
+    if not isinstance(value, list):
+        raise ValueError(f"`{column}` is {shown(value)}, not a list of messages: write "
+                         '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]')  # fmt: skip
+    return [_message(message, f"message {number} of `{column}`") for number, message in enumerate(value, 1)]
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is {shown(message)}, no object with role and content")
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if not isinstance(role, str):
+        raise ValueError(f"{where} has {shown(role)} for a role: choose system, user or assistant")
+    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if content is None or not isinstance(content, str):
+        raise ValueError(f"{where} has content={shown(content)}, not text: only text is read")
+    return {"role": ROLES.get(role, role)[:40], "content": content}
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _history(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    value = row.get("history") or []
+    pairs = isinstance(value, list) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value)
+    if not pairs or not all(isinstance(text, str) for turn in value for text in turn):
+        raise ValueError(f"`history` is {shown(value)}, no list of pairs: write [[question, answer], ...]; {CELL}")
+    return tuple((user, answer) for user, answer in value)
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    named = ", ".join(name if name.isprintable() else ascii(name)[1:-1] for name in map(str, row))
+    return (named if len(named) <= 200 else f"{named[:197]}...") or "none"

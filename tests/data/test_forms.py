@@ -1,0 +1,190 @@
+"""The forms that data come in: the same examples from JSONL, JSON, CSV, TSV and Parquet, and what each bad row says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from smartmops.data.example import Example
+from smartmops.data.tasks import read, split, splits
+
+Rows = Sequence[Mapping[str, Any]]
+SAID = [("user", "Who?"), ("assistant", "Ada."), ("user", "Why?"), ("assistant", "Notes.")]
+TALK = [
+    Example("Who?", "", "Ada.", "names", "", "Be brief."),
+    Example("Why?", "", "Notes.", "names", "", "Be brief.", (("Who?", "Ada."),)),
+]
+OPENAI = [{"role": "system", "content": "Be brief."}, *({"role": who, "content": text} for who, text in SAID)]
+SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[who], "value": text} for who, text in SAID]
+ONE = [Example("Add.", "2 and 3", "05", "sums"), Example("Say it.", "", "NA", "words")]
+
+
+def texts(asked: str, given: str, answered: str, task: str) -> Rows:
+    return [dict(zip((asked, given, answered, task), (e.instruction, e.context, e.response, e.category), strict=True))
+            for e in ONE]  # fmt: skip
+
+
+FORMS: dict[str, tuple[Rows, list[Example]]] = {
+    "our own": (texts("instruction", "context", "response", "category"), ONE),
+    "alpaca": (texts("instruction", "input", "output", "task"), ONE),
+    "prompt": (texts("prompt", "context", "completion", "category"), ONE),
+    "superni": (texts("definition", "inputs", "targets", "task_name"), ONE),
+    "messages": ([{"messages": OPENAI, "category": "names"}], TALK),
+    "sharegpt": ([{"conversations": SHAREGPT, "system": "Be brief.", "task": "names"}], TALK),
+    "mixed names": ([{"conversations": OPENAI, "category": "names"}], TALK),
+    "talk of trl": ([{"prompt": OPENAI[:4], "completion": OPENAI[4:], "category": "names"}], TALK[1:]),
+    "history": ([{"instruction": "Why?", "input": "", "output": "Notes.", "system": "Be brief.",
+                  "history": [["Who?", "Ada."]], "category": "names"}], TALK[1:]),
+}  # fmt: skip
+LISTS = ("messages", "sharegpt", "mixed names", "talk of trl", "history")
+
+
+def write(file: Path, rows: Rows) -> Path:
+    if file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows, indent=1))
+    elif file.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows]), file)
+    else:
+        with open(file, "w", newline="") as stream:
+            cells = csv.DictWriter(stream, list(rows[0]), delimiter="," if file.suffix == ".csv" else "\t")
+            cells.writeheader()
+            cells.writerows(
+                {name: v if isinstance(v, str) else json.dumps(v) for name, v in row.items()} for row in rows
+            )
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_in_every_file(tmp_path: Path, form: str, suffix: str) -> None:
+    rows, expected = FORMS[form]
+    file = write(tmp_path / f"a{suffix}", rows)
+    if form in LISTS and suffix in (".csv", ".tsv"):
+        with pytest.raises(ValueError, match=r"line 2: `.*` (is|are) .*so write such data as JSONL"):
+            read(file)
+    else:
+        assert read(file) == expected
+
+
+def test_parts_of_text_and_other_names_of_roles(tmp_path: Path) -> None:
+    said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Who?"}]},
+            {"role": "model", "content": "Ada."}]  # fmt: skip
+    assert read(write(tmp_path / "a.jsonl", [{"messages": said}])) == [Example("Who?", "", "Ada.", system="Be brief.")]
+
+
+def test_form_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "smartmops.data")
+    read(write(tmp_path / "a.jsonl", FORMS["sharegpt"][0]))
+    read(write(tmp_path / "b.csv", FORMS["alpaca"][0]))
+    assert "a.jsonl: 2 examples from chat rows, tasks from column `task`" in caplog.text
+    assert "b.csv: 2 examples from Alpaca rows, tasks from column `task`" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------- names of columns
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    rows = [{"q": e.instruction, "context": "not this", "ctx": e.context, "a": e.response, "label": e.category, "id": 3}
+            for e in ONE]  # fmt: skip
+    names = ("instruction=q", "context=ctx", "response=a", "task=label")
+    for suffix in (".jsonl", ".json", ".parquet", ".csv"):
+        file = write(tmp_path / f"a{suffix}", rows)
+        assert read(file, columns=names) == ONE
+    train, test = splits(file, columns=names, folder=tmp_path / "rows")
+    assert sorted([*train, *test], key=lambda e: e.category) == ONE
+    chat = write(tmp_path / "chat.jsonl", [{"talk": OPENAI, "instruction": "i", "response": "r", "category": "names"}])
+    assert read(chat, columns=["messages=talk"]) == TALK
+    assert [e.response for e in read(chat)] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["response"], "--columns response: write FIELD=COLUMN"),
+        (["answer=a"], "--columns answer=a: .*FIELD is one of instruction, context, response"),
+        (["response="], "--columns response=: write"),
+        (["response=a", "response=b"], r"--columns names a column for response twice \(a, b\)"),
+        (["response=c"], r"a\.jsonl, line 1: --columns response=c: no such column \(found: q, a\)"),
+        (["response=a"], "line 1: no column `instruction`"),
+    ],
+)
+def test_names_that_cannot_be(tmp_path: Path, names: list[str], problem: str) -> None:
+    file = write(tmp_path / "a.jsonl", [{"q": "?", "a": "!"}])
+    with pytest.raises(ValueError, match=problem):
+        read(file, columns=names)
+
+
+def test_built_in_data_have_columns_of_their_own() -> None:
+    with pytest.raises(ValueError, match="--columns response=a: office has columns of its own"):
+        read("office", columns=["response=a"])
+
+
+# ---------------------------------------------------------------------------------------------------------- bad rows
+def chat(*said: object) -> dict[str, object]:
+    return {"messages": list(said)}
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (chat({"role": "user", "content": "a"}), r"ends with the user \('a'\)"),
+        (chat({"role": "user"}), "message 1 of `messages` has content=null, not text"),
+        (chat({"content": "a"}), "message 1 of `messages` has null for a role: choose system, user or assistant"),
+        (chat({"role": ["user"], "content": "a"}), r'has \["user"\] for a role'),
+        (chat({"role": "tool", "content": "a"}), "message 1 has role='tool': choose one of system, user, assistant"),
+        (chat({"role": "user", "content": [{"type": "image_url"}]}), "has content=.*only text is read"),
+        (chat("hello"), 'message 1 of `messages` is "hello", no object with role and content'),
+        (chat(), "0 messages, and none of a user"),
+        ({"messages": {"role": "user"}}, "`messages` is .*, not a list of messages: write"),
+        ({"messages": '[{"role": "user"}]'}, "`messages` is text, not a list of messages: .* JSONL, JSON or Parquet"),
+        ({"messages": None}, "`messages` is null, not a list"),
+        ({"text": "a"}, r"`messages` is null, not a list|no column `messages` \(found: text\)"),
+        (
+            chat({"role": "user", "content": "half \ud83d"}, {"role": "assistant", "content": "b"}),
+            r"`instruction` holds \\ud83d",
+        ),
+        (chat(*OPENAI) | {"category": 2.5}, "give every row a category, or none"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_bad_chat_is_named(tmp_path: Path, suffix: str, bad: Mapping[str, Any], problem: str) -> None:
+    file = write(tmp_path / f"a{suffix}", [chat(*OPENAI), bad, chat(*OPENAI)])
+    with pytest.raises(ValueError, match=rf"a{suffix}, line \d+: .*({problem})") as found:
+        read(file)
+    assert "\n" not in str(found.value) and len(str(found.value)) < 600
+    if suffix == ".jsonl":
+        assert "line 2: " in str(found.value)
+
+
+@pytest.mark.parametrize("history", ["a", [["a"]], [["a", 3]], [["a", "b", "c"]], {"a": "b"}])
+def test_a_bad_history_is_named(tmp_path: Path, history: object) -> None:
+    file = write(tmp_path / "a.jsonl", [{"instruction": "i", "output": "o", "history": history}])
+    with pytest.raises(ValueError, match=r"line 1: `history` is .*, no list of pairs"):
+        read(file)
+
+
+# ----------------------------------------------------------------------------------------------------- conversations
+def test_turns_of_one_conversation_stay_on_one_side(tmp_path: Path) -> None:
+    rows = []
+    for number in range(40):
+        said = [(who, f"{number} {text}") for who, text in SAID * (1 + number % 3)]
+        rows.append({"messages": [{"role": who, "content": text} for who, text in said], "category": "ab"[number % 2]})
+    for limit in (None, 60):
+        for seed in range(3):
+            train, test = splits(write(tmp_path / "a.jsonl", rows), limit, 0.2, seed)
+            sides = [{example.response.split()[0] for example in part} for part in (train, test)]
+            assert not sides[0] & sides[1] and len(train) + len(test) == (limit or 158)
+            assert {example.category for example in test} == {"a", "b"}
+
+
+def test_equal_questions_are_no_conversation() -> None:
+    alike = [Example("Who?", "", "Ada.")] * 10
+    assert [len(part) for part in split(alike)] == [9, 1]
