@@ -111,7 +111,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         (["response"], "--columns response: write FIELD=COLUMN"),
         (["answer=a"], "--columns answer=a: .*FIELD is one of instruction, context, response"),
         (["response="], "--columns response=: write"),
-        (["response=a", "response=b"], r"--columns names a column for response twice \(a, b\)"),
+        (["response=a", "response=b"], "--columns response=b: response is read from a already: choose one"),
         (["response=c"], r"a\.jsonl, line 1: --columns response=c: no such column \(found: q, a\)"),
         (["response=a"], "line 1: no column `instruction`"),
     ],

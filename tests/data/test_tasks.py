@@ -265,7 +265,7 @@ def test_shares_and_sizes_out_of_range() -> None:
         with pytest.raises(ValueError, match=f"test={share}: choose a share between 0 and 1"):
             split([], share)
     for n in (0, 4):
-        with pytest.raises(ValueError, match=f"n={n}, but there are 3 examples: choose 1 to 3"):
+        with pytest.raises(ValueError, match=f"--limit {n}, but there are 3 examples: choose 1 to 3"):
             sample([Example("i", "", "r")] * 3, n)
 
 

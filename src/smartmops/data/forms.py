@@ -14,7 +14,6 @@ from .faults import SHOWN, Faults, places, shown
 log = logging.getLogger(__name__)
 
 Columns = Mapping[str, str]  # what an example has -> the column of the data that holds it
-FIELDS = ("instruction", "context", "response", "category", "source", "system", "history", "messages")
 CATEGORY = ("category", "task", "task_name")  # columns that may say which task a row belongs to
 SOURCE = ("source", "client")
 TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # how a list of messages begins when it is text
@@ -63,25 +62,6 @@ CELL = "a cell of CSV holds nothing but text, so write such data as JSONL, JSON 
 
 class EmptyResponse(ValueError):
     """A row with nothing to learn."""
-
-
-def chosen_columns(chosen: Sequence[str]) -> dict[str, str]:
-    """`instruction=question response=answer` as a mapping.
-
-    Raises:
-        ValueError: one of them has no `=`, names nothing that an example has, or names it twice.
-    """
-    found: dict[str, str] = {}
-    for each in chosen:
-        field, equals, column = each.partition("=")
-        field = "category" if field == "task" else field
-        if not equals or not column or field not in FIELDS:
-            raise ValueError(f"--columns {each}: write FIELD=COLUMN, such as response=answer; FIELD is one of "
-                             f"{', '.join(FIELDS)}")  # fmt: skip
-        if field in found:
-            raise ValueError(f"--columns names a column for {field} twice ({found[field]}, {column}): choose one")
-        found[field] = column
-    return found
 
 
 def examples_of(

@@ -17,10 +17,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from smartmops.options.columns import chosen_columns
+
 from .example import Example
 from .faults import Faults
 from .files import SUFFIXES, rows_of, unit_of
-from .forms import CATEGORY, chosen_columns, examples_of
+from .forms import CATEGORY, examples_of
 from .office import office
 from .stored import store, take
 from .superni import is_task, read_superni, task_files

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .columns import FieldsOfColumns
 from .folders import OutFolder, WordOrFile, WordOrFolder, refused
 from .limits import Count, Number, Options, Positive, Rate, Seed, Several, Share, Text, Whole, typed
 from .method import OURS, GatePretraining, Method, MethodConfig, gate_problems, method_problems
@@ -21,9 +22,11 @@ EMBEDDED_SETTING: dict[str, Any] = {
     "expert_kind": "hidden_states", "gate_lr": 1e-3,
 }  # fmt: skip
 
+
 Model = Annotated[str, Text("a model folder, a hub id, a *.gguf file, smollm2 or tiny")]
 Base = Annotated[Model, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Data = Annotated[str, Text("office, dolly, superni, a file, a folder or a hub id")]
+Columns = Annotated[tuple[str, ...], FieldsOfColumns()]
 Activations = Annotated[str, WordOrFolder(("auto", "memory", "off"))]
 Template = Annotated[str, WordOrFile(("auto", "chat", "plain"), "a file with a Jinja template")]
 Rows = Annotated[str, WordOrFolder(("memory",))]
@@ -38,7 +41,7 @@ class TaskConfig(Options, MethodConfig, GatePretraining):
 
     model: Base  # folder, *.gguf, hub id, smollm2, tiny
     data: Data
-    columns: tuple[str, ...] = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
+    columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: bfloat16 where it is faster
     template: Template = (
         "auto"  # chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one

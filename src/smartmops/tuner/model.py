@@ -32,7 +32,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     `mops_shared_values` with S for K, all in units of `mops_key_size`, `mops_value_size` [layers];
     `mops_head_weight` [layers, heads]. The gate: `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
     `mops_gate_bias` [groups]. Frozen: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean` and `mops_gate_scale`
-    [inputs], which standardise the gate's input, and the null expert's `mops_null_basis`, `_centres`, `_direction`, `_cut`.
+    [inputs], which standardise the gate's input, and the null expert's `mops_null_*`.
     """
 
     adapter_layer_names = (
@@ -118,8 +118,10 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
             return torch.ones(len(pooled), device=pooled.device)
         if not config.null_expert or self.training:
             return None
-        fitted = (self._float(f"mops_null_{name}", adapter) for name in ("basis", "centres", "direction", "cut"))
-        return null.weight(self.standardised(pooled, adapter), *fitted, config.null_threshold)
+        names = ("basis", "centres", "direction", "cut")
+        basis, centres, direction, cut = (self._float(f"mops_null_{name}", adapter) for name in names)
+        features = self.standardised(pooled, adapter)
+        return null.weight(features, basis, centres, direction, cut, config.null_threshold)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """At prefill, read the gate and put the experts in front of this and all later layers; then run the layer."""

@@ -110,8 +110,8 @@ def _direction(
 ) -> Float[Tensor, " inputs"]:
     """Ridge regression that tells unrelated text (1) from instructions (0), whichever of the two there is more of.
 
-    `penalty` is times the mean squared length of an instruction. It was chosen on SmolLM2's Dolly instructions, where 2 %
-    lost leave 91 % of held-out unrelated texts to the base; distance alone 44 %.
+    `penalty` is times the mean squared length of an instruction: of several, the one that caught most held-out
+    unrelated texts on SmolLM2's Dolly instructions.
     """
     x = torch.cat([known, unrelated]).double()
     y = torch.cat([torch.zeros(len(known)), torch.ones(len(unrelated))]).to(x)
@@ -119,7 +119,8 @@ def _direction(
     share = root.pow(2) / root.pow(2).sum()
     x, y = (x - share @ x) * root[:, None], (y - share @ y) * root
     gram = x @ x.T + penalty * x.shape[1] * torch.eye(len(x)).to(x)
-    return (x.T @ torch.linalg.solve(gram, y)).float()
+    found: Tensor = (x.T @ torch.linalg.solve(gram, y)).float()
+    return found
 
 
 def _place(

@@ -1,0 +1,40 @@
+"""Which column of the data holds what: `FIELD=COLUMN`. Knows words; knows no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FIELDS = ("instruction", "context", "response", "category", "source", "system", "history", "messages")
+
+
+def chosen_columns(chosen: Sequence[str]) -> dict[str, str]:
+    """`instruction=question response=answer` as a mapping.
+
+    Raises:
+        ValueError: one of them has no `=`, names nothing that an example has, or names it twice.
+    """
+    found: dict[str, str] = {}
+    for each in chosen:
+        field, equals, column = each.partition("=")
+        field = "category" if field == "task" else field
+        if not equals or not column or field not in FIELDS:
+            raise ValueError(f"--columns {each}: write FIELD=COLUMN, such as response=answer; FIELD is one of "
+                             f"{', '.join(FIELDS)}")  # fmt: skip
+        if field in found:
+            raise ValueError(f"--columns {each}: {field} is read from {found[field]} already: choose one")
+        found[field] = column
+    return found
+
+
+@dataclass(frozen=True)
+class FieldsOfColumns:
+    """FIELD=COLUMN, each field once."""
+
+    def wrong(self, value: tuple[str, ...]) -> str | None:
+        """As `limits.Limit`."""
+        try:
+            chosen_columns(value)
+        except ValueError as error:
+            return f": {str(error).removeprefix('--columns ')}"
+        return None
