@@ -66,7 +66,6 @@ class Engine:
         self.wrappers: dict[int, Any] = {}
         self.last: Passage | None = None
         self.warned = False
-        self.kept = experts.Kept()
         layers = getattr(self.backbone, halves.layers_name(self.backbone))
         self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
         for layer in self.layers:
@@ -80,6 +79,9 @@ class Engine:
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self._generate
         model.__dict__["mops_engine"] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"last": None}  # a copy has read no text, and a graph cannot be copied
 
     @staticmethod
     def on(model: nn.Module) -> Engine:
@@ -110,6 +112,11 @@ class Engine:
             raise ValueError(f"adapters {names} are active at once: activate one with set_adapter({names[0]!r})")
         return on[0] if on else None
 
+    @property
+    def latest(self) -> Passage | None:
+        """The latest pass of text, as long as an adapter is on."""
+        return None if self.active() is None else self.last
+
     def _generate(self, *args: Any, gate_mask: Any = None, gate_embedding: Any = None, **kwargs: Any) -> Any:
         settings = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
         chunks = [kwargs.get("prefill_chunk_size"), *(getattr(each, "prefill_chunk_size", None) for each in settings)]
@@ -129,8 +136,8 @@ class Engine:
         if "packed" in kwargs:
             raise ValueError("a packed batch reached the base model: make the adapter with task_type='CAUSAL_LM'")
         explicit, embedding = kwargs.pop("gate_mask", None), kwargs.pop("gate_embedding", None)
+        self.last = None
         if (wrapper := self.active()) is None:
-            self.last = None
             return (), kwargs
         _refuse_reentrant(self.layers, model.training)
         call = self.call
@@ -249,8 +256,7 @@ class Engine:
     def recover(self, passage: Passage, wrapper: Any, config: MoPsConfig) -> None:
         """Put the recovery prompts in front of every layer, or only below the injection layer."""
         prompts = wrapper.mops_recovery[passage.adapter]
-        kv = self.kept.get(f"recovery of {passage.adapter}", prompts, self.backbone,
-                           lambda: experts.prefix(self.backbone, 0, prompts, 1, False))  # fmt: skip
+        kv = experts.prefix(self.backbone, 0, prompts, 1, False)
         if not config.keep_recovery_prompts:
             kv = {layer: pair for layer, pair in kv.items() if layer < wrapper.index}
         passage.put(kv, torch.zeros(1, len(prompts), device=prompts.device))
