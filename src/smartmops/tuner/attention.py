@@ -81,7 +81,7 @@ def _gated(
     kwargs: dict[str, Any],
 ) -> tuple[Float[Tensor, "rows queries heads width"], Tensor | None]:  # fmt: skip
     """Padded rows, all of whose tokens see the prompts."""
-    seen, beside = mops.prefix.get(layer), mops.beside.get(layer)
+    seen, added = mops.prefix.get(layer), mops.added(layer, query, _scale(query, kwargs))
     weights: Tensor | None = None
     if seen is None:
         out, weights = _inner(module)(module, query, key, value, mask, **kwargs)
@@ -90,9 +90,7 @@ def _gated(
     else:
         full = _additive(mask, query, key.shape[-2])
         out, weights = _behind(module, query, key, value, full, seen, kwargs)
-    if beside is not None:
-        out = out + beside.of(query, _scale(query, kwargs))
-    return out, weights
+    return out if added is None else out + added, weights
 
 
 def _where_seen(
@@ -121,11 +119,10 @@ def _over_segments(
     kwargs: dict[str, Any],
 ) -> Float[Tensor, "1 tokens heads width"]:  # fmt: skip
     """Examples laid end to end, each over its own text, what came before it, and the prompts."""
-    seen, beside = mops.prefix.get(layer), mops.beside.get(layer)
-    mops.attended = mops.attended or seen is not None or beside is not None
+    seen, added = mops.prefix.get(layer), mops.added(layer, query, _scale(query, kwargs), segments.of)
+    mops.attended = mops.attended or seen is not None or added is not None
     if mops.taken is not None:
         mops.taken[layer] = (key, value)
-    added = None if beside is None else beside.of(query, _scale(query, kwargs), segments.of)
     if mops.past is None and _mergeable(module, query, value, segments, seen, kwargs):
         out = _merge(query, key, value, segments, seen, _scale(query, kwargs))
         return out if added is None else out + added

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import experts, fresh, gate, keys_values, null
+from . import experts, fresh, gate, keys_values, mixed, null
 from .config import MoPsConfig
 from .engine import Engine
 from .passage import Beside, Passage
@@ -78,7 +78,9 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         weight = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
-        return (None, None) if weight is None else (weight.device, weight.dtype)
+        if weight is None:
+            return None, None
+        return (_runs_on(base_layer) if weight.is_meta else None) or weight.device, weight.dtype
 
     @property
     def current(self) -> str | None:
@@ -125,14 +127,18 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """At prefill, read the gate and put the experts in front of this and all later layers; then run the layer."""
         passage = kwargs.get("mops")
-        if isinstance(passage, Passage) and passage.first == self.index:
+        if isinstance(passage, Passage) and (passage.first == self.index or passage.parts):
             hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
-            args = (hidden.detach(), *args)
-            if passage.gate is None:
-                self._enter(passage, args[0])
+            hidden = hidden.detach() if passage.first == self.index else hidden
+            args = (hidden, *args)
+            if passage.parts:
+                mixed.enter(passage, self, hidden)
+            elif passage.gate is None:
+                self.read(passage, hidden)
         return self.base_layer(*args, **kwargs)
 
-    def _enter(self, passage: Passage, hidden: Float[Tensor, "batch seq hidden"]) -> None:
+    def read(self, passage: Passage, hidden: Float[Tensor, "batch seq hidden"]) -> None:
+        """Read the gate from what enters this layer, and put the experts in front of it and all later ones."""
         if passage.gate_embedding is not None:
             pooled = passage.gate_embedding.to(hidden.device, torch.float32)
         else:
@@ -186,4 +192,15 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         strength = torch.ones_like(bias[:, 0]) if lost is None else 1 - lost
         weights = self.mops_head_weight[adapter] if config.prefix_attention == "separate" else None
         for number, (layer, (key, value)) in enumerate(kv.items()):
-            passage.beside[layer] = Beside(key, value, bias, strength, None if weights is None else weights[number])
+            own = None if weights is None else weights[number]
+            passage.beside[layer] = [Beside(key, value, bias, strength, own)]
+
+
+def _runs_on(layer: nn.Module) -> torch.device | None:
+    """Where accelerate's hooks bring a layer to run whose weights wait elsewhere; None: there are no such hooks."""
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    return None

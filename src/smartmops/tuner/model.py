@@ -5,7 +5,9 @@ Knows PEFT and its life cycle. Knows no text, no tasks, no files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import gate, halves, head, registry, states
+from . import gate, halves, head, mixed, registry, states
 from .config import MoPsConfig
 from .engine import Engine, refuse_changed_embeddings
 from .layer import MoPsLayer
@@ -46,6 +48,7 @@ class MoPsModel(BaseTuner):
         for name in ("prompts_per_expert", "shared_prompts"):
             if (count := getattr(peft_config, name)) > room:
                 raise ValueError(f"{name}={count}, but this model has {room} positions: choose {room} at most")
+        self._refuse_frozen(peft_config, engine)
         runs = peft_config.experts == "hidden_states" or peft_config.num_recovery_prompts > 0
         refuse_changed_embeddings(self.model, engine.backbone, engine.layers[0], runs)
         wrapped = {id(layer.get_base_layer()) for layer in engine.wrappers.values()}
@@ -54,6 +57,34 @@ class MoPsModel(BaseTuner):
             layer = engine.wrappers[peft_config.injection_layer]  # type: ignore[index]
         peft_config.target_modules = {next(name for name, module in self.model.named_modules() if module is layer)}
         return peft_config
+
+    def _refuse_frozen(self, config: MoPsConfig, engine: Engine) -> None:
+        """Whatever lies where no gradient goes would be saved as trained, and never be."""
+        names = [re.sub(r"\.base_layer\b", "", name) for name, _ in self.model.named_modules()]
+        saved = [name for name in names if any(name.endswith(each) for each in config.modules_to_save or [])]
+        first = config.injection_layer if config.visible_to == "all" and not config.reads_ahead else len(engine.layers)
+        assert first is not None
+        layers = re.escape(halves.layers_name(engine.backbone))
+        for name in saved:
+            inside = re.search(rf"\b{layers}\.(\d+)(\.|$)", name)
+            behind = name.rpartition(".")[2] in (*halves.FINAL_NORMS, "lm_head", "embed_out")
+            if int(inside[1]) < first if inside else not behind:
+                raise ValueError(f"modules_to_save={config.modules_to_save} holds {name}, which stands where this "
+                                 f"method trains nothing: choose the output head, the final norm or parts of the layers "
+                                 f"{first} and up (of {len(engine.layers)})")  # fmt: skip
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's road for the arguments that it takes off before the base model is called."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets belong to aLoRA adapters, and this is a MoPs adapter: leave them out")
+        if (names := kwargs.get("adapter_names")) is None:
+            yield
+            return
+        engine = Engine.on(self.model)
+        names = mixed.checked(names, list(self.peft_config), self.model.training)
+        with mixed.asked(engine, names), mixed.saved_modules(engine, self.model):
+            yield
 
     @staticmethod
     def _check_target_module_exists(peft_config: MoPsConfig, key: str) -> bool:
@@ -166,10 +197,12 @@ class MoPsModel(BaseTuner):
         """The base model's `forward`; with `packed`, the mean loss of examples laid end to end (`packed.Packed`)."""
         if packed is None:
             return self.model(*args, **kwargs)
+        if mixed.names_of(Engine.on(self.model)) is not None:
+            raise ValueError("adapter_names with a packed batch: give padded rows, or one adapter at a time")
         batch = self._reduced(Packed.of(packed))
         at, targets = batch.targets()
         hidden = self._through(batch)[at]
-        return CausalLMOutputWithPast(loss=mean_loss(self._head, hidden, targets, self._vocabulary))
+        return CausalLMOutputWithPast(loss=mean_loss(self._head, hidden, targets, self._vocabulary, self._saved))
 
     @torch.no_grad()
     def nats(self, packed: Packed | Mapping[str, Tensor]) -> Float[Tensor, " tokens"]:
@@ -181,6 +214,12 @@ class MoPsModel(BaseTuner):
         hidden = self._through(reduced)[reduced.targets()[0]]
         found[at] = each_nats(self._head, hidden, targets, self._vocabulary)
         return found
+
+    @property
+    def _saved(self) -> list[Tensor]:
+        """What is trained of the output head."""
+        saved = [part for part in self.model.children() if isinstance(part, AuxiliaryTrainingWrapper)]
+        return [p for part in saved for p in part.parameters() if p.requires_grad]
 
     @property
     def _vocabulary(self) -> int:
