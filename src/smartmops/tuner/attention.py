@@ -12,6 +12,7 @@ import contextvars
 import copy
 import functools
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,7 +81,7 @@ def _gated(
     kwargs: dict[str, Any],
 ) -> tuple[Float[Tensor, "rows queries heads width"], Tensor | None]:  # fmt: skip
     """Padded rows, all of whose tokens see the prompts."""
-    seen, beside = mops.prefix.get(layer), mops.beside.get(layer)
+    seen, added = mops.prefix.get(layer), mops.added(layer, query, _scale(query, kwargs))
     weights: Tensor | None = None
     if seen is None:
         out, weights = _inner(module)(module, query, key, value, mask, **kwargs)
@@ -89,9 +90,7 @@ def _gated(
     else:
         full = _additive(mask, query, key.shape[-2])
         out, weights = _behind(module, query, key, value, full, seen, kwargs)
-    if beside is not None:
-        out = out + beside.of(query, _scale(query, kwargs))
-    return out, weights
+    return out if added is None else out + added, weights
 
 
 def _where_seen(
@@ -120,11 +119,10 @@ def _over_segments(
     kwargs: dict[str, Any],
 ) -> Float[Tensor, "1 tokens heads width"]:  # fmt: skip
     """Examples laid end to end, each over its own text, what came before it, and the prompts."""
-    seen, beside = mops.prefix.get(layer), mops.beside.get(layer)
-    mops.attended = mops.attended or seen is not None or beside is not None
+    seen, added = mops.prefix.get(layer), mops.added(layer, query, _scale(query, kwargs), segments.of)
+    mops.attended = mops.attended or seen is not None or added is not None
     if mops.taken is not None:
         mops.taken[layer] = (key, value)
-    added = None if beside is None else beside.of(query, _scale(query, kwargs), segments.of)
     if mops.past is None and _mergeable(module, query, value, segments, seen, kwargs):
         out = _merge(query, key, value, segments, seen, _scale(query, kwargs))
         return out if added is None else out + added
@@ -321,7 +319,38 @@ def attach(layer: nn.Module) -> None:
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
     if not hasattr(layer, "mops_kind"):
-        layer.__class__ = _handing_over(type(layer))  # type: ignore[arg-type]
+        _become(layer, _handing_over(type(layer)))
+
+
+def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Give the layer another class, also where an instance's own `forward` hides that of the class.
+
+    accelerate's hooks put such a one there, which calls what it found as `_old_forward`.
+    """
+    was, own = type(layer), layer.__dict__
+    layer.__class__ = kind
+    for name in ("_old_forward", "forward"):
+        found = own.get(name)
+        if getattr(found, "__func__", None) is was.forward:
+            own[name] = types.MethodType(kind.forward, layer)
+        elif isinstance(found, functools.partial) and found.func is _handed_over:
+            own[name] = found.args[0]
+    name = "_old_forward" if "_old_forward" in own else "forward"
+    if hasattr(kind, "mops_kind") and name in own and getattr(own[name], "__func__", None) is not kind.forward:
+        own[name] = functools.partial(_handed_over, own[name], layer)
+
+
+def _handed_over(
+    forward: Callable[..., Any], layer: nn.Module, *args: Any, mops: Record | Passage | None = None, **kwargs: Any
+) -> Any:
+    """Run a layer's `forward` with its `mops` keyword left where its attention modules look for it."""
+    if mops is not None:
+        args, kwargs = _arriving(int(layer.__dict__["mops_attention"][0].layer_idx), mops, args, kwargs)
+    token = _now.set(mops)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _now.reset(token)
 
 
 @functools.cache
@@ -331,17 +360,20 @@ def _handing_over(kind: type[nn.Module]) -> type[nn.Module]:
     A hook would not do: gradient checkpointing runs `forward` again, without hooks and after other passes.
     """
 
-    def forward(self: nn.Module, *args: Any, mops: Record | Passage | None = None, **kwargs: Any) -> Any:
-        if mops is not None:
-            args, kwargs = _arriving(int(self.__dict__["mops_attention"][0].layer_idx), mops, args, kwargs)
-        token = _now.set(mops)
-        try:
-            return kind.forward(self, *args, **kwargs)
-        finally:
-            _now.reset(token)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _handed_over(functools.partial(kind.forward, self), self, *args, **kwargs)
+
+    def reduced(self: nn.Module, protocol: Any) -> Any:
+        return _again, (kind,), self.__dict__.copy()
 
     names = {"forward": forward, "mops_kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), names)
+    return type(kind.__name__, (kind,), names | {"__reduce_ex__": reduced})
+
+
+def _again(kind: type[nn.Module]) -> nn.Module:
+    """An empty layer to be filled by pickle or copy, which find a class by its name and so find the plain one."""
+    made = _handing_over(kind)
+    return made.__new__(made)
 
 
 def _arriving(
@@ -364,4 +396,4 @@ def detach(layer: nn.Module) -> None:
             module.config = module.__dict__.pop("mops_config")
             del module.__dict__["mops_inner"], module.__dict__["mops_sdpa"]
     layer.__dict__.pop("mops_attention", None)
-    layer.__class__ = getattr(layer, "mops_kind", type(layer))
+    _become(layer, getattr(layer, "mops_kind", type(layer)))

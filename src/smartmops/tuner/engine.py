@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import attention, experts, gate, growing, halves, prefill, reading
+from . import attention, experts, gate, growing, halves, mixed, prefill, reading
 from .config import MoPsConfig
 from .packed import text_positions
 from .passage import Passage
@@ -66,7 +66,6 @@ class Engine:
         self.wrappers: dict[int, Any] = {}
         self.last: Passage | None = None
         self.warned = False
-        self.kept = experts.Kept()
         layers = getattr(self.backbone, halves.layers_name(self.backbone))
         self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
         for layer in self.layers:
@@ -80,6 +79,9 @@ class Engine:
         if hasattr(model, "generate"):
             model.__dict__["generate"] = self._generate
         model.__dict__["mops_engine"] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"last": None}  # a copy has read no text, and a graph cannot be copied
 
     @staticmethod
     def on(model: nn.Module) -> Engine:
@@ -110,6 +112,11 @@ class Engine:
             raise ValueError(f"adapters {names} are active at once: activate one with set_adapter({names[0]!r})")
         return on[0] if on else None
 
+    @property
+    def latest(self) -> Passage | None:
+        """The latest pass of text, as long as an adapter is on."""
+        return None if self.active() is None else self.last
+
     def _generate(self, *args: Any, gate_mask: Any = None, gate_embedding: Any = None, **kwargs: Any) -> Any:
         settings = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
         chunks = [kwargs.get("prefill_chunk_size"), *(getattr(each, "prefill_chunk_size", None) for each in settings)]
@@ -129,9 +136,12 @@ class Engine:
         if "packed" in kwargs:
             raise ValueError("a packed batch reached the base model: make the adapter with task_type='CAUSAL_LM'")
         explicit, embedding = kwargs.pop("gate_mask", None), kwargs.pop("gate_embedding", None)
+        self.last = None
         if (wrapper := self.active()) is None:
-            self.last = None
             return (), kwargs
+        if getattr(model, "_is_replica", False):
+            raise ValueError("nn.DataParallel copies a model without its adapters' parameters: start one process for "
+                             "each GPU with torchrun, or let CUDA_VISIBLE_DEVICES name one")  # fmt: skip
         _refuse_reentrant(self.layers, model.training)
         call = self.call
         inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
@@ -140,14 +150,21 @@ class Engine:
         _refuse_packed(kwargs.get("position_ids"), flat)
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        passage = self._known(cache, past)
+        names = mixed.names_of(self, rows)
+        passage = self._known(cache, past, names or [wrapper.current] * rows)
         if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
         if fresh := passage is None:
             if call is not None:
                 growing.make_room(cache)
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
-            passage = self._fresh(wrapper, kwargs, real, explicit, embedding)
+            if names is not None and (len(set(names)) > 1 or names[0] == mixed.BASE):
+                mask, embedding = self._given(explicit, embedding, rows)
+                passage = mixed.begin(self, names, kwargs, real, mask, embedding)
+            else:
+                if names is not None:
+                    wrapper = next(each for each in self.wrappers.values() if names[0] in each.configs)
+                passage = self._fresh(wrapper, kwargs, real, explicit, embedding, names and names[0])
         elif passage.gate is not None and len(passage.gate) != rows:
             raise ValueError(
                 f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
@@ -173,7 +190,7 @@ class Engine:
         own = mask[:, 0, :, :length].diagonal(dim1=-2, dim2=-1)  # a real token sees itself, in any sliding window
         return (own if own.dtype == torch.bool else own > -1).expand(rows, -1)
 
-    def _known(self, cache: Any, past: int) -> Passage | None:
+    def _known(self, cache: Any, past: int, names: list[str]) -> Passage | None:
         if self.call is not None and self.call.passage is not None:
             return self.call.passage
         if past == 0:
@@ -182,11 +199,24 @@ class Engine:
         if found is None:
             raise ValueError(f"past_key_values hold {past} tokens that were not read under this adapter: "
                              "start from an empty cache")  # fmt: skip
+        filled = sorted(set(found.names or [found.adapter]))
+        if (found.names or [found.adapter] * len(names)) != names:
+            raise ValueError(f"past_key_values were filled by adapter {' and '.join(filled)}, and now "
+                             f"{' and '.join(sorted(set(names)))} is to go on: use the same, or an empty cache")  # fmt: skip
         return found
 
-    def _fresh(self, wrapper: Any, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any) -> Passage:
+    def _given(self, mask: Any, embedding: Any, rows: int) -> tuple[Any, Any]:
+        """What the caller of the pass or of `generate` gave for the gate to read, a row each."""
+        if self.call is not None:
+            mask = self.call.gate_mask if mask is None else mask
+            embedding = self.call.gate_embedding if embedding is None else embedding
+        return tuple(None if each is None else _rows(each, rows) for each in (mask, embedding))
+
+    def _fresh(
+        self, wrapper: Any, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any, adapter: str | None = None
+    ) -> Passage:
         """What is known of a text before its first layer: what the gate may read, and who sees experts."""
-        adapter = wrapper.current
+        adapter = adapter or wrapper.current
         assert adapter is not None
         config, call = wrapper.configs[adapter], self.call
         if call is not None:
@@ -249,8 +279,7 @@ class Engine:
     def recover(self, passage: Passage, wrapper: Any, config: MoPsConfig) -> None:
         """Put the recovery prompts in front of every layer, or only below the injection layer."""
         prompts = wrapper.mops_recovery[passage.adapter]
-        kv = self.kept.get(f"recovery of {passage.adapter}", prompts, self.backbone,
-                           lambda: experts.prefix(self.backbone, 0, prompts, 1, False))  # fmt: skip
+        kv = experts.prefix(self.backbone, 0, prompts, 1, False)
         if not config.keep_recovery_prompts:
             kv = {layer: pair for layer, pair in kv.items() if layer < wrapper.index}
         passage.put(kv, torch.zeros(1, len(prompts), device=prompts.device))

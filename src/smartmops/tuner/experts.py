@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .halves import upper
@@ -73,42 +71,6 @@ def _in_a_row(
 ) -> Float[Tensor, "1 kv_heads prompts head"]:
     """The experts' columns one expert after another."""
     return columns.transpose(0, 1).flatten(1, 2)[None]
-
-
-class Kept:
-    """Prefixes made in inference, each kept until the prompts or the model it was made from change."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, tuple[Tensor, Any, dict[int, KeyValue]]] = {}
-
-    def get(
-        self,
-        name: str,
-        prompts: Float[Tensor, "prompts hidden"],
-        backbone: nn.Module,
-        make: Callable[[], dict[int, KeyValue]],
-    ) -> dict[int, KeyValue]:
-        """What `make` gives, from memory where it would give the same."""
-        if torch.is_grad_enabled() or backbone.training:
-            return make()
-        state = _state(backbone)
-        seen = self.found.get(name)
-        if seen is None or seen[1] != state or not torch.equal(seen[0], prompts):
-            self.found[name] = seen = (prompts.detach().clone(), state, make())
-        return seen[2]
-
-
-def _state(backbone: nn.Module) -> Any:
-    """What changes whenever a weight of the backbone, an adapter that acts on it, or the precision of products does."""
-    weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in backbone.parameters()]
-    adapters = [
-        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
-        for module in backbone.modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
-    device = next(backbone.parameters()).device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return weights, adapters, autocast
 
 
 @contextmanager

@@ -1,11 +1,13 @@
-"""The method as a PEFT tuner: a wrapper around the injection layer holds all parameters and reads the gate.
+"""The method as a PEFT tuner: adapters come, take turns and go, each in the wrapper of its injection layer.
 
-Knows PEFT and parameters. Knows no text, no tasks, no files.
+Knows PEFT and its life cycle. Knows no text, no tasks, no files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -15,186 +17,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import experts, fresh, gate, halves, head, keys_values, null, states
+from . import gate, halves, head, mixed, registry, states
 from .config import MoPsConfig
 from .engine import Engine, refuse_changed_embeddings
+from .layer import MoPsLayer
 from .packed import Packed, each_nats, mean_loss
-from .passage import Beside, KeyValue, Passage
 
 NO_MERGE = "gated prompts depend on the input and cannot be merged into weights: keep the adapter, or call unload()"
-
-
-class MoPsLayer(nn.Module, BaseTunerLayer):
-    """The injection layer, and the parameters of every adapter that enters there.
-
-    Shapes, per adapter, where experts are hidden states: `mops_prompts` [K, hidden], `mops_shared` [S, hidden]; where
-    they are keys and values: `mops_keys` [K, layers, kv_heads, key], `mops_values`, and `mops_shared_keys`,
-    `mops_shared_values` with S for K, all in units of `mops_key_size`, `mops_value_size` [layers];
-    `mops_head_weight` [layers, heads]. The gate: `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
-    `mops_gate_bias` [groups]. Frozen: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean` and `mops_gate_scale`
-    [inputs], which standardise the gate's input, and the null expert's `mops_null_*`.
-    """
-
-    adapter_layer_names = (
-        "mops_prompts", "mops_shared", "mops_keys", "mops_values", "mops_shared_keys", "mops_shared_values",
-        "mops_head_weight", "mops_gate_in", "mops_gate_out", "mops_gate_bias",
-    )  # fmt: skip
-    other_param_names = (
-        "mops_recovery", "mops_gate_mean", "mops_gate_scale", "mops_key_size", "mops_value_size", "mops_null_basis",
-        "mops_null_centres", "mops_null_direction", "mops_null_cut",
-    )  # fmt: skip
-
-    def __init__(self, base_layer: nn.Module, index: int, engine: Engine) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.index = index
-        self.__dict__["engine"] = engine
-        self.configs: dict[str, MoPsConfig] = {}
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            setattr(self, name, nn.ParameterDict())
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
-
-    def add(self, adapter: str, config: MoPsConfig, inference: bool) -> None:
-        """Create the parameters of one adapter: random experts of the base's own size, a uniform gate."""
-        trained, frozen = fresh.parameters(self.engine.backbone, self.index, config)
-        self.configs[adapter] = config
-        for name, value in trained.items():
-            getattr(self, name)[adapter] = nn.Parameter(value)
-        for name, value in frozen.items():
-            getattr(self, name)[adapter] = nn.Parameter(value, requires_grad=False)
-        self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=inference)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete one adapter's parameters."""
-        self.configs.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        weight = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
-        return (None, None) if weight is None else (weight.device, weight.dtype)
-
-    @property
-    def current(self) -> str | None:
-        """The adapter of this layer that is switched on."""
-        on = [name for name in self.active_adapters if name in self.configs]
-        if len(on) > 1:
-            raise ValueError(f"adapters {on} are active at once: activate one with set_adapter({on[0]!r})")
-        return on[0] if on and not self.disable_adapters else None
-
-    def _float(self, name: str, adapter: str) -> Tensor:
-        found: Tensor = getattr(self, name)[adapter].to(torch.float32)
-        return found
-
-    def standardised(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch inputs"]:
-        """Pooled inputs by the mean and scale of the training instructions."""
-        return (pooled - self._float("mops_gate_mean", adapter)) / self._float("mops_gate_scale", adapter)
-
-    def log_gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
-        """Natural log of the gate weights for pooled (not yet standardised) inputs; they sum to one."""
-        config = self.configs[adapter]
-        mean, scale, w_in, w_out = (
-            self._float(f"mops_gate_{name}", adapter) for name in ("mean", "scale", "in", "out")
-        )
-        how = (config.gate_temperature, config.gate_top_k, config.gate_renormalise)
-        constant = self._float("mops_gate_bias", adapter) if config.gate_bias else None
-        return gate.log_gate(pooled, mean, scale, w_in, w_out, *how, constant)
-
-    def gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
-        """Gate weights for pooled inputs; they sum to one, less what goes to the null expert."""
-        weights = self.log_gate(pooled, adapter).exp()
-        lost = self.null_weight(pooled, adapter)
-        return weights if lost is None else weights * (1 - lost)[:, None]
-
-    def null_weight(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, " batch"] | None:
-        """Weight that goes to no expert; None where there is no null expert, and in training."""
-        config = self.configs[adapter]
-        if config.null_threshold <= 0:
-            return torch.ones(len(pooled), device=pooled.device)
-        if not config.null_expert or self.training:
-            return None
-        names = ("basis", "centres", "direction", "cut")
-        basis, centres, direction, cut = (self._float(f"mops_null_{name}", adapter) for name in names)
-        features = self.standardised(pooled, adapter)
-        return null.weight(features, basis, centres, direction, cut, config.null_threshold)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """At prefill, read the gate and put the experts in front of this and all later layers; then run the layer."""
-        passage = kwargs.get("mops")
-        if isinstance(passage, Passage) and passage.first == self.index:
-            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
-            args = (hidden.detach(), *args)
-            if passage.gate is None:
-                self._enter(passage, args[0])
-        return self.base_layer(*args, **kwargs)
-
-    def _enter(self, passage: Passage, hidden: Float[Tensor, "batch seq hidden"]) -> None:
-        if passage.gate_embedding is not None:
-            pooled = passage.gate_embedding.to(hidden.device, torch.float32)
-        else:
-            assert passage.gate_mask is not None
-            mask, segments = passage.gate_mask.to(hidden.device), passage.segments
-            pooled = gate.pool(hidden, mask) if segments is None else segments.mean(hidden[0], mask)
-        self.enter(passage, pooled)
-
-    def enter(self, passage: Passage, pooled: Float[Tensor, "batch inputs"]) -> None:
-        """Read the gate from pooled inputs, and put the experts in front of this and all later layers."""
-        adapter, config = passage.adapter, self.configs[passage.adapter]
-        with torch.autocast(pooled.device.type, enabled=False):
-            log_g = self.log_gate(pooled, adapter)
-            passage.lost = lost = self.null_weight(pooled, adapter)
-        passage.gate = log_g.exp() if lost is None else log_g.exp() * (1 - lost)[:, None]
-        columns, scale = gate.bias(log_g, config.num_prompts), None
-        shared = columns.new_zeros(len(columns), config.shared_prompts)
-        if lost is not None:
-            if bool((lost >= 1).all()):
-                passage.attended = True  # nothing is put anywhere, so the pass is the base's own, bit for bit
-                return
-            passage.closed = lost >= 1 if bool((lost >= 1).any()) else None
-            columns, shared = (gate.dimmed(each, lost) for each in (columns, shared))
-        if config.gate_target == "hidden_states":
-            scale = passage.gate.repeat_interleave(config.num_prompts // config.num_groups, -1)
-            columns = torch.zeros_like(columns)
-        if config.experts == "keys_values":
-            self._put_keys_values(passage, torch.cat([columns, shared], -1), lost)
-            return
-        isolated = config.expert_attention == "isolated"
-        prompts, backbone = self.mops_prompts[adapter], self.engine.backbone
-
-        def make() -> dict[int, KeyValue]:
-            return experts.prefix(backbone, self.index, prompts, config.num_experts, isolated, scale)
-
-        kv = make() if scale is not None else self.engine.kept.get(adapter, prompts, backbone, make)
-        passage.put(kv, columns)
-        if config.shared_prompts:
-            own = self.mops_shared[adapter]
-            kv = self.engine.kept.get(f"shared of {adapter}", own, backbone,
-                                      lambda: experts.prefix(backbone, self.index, own, 1, False))  # fmt: skip
-            passage.put(kv, shared)
-
-    def _put_keys_values(self, passage: Passage, bias: Float[Tensor, "batch columns"], lost: Tensor | None) -> None:
-        adapter, config = passage.adapter, self.configs[passage.adapter]
-        keys, values = self.mops_keys[adapter], self.mops_values[adapter]
-        if config.shared_prompts:
-            keys = torch.cat([keys, self.mops_shared_keys[adapter]])
-            values = torch.cat([values, self.mops_shared_values[adapter]])
-        if not torch.is_grad_enabled():  # what no row sees need not be there
-            live = (bias > gate.CLOSED).any(0)
-            if not bool(live.all()):
-                keys, values, bias = keys[live], values[live], bias[:, live]
-        kv = keys_values.prefix(self.index, keys, values, self.mops_key_size[adapter], self.mops_value_size[adapter])
-        if config.prefix_attention == "joint":
-            passage.put(kv, bias)
-            return
-        strength = torch.ones_like(bias[:, 0]) if lost is None else 1 - lost
-        weights = self.mops_head_weight[adapter] if config.prefix_attention == "separate" else None
-        for number, (layer, (key, value)) in enumerate(kv.items()):
-            passage.beside[layer] = Beside(key, value, bias, strength, None if weights is None else weights[number])
 
 
 class MoPsModel(BaseTuner):
@@ -219,6 +48,7 @@ class MoPsModel(BaseTuner):
         for name in ("prompts_per_expert", "shared_prompts"):
             if (count := getattr(peft_config, name)) > room:
                 raise ValueError(f"{name}={count}, but this model has {room} positions: choose {room} at most")
+        self._refuse_frozen(peft_config, engine)
         runs = peft_config.experts == "hidden_states" or peft_config.num_recovery_prompts > 0
         refuse_changed_embeddings(self.model, engine.backbone, engine.layers[0], runs)
         wrapped = {id(layer.get_base_layer()) for layer in engine.wrappers.values()}
@@ -228,6 +58,34 @@ class MoPsModel(BaseTuner):
         peft_config.target_modules = {next(name for name, module in self.model.named_modules() if module is layer)}
         return peft_config
 
+    def _refuse_frozen(self, config: MoPsConfig, engine: Engine) -> None:
+        """Whatever lies where no gradient goes would be saved as trained, and never be."""
+        names = [re.sub(r"\.base_layer\b", "", name) for name, _ in self.model.named_modules()]
+        saved = [name for name in names if any(name.endswith(each) for each in config.modules_to_save or [])]
+        first = config.injection_layer if config.visible_to == "all" and not config.reads_ahead else len(engine.layers)
+        assert first is not None
+        layers = re.escape(halves.layers_name(engine.backbone))
+        for name in saved:
+            inside = re.search(rf"\b{layers}\.(\d+)(\.|$)", name)
+            behind = name.rpartition(".")[2] in (*halves.FINAL_NORMS, "lm_head", "embed_out")
+            if int(inside[1]) < first if inside else not behind:
+                raise ValueError(f"modules_to_save={config.modules_to_save} holds {name}, which stands where this "
+                                 f"method trains nothing: choose the output head, the final norm or parts of the layers "
+                                 f"{first} and up (of {len(engine.layers)})")  # fmt: skip
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's road for the arguments that it takes off before the base model is called."""
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets belong to aLoRA adapters, and this is a MoPs adapter: leave them out")
+        if (names := kwargs.get("adapter_names")) is None:
+            yield
+            return
+        engine = Engine.on(self.model)
+        names = mixed.checked(names, list(self.peft_config), self.model.training)
+        with mixed.asked(engine, names), mixed.saved_modules(engine, self.model):
+            yield
+
     @staticmethod
     def _check_target_module_exists(peft_config: MoPsConfig, key: str) -> bool:
         return key in peft_config.target_modules
@@ -236,6 +94,8 @@ class MoPsModel(BaseTuner):
         self, peft_config: MoPsConfig, adapter_name: str, target: Any, target_name: str, parent: Any, **_: Any
     ) -> None:
         engine = Engine.on(self.model)
+        for wrapper in engine.wrappers.values():  # of an earlier adapter of that name, at whatever layer
+            wrapper.drop(adapter_name)
         if not isinstance(target, MoPsLayer):
             index = peft_config.injection_layer
             assert index is not None
@@ -283,6 +143,29 @@ class MoPsModel(BaseTuner):
             if isinstance(module, MoPsLayer | AuxiliaryTrainingWrapper):
                 module.enable_adapters(enabled)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; where it was the active one, the first that is left acts, and with none the bare base.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter {adapter_name!r}: there are {sorted(self.peft_config)}")
+        active = [name for name in self.active_adapters if name != adapter_name]
+        gone = self.peft_config.pop(adapter_name)
+        left = active or list(self.peft_config)[:1]
+        engine = Engine.on(self.model)
+        engine.last = None
+        for wrapper in engine.wrappers.values():
+            wrapper.drop(adapter_name)
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, new_active_adapters=left or None)
+        if left != self.active_adapters:
+            self.set_adapter(left, inference_mode=any(self.peft_config[name].inference_mode for name in left))
+        if not left:
+            self.peft_config = self.model.peft_config = registry.Emptied(adapter_name, gone)
+
     def unload(self) -> nn.Module:
         """Take every adapter of ours off and return the base model as it was."""
         for name, module in list(self.model.named_modules()):
@@ -314,10 +197,12 @@ class MoPsModel(BaseTuner):
         """The base model's `forward`; with `packed`, the mean loss of examples laid end to end (`packed.Packed`)."""
         if packed is None:
             return self.model(*args, **kwargs)
+        if mixed.names_of(Engine.on(self.model)) is not None:
+            raise ValueError("adapter_names with a packed batch: give padded rows, or one adapter at a time")
         batch = self._reduced(Packed.of(packed))
         at, targets = batch.targets()
         hidden = self._through(batch)[at]
-        return CausalLMOutputWithPast(loss=mean_loss(self._head, hidden, targets, self._vocabulary))
+        return CausalLMOutputWithPast(loss=mean_loss(self._head, hidden, targets, self._vocabulary, self._saved))
 
     @torch.no_grad()
     def nats(self, packed: Packed | Mapping[str, Tensor]) -> Float[Tensor, " tokens"]:
@@ -329,6 +214,12 @@ class MoPsModel(BaseTuner):
         hidden = self._through(reduced)[reduced.targets()[0]]
         found[at] = each_nats(self._head, hidden, targets, self._vocabulary)
         return found
+
+    @property
+    def _saved(self) -> list[Tensor]:
+        """What is trained of the output head."""
+        saved = [part for part in self.model.children() if isinstance(part, AuxiliaryTrainingWrapper)]
+        return [p for part in saved for p in part.parameters() if p.requires_grad]
 
     @property
     def _vocabulary(self) -> int:
@@ -361,6 +252,7 @@ class MoPsModel(BaseTuner):
     def _through(self, batch: Packed) -> Float[Tensor, "tokens hidden"]:
         """Normed last hidden states, from tokens or from hidden states at the injection layer."""
         engine = Engine.on(self.model)
+        engine.last = None
         passage = states.passage(engine, batch)
         hidden, pooled = states.below(engine, batch)
         if (wrapper := engine.active()) is not None:
@@ -373,14 +265,14 @@ class MoPsModel(BaseTuner):
 
     @property
     def last_gate(self) -> Float[Tensor, "batch groups"] | None:
-        """Gate weights of the latest pass of text."""
-        last = Engine.on(self.model).last
+        """Gate weights of the latest pass of text; None where no adapter acted on it, or none is on."""
+        last = Engine.on(self.model).latest
         return None if last is None or last.gate is None else last.gate.detach()
 
     @property
     def last_null(self) -> Float[Tensor, " batch"] | None:
-        """What the latest pass of text left to the base; None where there is no null expert."""
-        last = Engine.on(self.model).last
+        """What the latest pass of text left to the base; None where there is no null expert, or no adapter is on."""
+        last = Engine.on(self.model).latest
         return None if last is None or last.lost is None else last.lost.detach()
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ another segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -184,35 +184,44 @@ class Packed:
 
 
 class _Given(torch.autograd.Function):
-    """A loss whose gradient was worked out together with it."""
+    """A loss whose gradients were worked out together with it: first those of the inputs, then the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, loss: Tensor, *given: Tensor) -> Tensor:
+        ctx.save_for_backward(*given[: len(given) // 2])
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * ctx.saved_tensors[0], None, None
+        found = [grads[0] * gradient for gradient in ctx.saved_tensors]
+        return None, *[None] * len(found), *found
 
 
 def mean_loss(
     head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "predicted hidden"], targets: Int[Tensor, " predicted"],
-    vocabulary: int,
+    vocabulary: int, trained: Sequence[Tensor] = (),
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """Mean nats, a chunk of logits at a time: the head is frozen, so each chunk's gradient is taken at once."""
-    gradient, total = torch.zeros_like(hidden), torch.zeros((), device=hidden.device)
+    """Mean nats, a chunk of logits at a time: each chunk's gradient is taken at once.
+
+    `trained` are the head's own parameters that want a gradient.
+    """
+    wanted = [each for each in (hidden, *trained) if each.requires_grad and torch.is_grad_enabled()]
+    gradients, total = [torch.zeros_like(each) for each in wanted], torch.zeros((), device=hidden.device)
     for rows in _chunks(len(hidden), vocabulary):
         part = hidden[rows].detach().requires_grad_(True)
         with torch.enable_grad():
             nats = F.cross_entropy(head(part).float(), targets[rows], reduction="sum")
-        if hidden.requires_grad:
-            (gradient[rows],) = torch.autograd.grad(nats, part)
+        of = [part if each is hidden else each for each in wanted]
+        for each, whole, gradient in zip(wanted, gradients, torch.autograd.grad(nats, of) if of else (), strict=True):
+            if each is hidden:
+                whole[rows] = gradient
+            else:
+                whole += gradient
         total += nats.detach()
     count = max(len(targets), 1)
-    if not hidden.requires_grad:
+    if not wanted:
         return total / count
-    loss: Tensor = _Given.apply(hidden, total / count, gradient / count)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Given.apply(total / count, *(each / count for each in gradients), *wanted)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -82,7 +82,7 @@ class Passage:
     gate: Float[Tensor, "rows groups"] | None = None
     lost: Float[Tensor, " rows"] | None = None  # weight of the null expert; None: there is none
     prefix: dict[int, tuple[KeyValue, Float[Tensor, "rows prompts"]]] = field(default_factory=dict)
-    beside: dict[int, Beside] = field(default_factory=dict)
+    beside: dict[int, list[Beside]] = field(default_factory=dict)
     attended: bool = False  # whether any attention module has seen the prefix
     ready: dict[int, merged.Ready] = field(default_factory=dict)  # the prefix once more, as inference wants it
     segments: Segments | None = None  # where the text is one row of several examples laid end to end
@@ -91,6 +91,8 @@ class Passage:
     start: Int[Tensor, " rows"] | None = None  # column from which on text sees prompts; None: all of it does
     sees: Bool[Tensor, "rows seq"] | None = None  # the same for the tokens of this very pass; None: all
     closed: Bool[Tensor, " rows"] | None = None  # rows that see no prompts at all; None: all see some
+    names: list[str] | None = None  # the adapter of each row, where not all are served by `adapter`
+    parts: list[Part] = field(default_factory=list)  # those adapters' rows (see mixed.py)
 
     def __deepcopy__(self, memo: Any) -> Passage:
         """Of a copied cache: nothing that is held is ever written to, so only the shells are new."""
@@ -111,11 +113,26 @@ class Passage:
             else:
                 self.prefix[layer] = (key, value), bias
 
+    def added(
+        self, layer: int, query: Float[Tensor, "rows heads queries key"], scale: float, segment: Tensor | None = None
+    ) -> Tensor | None:
+        """What the columns beside the softmax over text add to a layer's output; None where there are none."""
+        found = [each.of(query, scale, segment) for each in self.beside.get(layer, [])]
+        return sum(found[1:], found[0]) if found else None
+
     def look(self, past: int, length: int) -> None:
         """Work out which of the tokens in columns `past`.. of this pass see prompts."""
         self.sees = None
         if self.start is not None and past < int(self.start.max()):
             self.sees = torch.arange(past, past + length, device=self.start.device) >= self.start[:, None]
+
+
+@dataclass
+class Part:
+    """The rows of a batch that one adapter serves."""
+
+    rows: Int[Tensor, " own"]
+    passage: Passage
 
 
 def _join(left: Tensor, right: Tensor) -> Tensor:

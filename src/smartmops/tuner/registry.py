@@ -9,6 +9,26 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 
+class Emptied(dict[str, PeftConfig]):
+    """The configs of a model whose last adapter was deleted.
+
+    `PeftModel` goes on to ask for the config of the adapter it takes for the active one, and fails where that is gone;
+    so that one is still answered, until another adapter is added.
+    """
+
+    def __init__(self, name: str, config: PeftConfig) -> None:
+        super().__init__()
+        self.gone = {name: config}
+
+    def __missing__(self, name: str) -> PeftConfig:
+        if self:
+            raise KeyError(name)
+        return self.gone[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), next(iter(self.gone.items())), None, None, iter(self.items())
+
+
 def enter(name: str, config: type[PeftConfig], model: type[Any]) -> None:
     """Make `get_peft_model`, `PeftModel.from_pretrained` and transformers' own adapter loading know the method."""
     if member(name.upper()) not in PEFT_TYPE_TO_TUNER_MAPPING:

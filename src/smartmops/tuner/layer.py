@@ -1,0 +1,208 @@
+"""The wrapper of an injection layer: it holds the parameters of every adapter that enters there, and reads the gate.
+
+Knows PEFT's layers and parameters. Knows no model, no text, no tasks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from . import experts, fresh, gate, keys_values, mixed, null
+from .config import MoPsConfig
+from .engine import Engine
+from .passage import Beside, Passage
+
+
+class MoPsLayer(nn.Module, BaseTunerLayer):
+    """The injection layer, and the parameters of every adapter that enters there.
+
+    Shapes, per adapter, where experts are hidden states: `mops_prompts` [K, hidden], `mops_shared` [S, hidden]; where
+    they are keys and values: `mops_keys` [K, layers, kv_heads, key], `mops_values`, and `mops_shared_keys`,
+    `mops_shared_values` with S for K, all in units of `mops_key_size`, `mops_value_size` [layers];
+    `mops_head_weight` [layers, heads]. The gate: `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
+    `mops_gate_bias` [groups]. Frozen: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean` and `mops_gate_scale`
+    [inputs], which standardise the gate's input, and the null expert's `mops_null_*`.
+    """
+
+    adapter_layer_names = (
+        "mops_prompts", "mops_shared", "mops_keys", "mops_values", "mops_shared_keys", "mops_shared_values",
+        "mops_head_weight", "mops_gate_in", "mops_gate_out", "mops_gate_bias",
+    )  # fmt: skip
+    other_param_names = (
+        "mops_recovery", "mops_gate_mean", "mops_gate_scale", "mops_key_size", "mops_value_size", "mops_null_basis",
+        "mops_null_centres", "mops_null_direction", "mops_null_cut",
+    )  # fmt: skip
+
+    def __init__(self, base_layer: nn.Module, index: int, engine: Engine) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.index = index
+        self.__dict__["engine"] = engine
+        self.configs: dict[str, MoPsConfig] = {}
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            setattr(self, name, nn.ParameterDict())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def add(self, adapter: str, config: MoPsConfig, inference: bool) -> None:
+        """Create the parameters of one adapter: random experts of the base's own size, a uniform gate."""
+        trained, frozen = fresh.parameters(self.engine.backbone, self.index, config)
+        self.configs[adapter] = config
+        for name, value in trained.items():
+            getattr(self, name)[adapter] = nn.Parameter(value)
+        for name, value in frozen.items():
+            getattr(self, name)[adapter] = nn.Parameter(value, requires_grad=False)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=inference)
+
+    def drop(self, adapter: str) -> None:
+        """Delete one adapter's parameters, if they are here; which one acts is as it was."""
+        self.configs.pop(adapter, None)
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter in (held := getattr(self, name)):
+                del held[adapter]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete one adapter's parameters; where it was active, one that is left becomes so (PEFT's own contract)."""
+        self.configs.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        weight = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
+        if weight is None:
+            return None, None
+        return (_runs_on(base_layer) if weight.is_meta else None) or weight.device, weight.dtype
+
+    @property
+    def current(self) -> str | None:
+        """The adapter of this layer that is switched on."""
+        on = [name for name in self.active_adapters if name in self.configs]
+        if len(on) > 1:
+            raise ValueError(f"adapters {on} are active at once: activate one with set_adapter({on[0]!r})")
+        return on[0] if on and not self.disable_adapters else None
+
+    def _float(self, name: str, adapter: str) -> Tensor:
+        found: Tensor = getattr(self, name)[adapter].to(torch.float32)
+        return found
+
+    def standardised(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch inputs"]:
+        """Pooled inputs by the mean and scale of the training instructions."""
+        return (pooled - self._float("mops_gate_mean", adapter)) / self._float("mops_gate_scale", adapter)
+
+    def log_gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
+        """Natural log of the gate weights for pooled (not yet standardised) inputs; they sum to one."""
+        config = self.configs[adapter]
+        mean, scale, w_in, w_out = (
+            self._float(f"mops_gate_{name}", adapter) for name in ("mean", "scale", "in", "out")
+        )
+        how = (config.gate_temperature, config.gate_top_k, config.gate_renormalise)
+        constant = self._float("mops_gate_bias", adapter) if config.gate_bias else None
+        return gate.log_gate(pooled, mean, scale, w_in, w_out, *how, constant)
+
+    def gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
+        """Gate weights for pooled inputs; they sum to one, less what goes to the null expert."""
+        weights = self.log_gate(pooled, adapter).exp()
+        lost = self.null_weight(pooled, adapter)
+        return weights if lost is None else weights * (1 - lost)[:, None]
+
+    def null_weight(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, " batch"] | None:
+        """Weight that goes to no expert; None where there is no null expert, and in training."""
+        config = self.configs[adapter]
+        if config.null_threshold <= 0:
+            return torch.ones(len(pooled), device=pooled.device)
+        if not config.null_expert or self.training:
+            return None
+        names = ("basis", "centres", "direction", "cut")
+        basis, centres, direction, cut = (self._float(f"mops_null_{name}", adapter) for name in names)
+        features = self.standardised(pooled, adapter)
+        return null.weight(features, basis, centres, direction, cut, config.null_threshold)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """At prefill, read the gate and put the experts in front of this and all later layers; then run the layer."""
+        passage = kwargs.get("mops")
+        if isinstance(passage, Passage) and (passage.first == self.index or passage.parts):
+            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+            hidden = hidden.detach() if passage.first == self.index else hidden
+            args = (hidden, *args)
+            if passage.parts:
+                mixed.enter(passage, self, hidden)
+            elif passage.gate is None:
+                self.read(passage, hidden)
+        return self.base_layer(*args, **kwargs)
+
+    def read(self, passage: Passage, hidden: Float[Tensor, "batch seq hidden"]) -> None:
+        """Read the gate from what enters this layer, and put the experts in front of it and all later ones."""
+        if passage.gate_embedding is not None:
+            pooled = passage.gate_embedding.to(hidden.device, torch.float32)
+        else:
+            assert passage.gate_mask is not None
+            mask, segments = passage.gate_mask.to(hidden.device), passage.segments
+            pooled = gate.pool(hidden, mask) if segments is None else segments.mean(hidden[0], mask)
+        self.enter(passage, pooled)
+
+    def enter(self, passage: Passage, pooled: Float[Tensor, "batch inputs"]) -> None:
+        """Read the gate from pooled inputs, and put the experts in front of this and all later layers."""
+        adapter, config = passage.adapter, self.configs[passage.adapter]
+        with torch.autocast(pooled.device.type, enabled=False):
+            log_g = self.log_gate(pooled, adapter)
+            passage.lost = lost = self.null_weight(pooled, adapter)
+        passage.gate = log_g.exp() if lost is None else log_g.exp() * (1 - lost)[:, None]
+        columns, scale = gate.bias(log_g, config.num_prompts), None
+        shared = columns.new_zeros(len(columns), config.shared_prompts)
+        if lost is not None:
+            if bool((lost >= 1).all()):
+                passage.attended = True  # nothing is put anywhere, so the pass is the base's own, bit for bit
+                return
+            passage.closed = lost >= 1 if bool((lost >= 1).any()) else None
+            columns, shared = (gate.dimmed(each, lost) for each in (columns, shared))
+        if config.gate_target == "hidden_states":
+            scale = passage.gate.repeat_interleave(config.num_prompts // config.num_groups, -1)
+            columns = torch.zeros_like(columns)
+        if config.experts == "keys_values":
+            self._put_keys_values(passage, torch.cat([columns, shared], -1), lost)
+            return
+        isolated = config.expert_attention == "isolated"
+        prompts, backbone = self.mops_prompts[adapter], self.engine.backbone
+
+        passage.put(experts.prefix(backbone, self.index, prompts, config.num_experts, isolated, scale), columns)
+        if config.shared_prompts:
+            passage.put(experts.prefix(backbone, self.index, self.mops_shared[adapter], 1, False), shared)
+
+    def _put_keys_values(self, passage: Passage, bias: Float[Tensor, "batch columns"], lost: Tensor | None) -> None:
+        adapter, config = passage.adapter, self.configs[passage.adapter]
+        keys, values = self.mops_keys[adapter], self.mops_values[adapter]
+        if config.shared_prompts:
+            keys = torch.cat([keys, self.mops_shared_keys[adapter]])
+            values = torch.cat([values, self.mops_shared_values[adapter]])
+        if not torch.is_grad_enabled():  # what no row sees need not be there
+            live = (bias > gate.CLOSED).any(0)
+            if not bool(live.all()):
+                keys, values, bias = keys[live], values[live], bias[:, live]
+        kv = keys_values.prefix(self.index, keys, values, self.mops_key_size[adapter], self.mops_value_size[adapter])
+        if config.prefix_attention == "joint":
+            passage.put(kv, bias)
+            return
+        strength = torch.ones_like(bias[:, 0]) if lost is None else 1 - lost
+        weights = self.mops_head_weight[adapter] if config.prefix_attention == "separate" else None
+        for number, (layer, (key, value)) in enumerate(kv.items()):
+            own = None if weights is None else weights[number]
+            passage.beside[layer] = [Beside(key, value, bias, strength, own)]
+
+
+def _runs_on(layer: nn.Module) -> torch.device | None:
+    """Where accelerate's hooks bring a layer to run whose weights wait elsewhere; None: there are no such hooks."""
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    return None
