@@ -1,4 +1,4 @@
-"""In inference the prefix is made once, and made again whenever anything it was made from changes."""
+"""What stands in front of a text is made of prompts and weights as they are when the text comes, however they changed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,6 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import batch, build
 
 from smartmops import MoPsConfig
-from smartmops.tuner import experts
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """How often a prefix was computed."""
-    calls = []
-    plain = experts.prefix
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(experts, "prefix", counted)
-    return calls
 
 
 @torch.no_grad()
@@ -34,29 +19,8 @@ def logits(model):
 
 
 def fresh(model):
-    """What a model that keeps nothing gives."""
-    model.base_model.model.mops_engine.kept.found.clear()
-    return logits(model)
-
-
-def test_it_is_made_once_with_its_recovery_prompts(made):
-    _, model = adapt(num_recovery_prompts=2)
-    first = logits(model)
-    assert len(made) == 2
-    assert torch.equal(logits(model), first) and len(made) == 2
-    assert torch.equal(fresh(model), first) and len(made) == 4
-
-
-def test_training_makes_it_anew_every_time(made):
-    _, model = adapt()
-    for _ in range(2):
-        model(**batch())
-    assert len(made) == 2
-    with torch.no_grad():
-        model.train()
-        model(**batch())
-        model(**batch())
-    assert len(made) == 4
+    """What a copy that has answered nothing gives."""
+    return logits(copy.deepcopy(model))
 
 
 def change_prompts(model):
@@ -72,13 +36,33 @@ def change_a_weight(model):
         model.get_base_model().model.layers[4].mlp.up_proj.weight.mul_(2)
 
 
+def change_a_weight_past_its_version(model):
+    for layer in model.get_base_model().model.layers:
+        getattr(layer, "base_layer", layer).mlp.down_proj.weight.data[:, ::2] = 0
+
+
+def change_a_weight_below(model):
+    model.get_base_model().model.layers[0].self_attn.k_proj.weight.data.mul_(2)
+
+
 def change_dtype(model):
     model.to(torch.float64)
 
 
-@pytest.mark.parametrize("change", [change_prompts, change_recovery, change_a_weight, change_dtype])
-def test_it_is_made_again_after(change):
-    _, model = adapt(num_recovery_prompts=2)
+@pytest.mark.parametrize("options", [{}, dict(gate_target="hidden_states")], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_prompts,
+        change_recovery,
+        change_a_weight,
+        change_a_weight_past_its_version,
+        change_a_weight_below,
+        change_dtype,
+    ],
+)
+def test_it_is_made_again_after(change, options):
+    _, model = adapt(num_recovery_prompts=2, **options)
     before = logits(model)
     change(model)
     after = logits(model)

@@ -18,7 +18,8 @@ from smartmops.data.batches import Encoded
 from smartmops.data.template import Template
 from smartmops.tuner import halves
 from smartmops.tuner.engine import Engine
-from smartmops.tuner.model import MoPsLayer, MoPsModel
+from smartmops.tuner.layer import MoPsLayer
+from smartmops.tuner.model import MoPsModel
 
 FORMAT = 1  # of how the numbers come about; a new one makes every older cache stale
 VOLATILE = {  # settings of a model that no hidden state depends on, or that its weights speak for

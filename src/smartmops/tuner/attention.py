@@ -319,7 +319,7 @@ def attach(layer: nn.Module) -> None:
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = NAME  # type: ignore[union-attr]
     if not hasattr(layer, "mops_kind"):
-        _become(layer, _handing_over(type(layer)))
+        _become(layer, _handing_over(type(layer)))  # type: ignore[arg-type]
 
 
 def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
@@ -372,7 +372,7 @@ def _handing_over(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _again(kind: type[nn.Module]) -> nn.Module:
     """An empty layer to be filled by pickle or copy, which find a class by its name and so find the plain one."""
-    made = _handing_over(kind)
+    made = _handing_over(kind)  # type: ignore[arg-type]
     return made.__new__(made)
 
 

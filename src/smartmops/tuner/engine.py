@@ -164,7 +164,7 @@ class Engine:
             else:
                 if names is not None:
                     wrapper = next(each for each in self.wrappers.values() if names[0] in each.configs)
-                passage = self._fresh(wrapper, kwargs, real, explicit, embedding, names and names[0])
+                passage = self._fresh(wrapper, kwargs, real, explicit, embedding, names[0] if names else None)
         elif passage.gate is not None and len(passage.gate) != rows:
             raise ValueError(
                 f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
@@ -199,10 +199,10 @@ class Engine:
         if found is None:
             raise ValueError(f"past_key_values hold {past} tokens that were not read under this adapter: "
                              "start from an empty cache")  # fmt: skip
-        filled = sorted(set(found.names or [found.adapter]))
-        if (found.names or [found.adapter] * len(names)) != names:
-            raise ValueError(f"past_key_values were filled by adapter {' and '.join(filled)}, and now "
-                             f"{' and '.join(sorted(set(names)))} is to go on: use the same, or an empty cache")  # fmt: skip
+        if (filled := found.names or [found.adapter] * len(names)) != names:
+            was, now = (" and ".join(sorted(set(each))) for each in (filled, names))
+            raise ValueError(f"past_key_values were filled by adapter {was}, and now {now} is to go on: use the same, "
+                             "or an empty cache")  # fmt: skip
         return found
 
     def _given(self, mask: Any, embedding: Any, rows: int) -> tuple[Any, Any]:
@@ -210,7 +210,8 @@ class Engine:
         if self.call is not None:
             mask = self.call.gate_mask if mask is None else mask
             embedding = self.call.gate_embedding if embedding is None else embedding
-        return tuple(None if each is None else _rows(each, rows) for each in (mask, embedding))
+        mask, embedding = (None if each is None else _rows(each, rows) for each in (mask, embedding))
+        return mask, embedding
 
     def _fresh(
         self, wrapper: Any, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any, adapter: str | None = None

@@ -92,8 +92,8 @@ def saved_modules(engine: Any, model: nn.Module) -> Iterator[None]:
             if not isinstance(module, AuxiliaryTrainingWrapper):
                 continue
             if not set(module.active_adapters) <= set(module._adapters):
-                raise ValueError(f"adapter_names: {name} is saved by {sorted(module._adapters)} alone, none of which is "
-                                 "active: activate one of them with set_adapter")  # fmt: skip
+                raise ValueError(f"adapter_names: {name} is saved by {sorted(module._adapters)} alone, none of which "
+                                 "is active: activate one of them with set_adapter")  # fmt: skip
             handles.append(module.register_forward_pre_hook(name_rows, with_kwargs=True))
         yield
     finally:
@@ -169,7 +169,9 @@ def _take(whole: Passage, part: Part) -> None:
         whole.put({layer: (key, value)}, _spread(bias, at, rows, gate.CLOSED))
     for layer, columns in own.beside.items():
         whole.beside[layer] = whole.beside.get(layer, []) + [
-            replace(each, bias=_spread(each.bias, at, rows, gate.CLOSED), strength=_spread(each.strength, at, rows, 0.0))
+            replace(
+                each, bias=_spread(each.bias, at, rows, gate.CLOSED), strength=_spread(each.strength, at, rows, 0.0)
+            )
             for each in columns
         ]
     own.prefix, own.beside = {}, {}

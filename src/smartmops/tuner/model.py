@@ -31,6 +31,7 @@ class MoPsModel(BaseTuner):
 
     prefix: str = "mops_"
     tuner_layer_cls = MoPsLayer
+    peft_config: dict[str, MoPsConfig]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's own signature
 
     def __getattr__(self, name: str) -> Any:
@@ -70,8 +71,8 @@ class MoPsModel(BaseTuner):
             behind = name.rpartition(".")[2] in (*halves.FINAL_NORMS, "lm_head", "embed_out")
             if int(inside[1]) < first if inside else not behind:
                 raise ValueError(f"modules_to_save={config.modules_to_save} holds {name}, which stands where this "
-                                 f"method trains nothing: choose the output head, the final norm or parts of the layers "
-                                 f"{first} and up (of {len(engine.layers)})")  # fmt: skip
+                                 f"method trains nothing: choose the output head, the final norm or parts of layers "
+                                 f"{first} and up (there are {len(engine.layers)})")  # fmt: skip
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
