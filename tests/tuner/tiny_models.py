@@ -25,9 +25,7 @@ MODELS = {
     "olmo2": SMALL,
     "smollm3": GROUPED,
     "stablelm": GROUPED,
-    "opt": dict(hidden_size=64, word_embed_proj_dim=32, ffn_dim=128, num_hidden_layers=6, num_attention_heads=4,
-                vocab_size=300, max_position_embeddings=128),
-}  # fmt: skip
+}
 # transformers itself refuses sdpa for Gemma2: its softcapping of attention logits needs the eager kernel.
 KERNELS = [(name, kernel) for name in MODELS for kernel in ("sdpa", "eager") if (name, kernel) != ("gemma2", "sdpa")]
 

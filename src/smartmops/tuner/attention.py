@@ -67,12 +67,16 @@ def gated_prefix_attention(
     if plain:
         return _inner(module)(module, query, key, value, attention_mask, **kwargs)
     assert isinstance(mops, Passage)
+    weights: Tensor | None = None
     if mops.segments is not None:
-        return _over_segments(module, query, key, value, mops, mops.segments, layer, kwargs), None
-    mops.attended = True
-    if mops.sees is None and mops.closed is None:
-        return _gated(module, query, key, value, attention_mask, mops, layer, kwargs)
-    return _where_seen(module, query, key, value, attention_mask, mops, layer, kwargs), None
+        out = _over_segments(module, query, key, value, mops, mops.segments, layer, kwargs)
+    elif mops.sees is None and mops.closed is None:
+        mops.attended = True
+        out, weights = _gated(module, query, key, value, attention_mask, mops, layer, kwargs)
+    else:
+        mops.attended = True
+        out = _where_seen(module, query, key, value, attention_mask, mops, layer, kwargs)
+    return out.contiguous(), weights  # as transformers' own functions leave it: some models take views of it
 
 
 def _gated(

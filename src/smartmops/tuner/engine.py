@@ -230,16 +230,16 @@ class Engine:
 
     def _warn_of(self, real: Bool[Tensor, "rows seq"], labels: Tensor) -> None:
         """Say once where labels leave the gate nothing of worth, or may be those of several examples."""
-        if self.warned:
-            return
+        said = None
         if bool((reading.before_answer(real, labels).sum(-1) < 2).any()):
-            self.warned = True
-            said = "cover the whole text of some rows, so the gate reads their first token alone: set the labels of the instruction to -100"
+            said = ("labels cover the whole text of some rows, so the gate reads their first token alone: set the "
+                    "labels of the instruction to -100")  # fmt: skip
         elif bool((packing.answers(real, labels) > 1).any()):
+            said = ("labels of some rows hold several answers, and the gate reads what stands before the first: if "
+                    "these are no turns of one chat but examples packed into a row, turn packing off")  # fmt: skip
+        if said is not None and not self.warned:
             self.warned = True
-            said = "of some rows hold several answers, and the gate reads what stands before the first: if they are no turns of one chat but examples packed into a row, turn packing off"
-        if self.warned:
-            warnings.warn(f"labels {said}", stacklevel=2)
+            warnings.warn(said, stacklevel=2)
 
     @torch.no_grad()
     def _read_ahead(

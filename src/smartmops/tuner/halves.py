@@ -43,9 +43,9 @@ def layers_name(backbone: Any) -> str:
         name for name, child in backbone.named_children() if any(isinstance(m, nn.ModuleList) for m in child.modules())
     ]
     if parts:
-        raise ValueError(f"{kind} keeps its layers in {' and '.join(parts)}, not in one list of decoder layers: give the "
-                         "language model alone if it is a multimodal model, else choose a decoder-only architecture, "
-                         "such as Llama")  # fmt: skip
+        raise ValueError(f"{kind} keeps its layers in {' and '.join(parts)}, not in one list of decoder layers: give "
+                         "the language model alone if it is a multimodal model, else choose a decoder-only "
+                         "architecture, such as Llama")  # fmt: skip
     raise ValueError(f"{kind} has no list of {count} decoder layers: choose a decoder-only architecture, such as Llama")
 
 

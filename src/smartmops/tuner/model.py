@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import experts, fresh, gate, halves, head, keys_values, null, states
-from .config import MoPsConfig
 from .bases import refuse_changed_embeddings
+from .config import MoPsConfig
 from .engine import Engine
 from .packed import Packed, each_nats, mean_loss
 from .passage import Beside, KeyValue, Passage

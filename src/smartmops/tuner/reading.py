@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 IGNORED = -100
@@ -65,7 +65,7 @@ def instruction(
     labels: Int[Tensor, "rows seq"] | None,
     start: Int[Tensor, " rows"] | None,
     frame: Mapping[str, Sequence[int]] | None,
-    chosen: Shaped[Tensor, "..."] | None = None,
+    chosen: Tensor | None = None,
 ) -> Bool[Tensor, "rows seq"]:
     """The tokens that the gate reads: of those before the first answer, what stands before column `start`, in `frame`.
 
@@ -89,7 +89,7 @@ def _first(real: Bool[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
 
 
 def _chosen(
-    chosen: Shaped[Tensor, "..."], real: Bool[Tensor, "rows seq"], before: Bool[Tensor, "rows seq"]
+    chosen: Tensor, real: Bool[Tensor, "rows seq"], before: Bool[Tensor, "rows seq"]
 ) -> Bool[Tensor, "rows seq"]:
     if chosen.shape != real.shape:
         raise ValueError(f"gate_mask is of shape {list(chosen.shape)} for tokens of shape {list(real.shape)}: give one "
