@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from smartmops.base import fast_dtype, load, load_base, quantised
 
@@ -97,3 +98,27 @@ def test_what_their_kernels_were_made_for_is_kept() -> None:
 
 def test_an_unknown_method_is_left_to_transformers() -> None:
     quantised.check_installed("fine-new-method")
+
+
+def stored_with(base_folder: Path, folder: Path, pad: str | None, eos: str | None) -> Path:
+    """A copy of the base whose tokenizer names these; words it does not hold get ids beyond the embeddings."""
+    shutil.copytree(base_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({name: word for name, word in (("pad_token", pad), ("eos_token", eos)) if word})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_pad_token_without_an_embedding_is_eos_instead(base_folder: Path, tmp_path: Path) -> None:
+    _, own = load_base(str(base_folder), "float32")
+    base, tokenizer = load_base(str(stored_with(base_folder, tmp_path / "base", "[PAD]", None)), "float32")
+    assert len(tokenizer) > len(base.get_input_embeddings().weight), "the token has an embedding: nothing is shown"
+    assert tokenizer.pad_token_id == own.eos_token_id
+    batch = tokenizer(["a", "a longer text"], padding=True, return_tensors="pt")
+    assert torch.isfinite(base(**batch).logits).all()
+
+
+def test_pad_and_eos_without_embeddings_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    folder = stored_with(base_folder, tmp_path / "base", "[PAD]", "[END]")
+    with pytest.raises(ValueError, match=r"pads with '\[PAD\]', id \d+, but the model has \d+ embeddings: set"):
+        load_base(str(folder), "float32")

@@ -315,14 +315,15 @@ def test_injected_at_0_with_a_uniform_gate_it_is_prompt_tuning():
     assert relative(got, want) < TOLERANCE
 
 
-def test_labels_over_the_whole_text_fall_back_to_all_tokens_and_warn_once():
+def test_labels_over_the_whole_text_leave_the_gate_the_first_token_and_warn_once():
     plain, model = adapt()
     # a padding column before the text would be asked for the first token: rows 1 and 2 have none
     inputs = {name: value[1:] for name, value in batch().items() if name != "gate_mask"}
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     with pytest.warns(UserWarning, match="labels cover the whole text"):
         loss = model(**inputs, labels=labels).loss
-    want = by_hand(plain, config_of(model), prompts_of(model), **inputs, gate_mask=inputs["attention_mask"])
+    first = inputs["attention_mask"] * (inputs["attention_mask"].cumsum(-1) == 1)
+    want = by_hand(plain, config_of(model), prompts_of(model), **inputs, gate_mask=first)
     assert relative(model.base_model.last_gate, want.gate) < TOLERANCE
     by_hand_loss = cross_entropy(want.logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1))
     assert relative(loss, by_hand_loss) < TOLERANCE
@@ -331,15 +332,18 @@ def test_labels_over_the_whole_text_fall_back_to_all_tokens_and_warn_once():
         model(**inputs, labels=labels)
 
 
-def test_labels_and_an_explicit_gate_mask_say_the_same_and_the_mask_wins():
+def test_an_explicit_gate_mask_narrows_what_labels_leave_and_never_widens_it():
     plain, model = adapt()
     inputs = labelled()
-    mask = inputs["attention_mask"] * (torch.arange(11) < 9)  # more than the labels leave to the gate
+    before = (inputs["labels"] == -100) & inputs["attention_mask"].bool()
+    mask = before & (before.cumsum(-1) > 1)
     with torch.no_grad():
-        model(**inputs, gate_mask=mask)
+        model(**inputs, gate_mask=mask.long())
         got = model.base_model.last_gate
         model(**inputs)
         assert relative(model.base_model.last_gate, got) > 1e-2
+        with pytest.raises(ValueError, match=r"gate_mask lets the gate read token \d+ of row 0, where labels say"):
+            model(**inputs, gate_mask=inputs["attention_mask"])
     want = by_hand(plain, config_of(model), prompts_of(model), inputs["input_ids"], inputs["attention_mask"], mask)
     assert relative(got, want.gate) < TOLERANCE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,18 @@ from adapted import ADAPTER, adapt, prompts_of
 from by_hand import by_hand
 from peft import PeftModel, get_peft_model
 from tiny_models import batch, build, relative
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+)
 
 from smartmops import MoPsConfig
 
@@ -63,17 +75,48 @@ FOREIGN = {
     ),
     "gptj": lambda: small("gptj", n_embd=64, n_layer=2, n_head=4, rotary_dim=8),
     "ctrl": lambda: small("ctrl", n_embd=64, dff=64, n_layer=2, n_head=4),
-    "opt": lambda: small(
-        "opt", hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64
-    ),
     "mamba": lambda: small("mamba", hidden_size=64, num_hidden_layers=2),
+    "bert": lambda: small("bert", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, is_decoder=True),
 }
 
 
 @pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
 def test_architectures_that_cannot_carry_the_method(make):
     model = make()
-    with pytest.raises(ValueError, match=type(model).__name__.split("For")[0].removesuffix("LMHeadModel")):
+    name = type(model).__name__.split("For")[0].removesuffix("LMHeadModel")
+    with pytest.raises(ValueError, match=rf"{name}.*choose (a|an)(other| decoder-only)? architecture"):
+        get_peft_model(model, MoPsConfig(num_experts=2, prompts_per_expert=2, injection_layer=1))
+
+
+SHAPE = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=300)
+NO_LANGUAGE_MODEL = {
+    "sequence classifier": (lambda: LlamaForSequenceClassification(LlamaConfig(**SHAPE)), "no head that predicts"),
+    "token classifier": (lambda: LlamaForTokenClassification(LlamaConfig(**SHAPE)), "no head that predicts"),
+    "backbone": (lambda: LlamaModel(LlamaConfig(**SHAPE)), "no head that predicts"),
+    "backbone of GPT-2": (lambda: GPT2Model(GPT2Config(n_embd=64, n_layer=3, n_head=4)), "no head that predicts"),
+    "plain torch": (lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)), "Sequential is no model of transformers"),
+    "nothing inside": (lambda: torch.nn.Identity(), "Identity is no model of transformers"),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), NO_LANGUAGE_MODEL.values(), ids=NO_LANGUAGE_MODEL)
+@pytest.mark.parametrize("experts", ["hidden_states", "keys_values"])
+def test_what_is_no_causal_language_model(make, words, experts):
+    with pytest.raises(ValueError, match=rf"{words}.*AutoModelForCausalLM"):
+        get_peft_model(make(), MoPsConfig(num_experts=2, prompts_per_expert=2, injection_layer=1, experts=experts))
+
+
+MIXED = {
+    "lfm2": (dict(layer_types=["conv", "full_attention"]), "Lfm2ShortConv"),
+    "qwen3_next": (dict(layer_types=["linear_attention", "full_attention"]), "Qwen3NextGatedDeltaNet"),
+    "mamba": ({}, "MambaMixer"),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "mixer"), [(n, *each) for n, each in MIXED.items()], ids=MIXED)
+def test_layers_without_attention_are_named(name, options, mixer):
+    model = small(name, hidden_size=64, num_hidden_layers=2, **options)
+    with pytest.raises(ValueError, match=rf"layer 0, a .*, mixes tokens by {mixer}, not by attention"):
         get_peft_model(model, MoPsConfig(num_experts=2, prompts_per_expert=2, injection_layer=1))
 
 
@@ -147,6 +190,40 @@ def test_packed_rows():
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
         model(input_ids=ids, attention_mask=mask, position_ids=torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4, 5, 6]]))
+
+
+def test_rows_that_begin_inside_an_answer_and_hold_a_later_one():
+    _, model = adapt()
+    ids = torch.arange(10, 22)[None]
+    labels = ids.clone()
+    labels[0, 4:8] = -100
+    with pytest.raises(ValueError, match=r"row 0 begins inside an answer.*packed.*packing off"):
+        model(input_ids=ids, labels=labels)
+    labels[0, :2] = -100
+    with pytest.warns(UserWarning, match="hold several answers"):  # a chat of two turns looks the same
+        model(input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize(("arguments", "training", "packs"), [
+    (dict(packing=True), True, True), (dict(packing=False), True, False), (dict(packing=True), False, True),
+    (dict(packing=True, eval_packing=False), False, False), (dict(packing=False, eval_packing=True), False, True),
+])  # fmt: skip
+def test_a_trainer_that_packs_without_positions(arguments, training, packs):
+    """As TRL does under packing_strategy="wrapped": the batch holds nothing by which to know it."""
+    _, model = adapt()
+    ids = torch.arange(10, 22)[None]
+
+    class Trainer:
+        args = SimpleNamespace(**arguments)
+
+        def training_step(self):
+            return model.train(training)(input_ids=ids, labels=ids.masked_fill(ids < 15, -100))
+
+    if packs:
+        with pytest.raises(ValueError, match=r"packing=True.*packed"):
+            Trainer().training_step()
+    else:
+        Trainer().training_step()
 
 
 def test_chunked_prefill():

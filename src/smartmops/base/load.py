@@ -57,7 +57,20 @@ def load_base(model: str, dtype: torch.dtype | str = "auto", quantisation: Quant
     if kind is not None:
         keep_unpacked(base)
         check_gradient(base)
-    return base, AutoTokenizer.from_pretrained(name)
+    return base, _padded(AutoTokenizer.from_pretrained(name), base)
+
+
+def _padded(tokenizer: Any, base: Any) -> Any:
+    """With EOS for padding where the tokenizer's own has no row in the embeddings: mask and labels hide which it is."""
+    table = base.get_input_embeddings().weight
+    rows = base.config.get_text_config().vocab_size if table.dim() < 2 else max(len(table), 1)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id < rows:
+        return tokenizer
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= rows:
+        raise ValueError(f"the tokenizer pads with {tokenizer.pad_token!r}, id {tokenizer.pad_token_id}, but the model "
+                         f"has {rows} embeddings: set a pad_token below that, or resize the embeddings")  # fmt: skip
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _dtype(dtype: torch.dtype | str, kind: str | None) -> torch.dtype | str:

@@ -16,6 +16,7 @@ from smartmops.tuner import MoPsConfig, keys_values
 from smartmops.tuner.config import default_injection_layer
 from smartmops.tuner.engine import Engine
 
+from . import targets
 from .runs import Run, check_adapter
 
 
@@ -111,14 +112,20 @@ def matched(base: Any, config: MethodConfig) -> MethodConfig:
     first = config.lora_from
     if config.lora_match == "memory":
         first = default_injection_layer(layers) if config.injection_layer is None else config.injection_layer
-    kinds = [m for n, m in base.named_modules() if n.rpartition(".")[2] in ("q_proj", "v_proj")]
-    if not kinds:
-        raise ValueError("lora_match needs modules named q_proj and v_proj, and this model has none: choose lora_rank")
-    of_rank_one = sum(m.in_features + m.out_features for m in kinds) * (layers - first) / layers
+    lora: Any = peft_config(config)
+    targets.choose(base, lora)
+    of_rank_one = sum(map(_both_sides, targets.modules(base, lora.target_modules))) * (layers - first) / layers
     mops: Any = peft_config(replace(config, method="mops"))
     gate = mops.gate_hidden_size * (hidden + config.experts) + mops.gate_bias * config.experts
     wanted = (config.experts * config.prompts_per_expert + config.shared_prompts) * _column(base, config) + gate
     return replace(config, lora_from=first, lora_rank=max(1, round(wanted / of_rank_one)))
+
+
+def _both_sides(module: Any) -> int:
+    """Inputs and outputs of a linear layer; GPT-2's has no names for them, and its weight the other way round."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features + module.out_features)
+    return int(sum(module.weight.shape))
 
 
 def _column(base: Any, config: MethodConfig) -> int:
@@ -146,7 +153,10 @@ def build(
     """
     config = matched(base, config)
     count = 0 if recovery is None or config.method not in OURS else len(recovery)
-    model = get_peft_model(base, peft_config(config, count, width, words))
+    adapter = peft_config(config, count, width, words)
+    if isinstance(adapter, LoraConfig | IA3Config):
+        targets.choose(base, adapter)
+    model = get_peft_model(base, adapter)
     if count and recovery is not None:
         model.base_model.layer().mops_recovery["default"].data.copy_(recovery)
     return model

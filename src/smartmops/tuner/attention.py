@@ -68,12 +68,16 @@ def gated_prefix_attention(
     if plain:
         return _inner(module)(module, query, key, value, attention_mask, **kwargs)
     assert isinstance(mops, Passage)
+    weights: Tensor | None = None
     if mops.segments is not None:
-        return _over_segments(module, query, key, value, mops, mops.segments, layer, kwargs), None
-    mops.attended = True
-    if mops.sees is None and mops.closed is None:
-        return _gated(module, query, key, value, attention_mask, mops, layer, kwargs)
-    return _where_seen(module, query, key, value, attention_mask, mops, layer, kwargs), None
+        out = _over_segments(module, query, key, value, mops, mops.segments, layer, kwargs)
+    elif mops.sees is None and mops.closed is None:
+        mops.attended = True
+        out, weights = _gated(module, query, key, value, attention_mask, mops, layer, kwargs)
+    else:
+        mops.attended = True
+        out = _where_seen(module, query, key, value, attention_mask, mops, layer, kwargs)
+    return out.contiguous(), weights  # as transformers' own functions leave it: some models take views of it
 
 
 def _gated(
@@ -288,21 +292,34 @@ def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def check(layer: nn.Module) -> None:
-    """Whether `attach` can serve the layer.
+def check(layer: nn.Module, number: int) -> None:
+    """Whether `attach` can serve the layer, the one with this number (from 0).
 
     Raises:
-        ValueError: its attention does not ask the registry, or its implementation cannot carry a bias per row.
+        ValueError: it has no attention, or one that does not ask the registry, or an implementation that cannot carry a
+            bias per row.
     """
     modules = list(attention_modules(layer))
+    kind = type(layer).__name__
+    if not modules and not any("Attention" in type(module).__name__ for module in layer.modules()):
+        mixers = [type(child).__name__ for name, child in layer.named_children() if not _no_mixer(name, child)]
+        raise ValueError(f"layer {number}, a {kind}, mixes tokens by {' and '.join(mixers) or 'no module of its own'}, "
+                         "not by attention over keys and values, where alone prompts have a place: choose an "
+                         "architecture with attention in every layer, such as Llama")  # fmt: skip
     if not modules:
-        raise ValueError(f"{type(layer).__name__} does not use transformers' attention registry (nor do Falcon, Bloom "
-                         "and MPT): choose another architecture, such as Llama")  # fmt: skip
+        raise ValueError(f"layer {number}, a {kind}, does not use transformers' attention registry (nor do Falcon, "
+                         "Bloom and MPT): choose another architecture, such as Llama")  # fmt: skip
     for module in modules:
         used = module.config._attn_implementation  # type: ignore[union-attr]
         if used not in SUPPORTED:
             raise ValueError(f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model "
                              'with attn_implementation="sdpa" or "eager"')  # fmt: skip
+
+
+def _no_mixer(name: str, child: nn.Module) -> bool:
+    """Whether a part of a layer leaves every token to itself."""
+    words = ("norm", "mlp", "feed_forward", "ffn", "moe", "dropout")
+    return any(word in name.lower() or word in type(child).__name__.lower() for word in words)
 
 
 def attach(layer: nn.Module) -> None:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Bool
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import attention, experts, gate, growing, halves, mixed, prefill, reading
+from . import attention, bases, experts, gate, growing, halves, mixed, packing, prefill, reading
 from .config import MoPsConfig
 from .packed import text_positions
 from .passage import Passage
@@ -30,6 +32,7 @@ class _Call:
     gate_mask: Tensor | None
     gate_embedding: Tensor | None
     attended: Tensor | None  # as the caller gave it: `generate` may turn it into a 4-D mask before we see it
+    prompt: int | None  # tokens of a row; what a first pass holds beyond them was guessed, by prompt lookup or a helper
     passage: Passage | None = None
 
 
@@ -59,8 +62,8 @@ class Engine:
 
     def __init__(self, model: Any) -> None:
         self.model: Any = model
-        self.backbone: Any = model.base_model
-        _refuse_unsupported(model, self.backbone)
+        bases.check(model)
+        self.backbone: Any = halves.backbone_of(model)
         keep_unpacked(model)
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]  # what `forward` takes, in order
         self.wrappers: dict[int, Any] = {}
@@ -68,8 +71,8 @@ class Engine:
         self.warned = False
         layers = getattr(self.backbone, halves.layers_name(self.backbone))
         self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
-        for layer in self.layers:
-            attention.check(layer)
+        for number, layer in enumerate(self.layers):
+            attention.check(layer, number)
         for layer in self.layers:
             attention.attach(layer)
         self.handles = [
@@ -125,7 +128,9 @@ class Engine:
             raise ValueError(
                 f"prefill_chunk_size={chunk}: the gate must read the whole instruction at once: leave it unset"
             )
-        token = _call.set(_Call(self, gate_mask, gate_embedding, kwargs.get("attention_mask")))
+        given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        prompt = next((int(each.shape[1]) for each in given if isinstance(each, Tensor) and each.dim() > 1), None)
+        token = _call.set(_Call(self, gate_mask, gate_embedding, kwargs.get("attention_mask"), prompt))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
@@ -147,7 +152,7 @@ class Engine:
         inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         rows, length = inputs.shape[:2]
         flat = self._flat(kwargs.get("attention_mask"), rows, length)
-        _refuse_packed(kwargs.get("position_ids"), flat)
+        packing.refuse_positions(kwargs.get("position_ids"), flat)
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         names = mixed.names_of(self, rows)
@@ -225,42 +230,47 @@ class Engine:
             embedding = embedding if embedding is not None else call.gate_embedding
         passage, rows = Passage(adapter, wrapper.index), len(real)
         ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
+        real = self._before_answer(real)
+        if labels is not None:
+            packing.refuse(real, ids, labels, wrapper.training)
         if config.visible_to == "answers":
             passage.start = reading.answer_starts(ids, real, labels, config.answer_header)
         if config.embedding_size is not None:
             passage.gate_embedding = _embedding(embedding, config, rows)
         elif config.gate_input == "sequence":
             passage.gate_mask = real
-        elif mask is not None:
-            passage.gate_mask = _readable(_rows(mask, rows), real)
         else:
-            passage.gate_mask = self._instruction(real, ids, labels, passage.start, config)
+            chosen = None if mask is None else _rows(mask, rows)
+            if chosen is not None and call is not None and chosen.shape[1] == call.prompt:
+                chosen = F.pad(chosen, (0, real.shape[1] - chosen.shape[1]))
+            if chosen is None and labels is not None:
+                self._warn_of(real, labels)
+            frame = config.gate_frame if config.gate_reads == "own" else None
+            passage.gate_mask = reading.instruction(ids, real, labels, passage.start, frame, chosen)
         if config.num_recovery_prompts and config.null_threshold > 0:
             self.recover(passage, wrapper, config)
         if config.reads_ahead or (config.visible_to == "answers" and config.embedding_size is None):
             wrapper.enter(passage, self._read_ahead(passage, wrapper.index, kwargs, real, config))
         return passage
 
-    def _instruction(self, real: Tensor, ids: Any, labels: Any, start: Any, config: MoPsConfig) -> Tensor:
-        """Tokens of the instruction: before the first label, or before the answer's header; no template's words."""
-        mask = real
-        if labels is not None:
-            mask = real & ((labels != reading.IGNORED).cumsum(-1) == 0)
-            empty = ~mask.any(-1, keepdim=True)
-            if empty.any() and not self.warned:
-                self.warned = True
-                warnings.warn(
-                    "labels cover the whole text of some rows, so the gate reads all of it: set the labels of the "
-                    "instruction to -100, or pass gate_mask",
-                    stacklevel=2,
-                )
-            mask = torch.where(empty, real, mask)
-        if start is not None:
-            before = mask & (torch.arange(mask.shape[1], device=mask.device) < start[:, None])
-            mask = torch.where(before.any(-1, keepdim=True), before, mask)
-        if config.gate_frame is not None and ids is not None:
-            mask = reading.framed(ids, mask, config.gate_frame)
-        return mask
+    def _before_answer(self, real: Bool[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
+        """Of a first pass, what was there before anything was generated or guessed."""
+        if self.call is None or self.call.prompt is None:
+            return real
+        return real & (torch.arange(real.shape[1], device=real.device) < self.call.prompt)
+
+    def _warn_of(self, real: Bool[Tensor, "rows seq"], labels: Tensor) -> None:
+        """Say once where labels leave the gate nothing of worth, or may be those of several examples."""
+        said = None
+        if bool((reading.before_answer(real, labels).sum(-1) < 2).any()):
+            said = ("labels cover the whole text of some rows, so the gate reads their first token alone: set the "
+                    "labels of the instruction to -100")  # fmt: skip
+        elif bool((packing.answers(real, labels) > 1).any()):
+            said = ("labels of some rows hold several answers, and the gate reads what stands before the first: if "
+                    "these are no turns of one chat but examples packed into a row, turn packing off")  # fmt: skip
+        if said is not None and not self.warned:
+            self.warned = True
+            warnings.warn(said, stacklevel=2)
 
     @torch.no_grad()
     def _read_ahead(
@@ -302,17 +312,6 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor.repeat_interleave(rows // len(tensor), 0)
 
 
-def _readable(mask: Tensor, every: Tensor) -> Tensor:
-    if mask.shape != every.shape:
-        raise ValueError(f"gate_mask is of shape {list(mask.shape)} for tokens of shape {list(every.shape)}: give one "
-                         "entry per token")  # fmt: skip
-    readable = mask.bool() & every
-    if not readable.any(-1).all():
-        row = int((~readable.any(-1)).nonzero()[0])
-        raise ValueError(f"gate_mask lets the gate read no token of row {row}: set 1 on the tokens of its instruction")
-    return readable
-
-
 def _embedding(embedding: Tensor | None, config: MoPsConfig, rows: int) -> Tensor:
     if embedding is None:
         raise ValueError(f"this adapter's gate reads an instruction embedding of width {config.embedding_size} made by "
@@ -320,47 +319,6 @@ def _embedding(embedding: Tensor | None, config: MoPsConfig, rows: int) -> Tenso
     if embedding.shape[-1] != config.embedding_size:
         raise ValueError(f"gate_embedding has width {embedding.shape[-1]}, but embedding_size={config.embedding_size}")
     return _rows(embedding, rows)
-
-
-def _refuse_unsupported(model: Any, backbone: Any) -> None:
-    config = model.config
-    kind = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{kind} is an encoder-decoder: smartmops adapts decoder-only models")
-    halves.layers_name(backbone)
-
-
-class _Seen(Exception):
-    """Carries what enters the first layer out of a forward pass that ends there."""
-
-
-@torch.no_grad()
-def refuse_changed_embeddings(model: Any, backbone: Any, first: nn.Module, prompts_run: bool) -> None:
-    """Hidden states are handed over as `inputs_embeds`: a backbone that changes those on the way in would spoil them.
-
-    Raises:
-        ValueError: it does; or prompts run through the network, and its positions are ALiBi's, which they have none of.
-    """
-    if prompts_run and getattr(model.config, "alibi", False):
-        raise ValueError(f"{type(model).__name__} uses ALiBi positions, which prompts have none of: choose "
-                         "experts='keys_values', or another architecture")  # fmt: skip
-    weight = next((p for p in first.parameters() if p.is_floating_point()), None)
-    if weight is None or weight.is_meta:
-        return
-
-    def stop(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Seen(args[0] if args else kwargs["hidden_states"])
-
-    given = torch.linspace(-1, 1, halves.hidden_size(backbone), device=weight.device, dtype=weight.dtype)[None, None]
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        halves.upper(backbone, 0)(inputs_embeds=given, use_cache=False)
-    except _Seen as seen:
-        if not torch.equal(seen.args[0], given):
-            raise ValueError(f"{type(model).__name__} changes inputs_embeds before its first layer (it scales or norms "
-                             "them): choose another architecture, such as Llama") from None  # fmt: skip
-    finally:
-        handle.remove()
 
 
 def _refuse_reentrant(layers: list[nn.Module], training: bool) -> None:
@@ -371,15 +329,3 @@ def _refuse_reentrant(layers: list[nn.Module], training: bool) -> None:
                 raise ValueError("use_reentrant=True loses the gradients of prompts: enable checkpointing with "
                                  'gradient_checkpointing_kwargs={"use_reentrant": False}')  # fmt: skip
         return
-
-
-def _refuse_packed(position_ids: Tensor | None, attended: Tensor | None) -> None:
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] < 2:
-        return
-    falls = position_ids[:, 1:] < position_ids[:, :-1]
-    if attended is not None:
-        real = attended[:, -position_ids.shape[-1] :].bool()
-        falls = falls & real[:, 1:] & real[:, :-1]
-    if falls.any():
-        raise ValueError("position_ids restart inside a row, so several examples are packed into it and one gate "
-                         "cannot serve them: turn packing (padding_free) off")  # fmt: skip

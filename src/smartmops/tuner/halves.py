@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 
 SCALES = ("embedding_multiplier", "embed_scale", "embedding_scale", "scale_emb")  # Granite's name, and other models'
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm")
+POSITIONS = ("wpe", "embed_positions")  # added to embeddings (GPT-2's name, and OPT's)
+
+
+def backbone_of(model: Any) -> Any:
+    """The module that holds decoder layers and final norm; OPT keeps it one floor below where others do."""
+    found = model.base_model
+    count = getattr(found.config, "num_hidden_layers", None)
+    inner = getattr(found, "decoder", None)
+    plain = inner is not None and [*found.children()] == [inner]
+    held = (child for child in inner.children() if isinstance(child, nn.ModuleList)) if plain else ()
+    return inner if any(len(each) == count for each in held) else found
 
 
 def hidden_size(backbone: Any) -> int:
@@ -27,21 +38,23 @@ def layers_name(backbone: Any) -> str:
     for name, child in backbone.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return str(name)
-    raise ValueError(
-        f"{type(backbone).__name__} has no list of {count} decoder layers: smartmops needs a decoder-only text model; "
-        "of a multimodal model pass the language model"
-    )
+    kind = type(backbone).__name__
+    parts = [
+        name for name, child in backbone.named_children() if any(isinstance(m, nn.ModuleList) for m in child.modules())
+    ]
+    if parts:
+        raise ValueError(f"{kind} keeps its layers in {' and '.join(parts)}, not in one list of decoder layers: give "
+                         "the language model alone if it is a multimodal model, else choose a decoder-only "
+                         "architecture, such as Llama")  # fmt: skip
+    raise ValueError(f"{kind} has no list of {count} decoder layers: choose a decoder-only architecture, such as Llama")
 
 
 class _NoPositions(nn.Module):
-    """Stands in for learned positions in the upper half: the lower half has added them already."""
+    """Stands in for positions that are added to embeddings: what enters these layers has had them already."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.zeros(*ids.shape, self.width, device=ids.device)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        ids = kwargs.get("position_ids", args[0] if args else None)
+        return torch.zeros((), device=ids.device)  # without dimensions it changes neither shape nor precision
 
 
 def _view(backbone: Any, first: int, last: int, *, embed: bool, final: bool) -> Any:
@@ -58,12 +71,23 @@ def _view(backbone: Any, first: int, last: int, *, embed: bool, final: bool) -> 
         for norm in FINAL_NORMS:
             if norm in view._modules:
                 view._modules[norm] = nn.Identity()
+        _leave_out(view, "project_out")
     for factor in SCALES:  # what enters these layers was multiplied when it was an embedding
         if not embed and isinstance(getattr(view, factor, None), float | int):
             setattr(view, factor, 1.0)
-    if not embed and "wpe" in view._modules:
-        view._modules["wpe"] = _NoPositions(config.hidden_size)
+    if not embed:
+        _leave_out(view, "project_in")
+        for part, child in list(view._modules.items()):
+            if part in POSITIONS:
+                view._modules[part] = _NoPositions()
+            elif isinstance(child, nn.Dropout):  # of embeddings
+                view._modules[part] = nn.Identity()
     return view
+
+
+def _leave_out(view: Any, part: str) -> None:
+    if view._modules.get(part) is not None:
+        view._modules[part] = None
 
 
 def lower(backbone: nn.Module, n: int) -> Any:

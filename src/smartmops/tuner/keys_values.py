@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .halves import layers_name
+from .halves import POSITIONS, layers_name
 from .passage import KeyValue, Record
 
 PROBE = 16  # tokens whose keys and values show the shapes and the size of a base's own
@@ -36,7 +36,10 @@ class Columns:
 def learned_positions(backbone: Any) -> bool:
     """Whether positions are looked up in a table, which has no entry below 0."""
     tokens = backbone.get_input_embeddings()
-    return any(isinstance(child, nn.Embedding) and child is not tokens for child in backbone.children())
+    children = [child for name, child in backbone.named_children() if name not in POSITIONS]
+    return len(children) < len(list(backbone.children())) or any(
+        isinstance(child, nn.Embedding) and child is not tokens for child in children
+    )
 
 
 @torch.no_grad()

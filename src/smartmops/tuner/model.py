@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import gate, halves, head, mixed, registry, states
+from .bases import refuse_changed_embeddings
 from .config import MoPsConfig
-from .engine import Engine, refuse_changed_embeddings
+from .engine import Engine
 from .layer import MoPsLayer
 from .packed import Packed, each_nats, mean_loss
 

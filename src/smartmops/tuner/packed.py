@@ -133,7 +133,7 @@ class Packed:
     input_ids: Int[Tensor, " tokens"] | None = None
     hidden: Float[Tensor, "tokens hidden"] | None = None
     pooled: Float[Tensor, "segments inputs"] | None = None  # what the gate reads, before standardisation
-    gate_mask: Bool[Tensor, " tokens"] | None = None  # what the gate may read; None: all tokens without a label
+    gate_mask: Bool[Tensor, " tokens"] | None = None  # what the gate may read of the text before the answer; None: all
     headers: Int[Tensor, " segments"] | None = None  # tokens right before the answer that open it; None: 1
     past_keys: Float[Tensor, "layers segments kv_heads longest key"] | None = None
     past_values: Float[Tensor, "layers segments kv_heads longest value"] | None = None
@@ -156,6 +156,11 @@ class Packed:
                 f"{int(packed.lengths.sum())}: all three must agree"
             )
         return packed
+
+    def rows(self, values: Shaped[Tensor, " tokens"], fill: int) -> Shaped[Tensor, "segments longest"]:
+        """Something of each token, a row for each segment, with `fill` behind it."""
+        parts = torch.split(values, self.lengths.tolist())
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
 
     def starts(self) -> Int[Tensor, " segments"]:
         """Of each segment, the number of tokens before the answer's header.

@@ -1,7 +1,7 @@
 """Which tokens of a row the gate reads, and from which on experts are seen. Token ids and masks; no model, no text.
 
 The gate must never read anything that does not exist yet when the answer is generated, nor what a template writes
-around every text.
+around every text. `instruction` is that rule for every road: padded rows, packed ones, `generate`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,61 @@ def answer_starts(
     return torch.tensor(starts, device=real.device)
 
 
+def before_answer(real: Bool[Tensor, "rows seq"], labels: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
+    """The tokens of each row that exist before any of its labels is predicted.
+
+    What stands behind a label, with a label of its own or without (a masked EOS, a later turn), does not exist then.
+    Nothing predicts a label on a row's first token, so that one is always among them.
+    """
+    return real & (((labels != IGNORED) & real & ~_first(real)).cumsum(-1) == 0)
+
+
+def instruction(
+    ids: Int[Tensor, "rows seq"] | None,
+    real: Bool[Tensor, "rows seq"],
+    labels: Int[Tensor, "rows seq"] | None,
+    start: Int[Tensor, " rows"] | None,
+    frame: Mapping[str, Sequence[int]] | None,
+    chosen: Tensor | None = None,
+) -> Bool[Tensor, "rows seq"]:
+    """The tokens that the gate reads: of those before the first answer, what stands before column `start`, in `frame`.
+
+    One token at least in each row that has any. `chosen` (not 0 on what the gate is to read instead) is taken as it is.
+
+    Raises:
+        ValueError: `chosen` is of another shape, reads no token of a row, or reads one that an answer is to give.
+    """
+    mask = real if labels is None else before_answer(real, labels)
+    if chosen is not None:
+        return _chosen(chosen, real, mask)
+    if start is not None:
+        before = mask & (torch.arange(mask.shape[1], device=mask.device) < start[:, None])
+        mask = torch.where(before.any(-1, keepdim=True), before, _first(real))
+    return mask if frame is None or ids is None else framed(ids, mask, frame)
+
+
+def _first(real: Bool[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
+    """The first token of each row."""
+    return real & (real.cumsum(-1) == 1)
+
+
+def _chosen(
+    chosen: Tensor, real: Bool[Tensor, "rows seq"], before: Bool[Tensor, "rows seq"]
+) -> Bool[Tensor, "rows seq"]:
+    if chosen.shape != real.shape:
+        raise ValueError(f"gate_mask is of shape {list(chosen.shape)} for tokens of shape {list(real.shape)}: give one "
+                         "entry per token")  # fmt: skip
+    readable = chosen.to(real.device).bool() & real
+    if not bool(readable.any(-1).all()):
+        row = int((~readable.any(-1)).nonzero()[0])
+        raise ValueError(f"gate_mask lets the gate read no token of row {row}: set 1 on the tokens of its instruction")
+    if bool((readable & ~before).any()):
+        row, column = (readable & ~before).nonzero()[0].tolist()
+        raise ValueError(f"gate_mask lets the gate read token {column} of row {row}, where labels say that the answer "
+                         f"begins at token {int(before[row].nonzero()[-1]) + 1}: set 0 from there on")  # fmt: skip
+    return readable
+
+
 def framed(
     ids: Int[Tensor, "rows seq"], real: Bool[Tensor, "rows seq"], frame: Mapping[str, Sequence[int]]
 ) -> Bool[Tensor, "rows seq"]:
@@ -60,15 +115,17 @@ def framed(
     A row in which no turn is found (another template) is read whole.
     """
     read = torch.zeros_like(real)
+    ids = torch.where(real, ids, -1)  # what may not be read may not decide what is read either
     close = torch.tensor(list(frame.get("close") or []), device=ids.device)
     user, system, header, default = (list(frame.get(n) or []) for n in ("user", "system", "header", "default_system"))
     for row in range(len(ids)):
+        end = int(real[row].nonzero()[-1]) + 1 if bool(real[row].any()) else 0
         ends = torch.cat([torch.isin(ids[row], close).nonzero()[:, 0], places(ids[row], header)]).sort().values
         for opening in (user, system):
             for at in places(ids[row], opening).tolist():
                 first = at + len(opening)
                 later = ends[ends >= first]
-                last = int(later[0]) if len(later) else ids.shape[1]
+                last = int(later[0]) if len(later) else end
                 if opening == user or ids[row, first:last].tolist() != default:
                     read[row, first:last] = True
         if not bool((read[row] & real[row]).any()):

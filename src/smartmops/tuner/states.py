@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from . import halves
+from . import halves, reading
 from .config import MoPsConfig
 from .engine import Engine
 from .packed import IGNORED, Packed, Segments, text_positions
@@ -103,7 +103,7 @@ def _run(
 def _pooled(
     batch: Packed, hidden: Float[Tensor, "tokens hidden"], config: MoPsConfig
 ) -> Float[Tensor, "segments inputs"]:
-    """What the gate reads of each segment: given, or the mean over its instruction."""
+    """What the gate reads of each segment: given, or the mean over what `reading` lets it read."""
     if batch.pooled is not None:
         return batch.pooled.float()
     if config.embedding_size is not None:
@@ -112,9 +112,24 @@ def _pooled(
     segments = Segments(batch.lengths.tolist(), batch.labels.device)
     if config.gate_input == "sequence":
         return segments.mean(hidden, torch.ones_like(batch.labels, dtype=torch.bool))
-    unlabelled = batch.labels == IGNORED
-    own = config.gate_reads == "own" and batch.gate_mask is not None
-    return segments.mean(hidden, batch.gate_mask.bool() & unlabelled if own else unlabelled)  # type: ignore[union-attr]
+    return segments.mean(hidden, _instruction(batch, config))
+
+
+def _instruction(batch: Packed, config: MoPsConfig) -> Bool[Tensor, " tokens"]:
+    """What the gate reads, by the rule for padded rows."""
+    labels = batch.rows(batch.labels, IGNORED)
+    real = batch.rows(torch.ones_like(batch.labels), 0).bool()
+    ids = None if batch.input_ids is None else batch.rows(batch.input_ids, 0)
+    start = None
+    if config.visible_to == "answers":
+        start = batch.starts() if ids is None else reading.answer_starts(ids, real, labels, config.answer_header)
+    own = config.gate_reads == "own"
+    frame = config.gate_frame if own and batch.gate_mask is None else None
+    mask = reading.instruction(ids, real, labels, start, frame)
+    if own and batch.gate_mask is not None:
+        narrowed = mask & batch.rows(batch.gate_mask.long(), 0).bool()
+        mask = torch.where(narrowed.any(-1, keepdim=True), narrowed, mask)
+    return mask[real]
 
 
 @torch.no_grad()

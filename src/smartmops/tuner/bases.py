@@ -1,0 +1,64 @@
+"""Which models can carry the method, said when an adapter is made. Knows transformers' classes; no adapter, no text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import halves
+
+NEEDED = "smartmops adapts decoder-only language models of transformers"
+
+
+def check(model: Any) -> None:
+    """Whether a model is a causal language model of transformers with a plain list of decoder layers.
+
+    Raises:
+        ValueError: it is none; the message says what it is instead.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{kind} is no model of transformers: {NEEDED}, as AutoModelForCausalLM loads them")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder-decoder: {NEEDED}")
+    if model.base_model is model or not model.can_generate():
+        raise ValueError(
+            f"{kind} has no head that predicts the next token: {NEEDED}, as AutoModelForCausalLM loads them"
+        )
+    halves.layers_name(halves.backbone_of(model))
+
+
+class _Seen(Exception):
+    """Carries what enters the first layer out of a forward pass that ends there."""
+
+
+@torch.no_grad()
+def refuse_changed_embeddings(model: Any, backbone: Any, first: nn.Module, prompts_run: bool) -> None:
+    """Hidden states are handed over as `inputs_embeds`: a backbone that changes those on the way in would spoil them.
+
+    Raises:
+        ValueError: it does; or prompts run through the network, and its positions are ALiBi's, which they have none of.
+    """
+    if prompts_run and getattr(model.config, "alibi", False):
+        raise ValueError(f"{type(model).__name__} uses ALiBi positions, which prompts have none of: choose "
+                         "experts='keys_values', or another architecture")  # fmt: skip
+    weight = next((p for p in first.parameters() if p.is_floating_point()), None)
+    if weight is None or weight.is_meta:
+        return
+
+    def stop(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Seen(args[0] if args else kwargs["hidden_states"])
+
+    given = torch.linspace(-1, 1, halves.hidden_size(backbone), device=weight.device, dtype=weight.dtype)[None, None]
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        halves.upper(backbone, 0)(inputs_embeds=given, use_cache=False)
+    except _Seen as seen:
+        if not torch.equal(seen.args[0], given):
+            raise ValueError(f"{type(model).__name__} changes inputs_embeds before its first layer (it scales or norms "
+                             "them): choose another architecture, such as Llama") from None  # fmt: skip
+    finally:
+        handle.remove()

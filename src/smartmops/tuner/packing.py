@@ -1,0 +1,74 @@
+"""Whether several examples were laid into a row that was to hold one, which one gate cannot serve. Ids, masks, labels.
+
+Positions that start anew say so. Where a packing hands on none ("wrapped"), its rows look like those of a chat of
+several turns; then the trainer knows, and rows that begin in the middle of an answer tell.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from .reading import IGNORED
+
+WHY = "several examples are packed into it and one gate cannot serve them: turn packing"
+
+
+def refuse_positions(position_ids: Tensor | None, attended: Tensor | None) -> None:
+    """By positions: [rows, seq], where given; `attended`, [rows, seq], marks what is no padding.
+
+    Raises:
+        ValueError: positions fall inside a row.
+    """
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] < 2:
+        return
+    falls = position_ids[:, 1:] < position_ids[:, :-1]
+    if attended is not None:
+        real = attended[:, -position_ids.shape[-1] :].bool()
+        falls = falls & real[:, 1:] & real[:, :-1]
+    if falls.any():
+        raise ValueError(f"position_ids restart inside a row, so {WHY} (padding_free) off")
+
+
+def refuse(
+    real: Bool[Tensor, "rows seq"], ids: Int[Tensor, "rows seq"] | None, labels: Int[Tensor, "rows seq"], training: bool
+) -> None:
+    """By labels, and by the trainer that made the batch.
+
+    Raises:
+        ValueError: the trainer packs; or a row begins inside an answer and holds a later one too.
+    """
+    if _trainer_packs(training):
+        raise ValueError(f"the trainer was told packing=True, so a row may be cut anywhere: {WHY} off")
+    labelled = (labels != IGNORED) & real
+    first = (labelled & (real.cumsum(-1) == 1)).any(-1)
+    for row in ((answers(real, labels) > 1) & first).nonzero()[:, 0].tolist():
+        masked = real[row] & ~labelled[row]
+        if ids is None or len(torch.unique(ids[row][masked])) > 1:  # one id alone: a collator that masks every EOS
+            raise ValueError(f"row {row} begins inside an answer and holds a later one, so {WHY} off")
+
+
+def answers(real: Bool[Tensor, "rows seq"], labels: Int[Tensor, "rows seq"]) -> Int[Tensor, " rows"]:
+    """How many runs of labelled tokens each row holds."""
+    spans = ((labels != IGNORED) & real).int()
+    return (spans.diff(dim=-1, prepend=spans.new_zeros(len(spans), 1)) == 1).sum(-1)
+
+
+def _trainer_packs(training: bool) -> bool:
+    """Whether this pass is a step of a trainer (TRL's) whose arguments ask for packing.
+
+    A row cut anywhere holds nothing by which to tell it from a chat, and trainers tell a model nothing of it.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if hasattr(type(owner), "training_step"):
+            arguments = getattr(owner, "args", None)
+            packs = getattr(arguments, "packing", False)
+            of_its_own = None if training else getattr(arguments, "eval_packing", None)
+            return bool(packs if of_its_own is None else of_its_own)
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
