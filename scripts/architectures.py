@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Every causal model of transformers, built tiny with random weights: does it carry the method, or why not?
 
-    PYTHONPATH=src python scripts/architectures.py [NAME...]     # all: some minutes; names: those alone, printed only
+    PYTHONPATH=src python scripts/architectures.py [NAME...]     # all that docs/architectures.json does not hold yet
+                                                                 # (some minutes); names: those alone, printed only
 
 writes docs/architectures.json and, from it, docs/architectures.md. For both kinds of experts an architecture works
 where a padded row gives the logits of that row alone, decoding over a cache gives those of one pass, experts that
@@ -215,15 +216,16 @@ def page(found: dict[str, dict[str, str]], version: str) -> str:
     tried = {name: each for name, each in found.items() if "built" not in each}
     works = [name for name, each in tried.items() if all(each[kind] == "works" for kind in KINDS)]
     refused = [name for name, each in tried.items() if all(each[kind].startswith("refused") for kind in KINDS)]
+    left = len(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(found))
     told_apart = len(tried) - len(works) - len(refused)
     lines = [
         "# Architectures", "",
         f"Every causal model of transformers {version} that can be built tiny with random weights, tried by",
-        "`scripts/architectures.py` with both kinds of experts. It works where a padded row gives the logits of that row",
-        "alone, decoding over a cache gives those of one pass, and experts that nobody attends to leave the model as it",
-        f"was (to {TOLERANCE:.0e} of the largest logit, float32).", "",
+        "`scripts/architectures.py` with both kinds of experts. It works where a padded row gives the logits of that",
+        "row alone, decoding over a cache gives those of one pass, and experts that nobody attends to leave the model",
+        f"as it was (to {TOLERANCE:.0e} of the largest logit, float32).", "",
         f"{len(works)} work with both kinds, {len(refused)} are refused with both, {told_apart} are told apart below,",
-        f"{len(found) - len(tried)} were not tried.", "",
+        f"{len(found) - len(tried)} could not be tried, {left} are still to be.", "",
         "| architecture | hidden_states | keys_values |", "|---|---|---|",
         *[f"| {name} | {each['hidden_states']} | {each['keys_values']} |" for name, each in tried.items()],
         "", "Not tried, since no tiny one could be built that runs by itself:", "",
@@ -237,8 +239,12 @@ def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    found = {}
+    stored = FOLDER / "architectures.json"
+    before = json.loads(stored.read_text()) if stored.is_file() and not names else {}
+    found = before["architectures"] if before.get("transformers") == transformers.__version__ else {}
     for name in names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        if name in found:
+            continue
         signal.signal(signal.SIGALRM, _late)
         signal.alarm(SECONDS)
         try:
@@ -250,7 +256,7 @@ def main(names: list[str]) -> None:
         print(name, found[name], flush=True)
         if not names:
             results = {"transformers": transformers.__version__, "architectures": found}
-            (FOLDER / "architectures.json").write_text(json.dumps(results, indent=1) + "\n")
+            stored.write_text(json.dumps(results, indent=1) + "\n")
             (FOLDER / "architectures.md").write_text(page(found, transformers.__version__))
 
 

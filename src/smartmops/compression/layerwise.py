@@ -30,7 +30,8 @@ Stats = dict[str, dict[str, int | float]]  # of each linear module: weights, spa
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model."""
-    layers: nn.ModuleList = getattr(model.base_model, halves.layers_name(model.base_model))
+    backbone = halves.backbone_of(model)
+    layers: nn.ModuleList = getattr(backbone, halves.layers_name(backbone))
     return layers
 
 
@@ -74,13 +75,13 @@ def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
 @torch.no_grad()
 def embed(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
     """What enters the first decoder layer, float32, where the model is."""
-    bottom = halves.lower(model.base_model, 0)
+    bottom = halves.lower(halves.backbone_of(model), 0)
     return [bottom(input_ids=ids.to(model.device), use_cache=False).last_hidden_state.float() for ids in batches]
 
 
 def _through(model: Any, index: int, hidden: list[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Each batch through one layer (which is on `device`), back where it was."""
-    one = halves.layer(model.base_model, index)
+    one = halves.layer(halves.backbone_of(model), index)
     for each in hidden:
         yield one(inputs_embeds=each.to(device), use_cache=False).last_hidden_state.to(each.device)
 
@@ -96,8 +97,8 @@ def check_runs_by_layer(model: Any) -> None:
     (hidden,) = embed(model, [ids])
     hidden = hidden.to(model.dtype)
     for index in range(len(decoder_layers(model))):
-        hidden = halves.layer(model.base_model, index)(inputs_embeds=hidden, use_cache=False).last_hidden_state
-    got = halves.upper(model.base_model, len(decoder_layers(model)))(inputs_embeds=hidden, use_cache=False)
+        hidden = halves.layer(halves.backbone_of(model), index)(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    got = halves.upper(halves.backbone_of(model), len(decoder_layers(model)))(inputs_embeds=hidden, use_cache=False)
     want = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.allclose(got.last_hidden_state, want, rtol=1e-2, atol=1e-2 * float(want.abs().max())):
         raise ValueError(f"{type(model).__name__} does not run layer by layer: choose another architecture, such as "
@@ -126,7 +127,8 @@ def nats(
         on_layer(index)
     head = copy.copy(model)
     head._modules = dict(model._modules)
-    head._modules[model.base_model_prefix] = halves.upper(model.base_model, len(layers))
+    top = halves.upper(halves.backbone_of(model), len(layers))
+    head._modules[model.base_model_prefix] = halves.in_its_place(model, top)
     with on_device(head, device):
         return _head_nats(head, hidden, [batch["labels"] for batch in batches], device)
 

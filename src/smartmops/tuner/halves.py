@@ -23,6 +23,15 @@ def backbone_of(model: Any) -> Any:
     return inner if any(len(each) == count for each in held) else found
 
 
+def in_its_place(model: Any, backbone: nn.Module) -> nn.Module:
+    """What stands at `model.base_model_prefix` of a copy of `model` whose `backbone_of` is to be `backbone`."""
+    if backbone_of(model) is model.base_model:
+        return backbone
+    outer = copy.copy(model.base_model)
+    outer._modules = {"decoder": backbone}
+    return outer  # type: ignore[no-any-return]
+
+
 def hidden_size(backbone: Any) -> int:
     """Width of the hidden states."""
     return int(backbone.config.get_text_config().hidden_size)

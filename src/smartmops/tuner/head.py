@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from . import halves
+
 
 class _Output(MoeModelOutputWithPast):
     cross_attentions = None  # GPT-2 asks for it
@@ -27,6 +29,6 @@ def logits(model: Any, hidden: Float[Tensor, "some hidden"]) -> Float[Tensor, "s
     head = copy.copy(model)
     head.__dict__.pop("mops_engine", None)
     head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()
-    head._modules = {**model._modules, model.base_model_prefix: _Given()}
+    head._modules = {**model._modules, model.base_model_prefix: halves.in_its_place(model, _Given())}
     found: Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits[0]
     return found
