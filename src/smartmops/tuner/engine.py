@@ -18,7 +18,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import attention, bases, experts, gate, growing, halves, mixed, packing, prefill, reading
+from . import attached, bases, experts, gate, growing, halves, mixed, packing, prefill, reading
 from .config import MoPsConfig
 from .packed import text_positions
 from .passage import Passage
@@ -72,9 +72,9 @@ class Engine:
         layers = getattr(self.backbone, halves.layers_name(self.backbone))
         self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
         for number, layer in enumerate(self.layers):
-            attention.check(layer, number)
+            attached.check(layer, number)
         for layer in self.layers:
-            attention.attach(layer)
+            attached.attach(layer)
         self.handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -97,7 +97,7 @@ class Engine:
         for handle in self.handles:
             handle.remove()
         for layer in self.layers:
-            attention.detach(layer)
+            attached.detach(layer)
         self.model.__dict__.pop("generate", None)
         self.model.__dict__.pop("mops_engine", None)
 

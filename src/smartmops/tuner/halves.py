@@ -17,7 +17,7 @@ def backbone_of(model: Any) -> Any:
     """The module that holds decoder layers and final norm; OPT keeps it one floor below where others do."""
     found = model.base_model
     count = getattr(found.config, "num_hidden_layers", None)
-    inner = getattr(found, "decoder", None)
+    inner: Any = getattr(found, "decoder", None)
     plain = inner is not None and [*found.children()] == [inner]
     held = (child for child in inner.children() if isinstance(child, nn.ModuleList)) if plain else ()
     return inner if any(len(each) == count for each in held) else found
@@ -62,7 +62,7 @@ class _NoPositions(nn.Module):
     """Stands in for positions that are added to embeddings: what enters these layers has had them already."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        ids = kwargs.get("position_ids", args[0] if args else None)
+        ids: Any = kwargs.get("position_ids", args[0] if args else None)
         return torch.zeros((), device=ids.device)  # without dimensions it changes neither shape nor precision
 
 

@@ -159,7 +159,7 @@ class Packed:
 
     def rows(self, values: Shaped[Tensor, " tokens"], fill: int) -> Shaped[Tensor, "segments longest"]:
         """Something of each token, a row for each segment, with `fill` behind it."""
-        parts = torch.split(values, self.lengths.tolist())
+        parts = list(torch.split(values, self.lengths.tolist()))
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
 
     def starts(self) -> Int[Tensor, " segments"]:
