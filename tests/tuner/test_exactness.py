@@ -355,10 +355,8 @@ def test_no_attention_mask_means_all_tokens_and_embeddings_may_come_instead_of_t
     with torch.no_grad():
         assert relative(model(input_ids=ids).logits, want) < TOLERANCE
         assert relative(model(ids, ones).logits, want) < TOLERANCE
-        assert (
-            relative(model(inputs_embeds=plain.get_input_embeddings()(ids), attention_mask=ones).logits, want)
-            < TOLERANCE
-        )
+        embedded = plain.get_input_embeddings()(ids)
+        assert relative(model(inputs_embeds=embedded, attention_mask=ones).logits, want) < TOLERANCE
 
 
 def test_hidden_states_and_attentions_are_asked_for_as_of_any_model():
