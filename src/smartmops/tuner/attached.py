@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -48,6 +49,10 @@ def check(layer: nn.Module, number: int) -> None:
         raise ValueError(f"layer {number}, a {kind}, does not use transformers' attention registry (nor do Falcon, "
                          "Bloom and MPT): choose another architecture, such as Llama")  # fmt: skip
     for module in modules:
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if eager is not None and "position_bias" in inspect.signature(eager).parameters:
+            raise ValueError(f"layer {number}, a {kind}, adds a bias of each query's distance to each key, and prompts "
+                             "stand at no distance: choose another architecture, such as Llama")  # fmt: skip
         used = module.config._attn_implementation  # type: ignore[union-attr]
         if used not in attention.SUPPORTED:
             raise ValueError(f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model "

@@ -72,9 +72,10 @@ def _view(backbone: Any, first: int, last: int, *, embed: bool, final: bool) -> 
     config = copy.copy(backbone.config)
     name = layers_name(backbone)
     view._modules[name] = nn.ModuleList(getattr(backbone, name)[first:last])
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[first:last]
+    types = getattr(config, "layer_types", None)
     config.num_hidden_layers = last - first
+    if types and list(config.layer_types) != list(types[first:last]):  # some configs work them out from the number
+        config.layer_types = types[first:last]
     view.config = config
     if not final:
         for norm in FINAL_NORMS:

@@ -18,7 +18,7 @@ from . import merged
 from .packed import Segments
 
 KeyValue = tuple[
-    Float[Tensor, "#rows kv_heads prompts head"], Float[Tensor, "#rows kv_heads prompts head"]
+    Float[Tensor, "#rows kv_heads prompts key"], Float[Tensor, "#rows kv_heads prompts value"]
 ]  # one row serves all
 
 
