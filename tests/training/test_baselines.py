@@ -72,7 +72,7 @@ TARGETS = {  # what PEFT knows by itself, or the same parts under other names
     "phi3": ({"qkv_proj"}, {"qkv_proj", "down_proj"}),
     "opt": ({"q_proj", "v_proj"}, {"q_proj", "k_proj", "fc2"}),
     "gpt_bigcode": ({"c_attn"}, {"c_attn", "mlp.c_proj"}),
-    "starcoder2": ({"q_proj", "v_proj"}, {"k_proj", "v_proj", "c_proj"}),
+    "starcoder2": ({"q_proj", "v_proj"}, {"k_proj", "v_proj", "mlp.c_proj"}),
     "olmo2": ({"q_proj", "v_proj"}, {"k_proj", "v_proj", "down_proj"}),
     "deepseek_v3": ({"q_b_proj", "kv_b_proj"}, {"kv_b_proj", "down_proj"}),
 }

@@ -166,10 +166,10 @@ def test_an_existing_run_is_refused_and_a_finished_one_is_not_trained_again(conf
     [
         ({"injection_layer": 40}, "--injection-layer 40, but this model has 4 layers: choose 0 to 3"),
         ({"experts": 0}, "--experts 0: choose 1 or more"),
-        ({"experts": 1, "gate_top_k": 2}, "gate_top_k=2, but there are 1 gate weights"),
+        ({"experts": 1, "gate_top_k": 2}, "--gate-top-k 2, but there are 1 gate weights"),
         ({"model": "./nowhere"}, "MODEL ./nowhere does not exist"),
         ({"data": "nowhere.jsonl"}, "no such file"),
-        ({"limit": 4000}, "n=4000, but there are 40 examples"),
+        ({"limit": 4000}, "--limit 4000, but there are 40 examples"),
     ],
 )
 def test_bad_input_names_value_limit_and_way_out(config: Make, changes: dict[str, object], message: str) -> None:

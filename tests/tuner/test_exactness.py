@@ -27,8 +27,7 @@ def check_by_hand(plain, model, inputs) -> None:
     """Logits, gate and what the gate reads."""
     with torch.no_grad():
         want = by_hand(plain, config_of(model), prompts_of(model), **inputs)
-        got = model(**inputs).logits
-        tuner = model.base_model
+        got, tuner = model(**inputs).logits, model.base_model
         assert relative(got, want.logits, inputs["attention_mask"]) < TOLERANCE
         assert relative(tuner.last_gate, want.gate) < TOLERANCE
         assert relative(tuner.pooled(**inputs), want.pooled) < TOLERANCE
@@ -256,7 +255,8 @@ def test_a_recomputed_layer_finds_the_prompts_of_its_own_pass(name, between):
                 model(**second)
             model.set_adapter("default")
         else:
-            loss = loss + 3 * model(**second | {"gate_mask": first["attention_mask"].flip(0)}).loss
+            few = second["attention_mask"].cumsum(-1) <= 3
+            loss = loss + 3 * model(**second | {"gate_mask": few * second["attention_mask"]}).loss
         loss.backward()
         return loss.detach(), [getattr(prompts_of(model), name).grad.clone() for name in TRAINED]
 

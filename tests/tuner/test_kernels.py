@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from adapted import adapt
 from tiny_models import batch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smartmops.tuner import attention, merged
 from smartmops.tuner.packed import IGNORED, Packed, Segments, each_nats, mean_loss
@@ -88,7 +89,7 @@ def test_inference_over_rows_is_one_softmax(queries, masked, closed):
 
 def _another_sdpa(*args, **kwargs):
     """The same kernel under another name, so that it is given the mask."""
-    return attention.ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
 def test_the_bias_in_a_head_dimension_is_the_bias_in_the_mask(monkeypatch):
@@ -102,7 +103,8 @@ def test_the_bias_in_a_head_dimension_is_the_bias_in_the_mask(monkeypatch):
                 for module in layer.__dict__["mops_attention"]:
                     module.__dict__.update(mops_inner=_another_sdpa, mops_sdpa=False)
         inputs = batch()
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
+        unlabelled = inputs["gate_mask"].bool() | (inputs["attention_mask"] == 0)
+        labels = inputs["input_ids"].masked_fill(unlabelled, IGNORED)
         model(**inputs, labels=labels, use_cache=False).loss.backward()
         found[way] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found["mask"].keys() == found["head dimension"].keys() and found["mask"]

@@ -231,7 +231,7 @@ def _behind(
     module: nn.Module,
     query: Float[Tensor, "rows heads queries head"],
     key: Float[Tensor, "rows kv_heads keys head"],
-    value: Float[Tensor, "rows kv_heads keys head"],
+    value: Float[Tensor, "rows kv_heads keys value"],
     mask: Float[Tensor, "#rows _ queries keys"],
     seen: tuple[KeyValue, Float[Tensor, "#rows prompts"]] | None,
     kwargs: dict[str, Any],
@@ -258,7 +258,7 @@ def _behind(
 def _carry(
     query: Float[Tensor, "rows heads queries head"],
     key: Float[Tensor, "rows kv_heads keys head"],
-    value: Float[Tensor, "rows kv_heads keys head"],
+    value: Float[Tensor, "rows kv_heads keys value"],
     bias: Float[Tensor, "#rows prompts"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The bias in one extra head dimension: query 1, prompt key the bias over the scale, text key 0.

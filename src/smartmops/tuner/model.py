@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import gate, halves, head, mixed, registry, states
+from . import gate, halves, head, keys_values, mixed, registry, states
 from .bases import refuse_changed_embeddings
 from .config import MoPsConfig
 from .engine import Engine
@@ -47,6 +47,8 @@ class MoPsModel(BaseTuner):
         engine = Engine.on(self.model)
         peft_config.resolve(len(engine.layers), halves.hidden_size(engine.backbone))
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        if peft_config.experts == "hidden_states" and not keys_values.learned_positions(engine.backbone):
+            room = 2**31  # rotary positions go on
         for name in ("prompts_per_expert", "shared_prompts"):
             if (count := getattr(peft_config, name)) > room:
                 raise ValueError(f"{name}={count}, but this model has {room} positions: choose {room} at most")
