@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -111,6 +112,18 @@ def test_what_is_no_text_is_refused(tmp_path: Path, column: str, value: object) 
     assert message(file) == f"a.jsonl, lines 2 and 3: `{column}` is {json.dumps(value)}, not text: write it in quotes"
     parquet.write_table(pa.table({"instruction": ["i"], "response": ["r"]} | {column: [7.5]}), tmp_path / "a.parquet")
     assert message(tmp_path / "a.parquet").endswith(f"row 1: `{column}` is 7.5, not text: store the column as text")
+
+
+@pytest.mark.parametrize(
+    ("good", "problem"),
+    [(b"instruction", r"row 1: not Parquet \("), (b"an answer", r"row 1: `response` is .*, not text")],
+)
+def test_parquet_that_is_not_utf8(tmp_path: Path, good: bytes, problem: str) -> None:
+    file = tmp_path / "a.parquet"
+    table = pa.table({"instruction": ["i"], "response": ["an answer"]})
+    parquet.write_table(table, file, use_dictionary=False, compression="none", write_statistics=False)
+    file.write_bytes(file.read_bytes().replace(good, b"\xff" + good[1:]))
+    assert re.search(problem, message(file))
 
 
 def test_names_may_be_numbers_but_nothing_else(tmp_path: Path) -> None:

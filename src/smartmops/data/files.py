@@ -197,7 +197,8 @@ def _parquet(file: Path) -> Iterator[Row]:
                 for row in _values(batch):
                     number += 1
                     yield number, row
-    except (pa.ArrowException, OSError, MemoryError) as error:  # Arrow's errors are what its decoders raise
+    # Arrow raises what its decoders do; names of columns that are not UTF-8 break only when they are asked for.
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
         raise ValueError(f"{file}, row {number + 1}: not Parquet ({reason}): write the file again") from error
 
