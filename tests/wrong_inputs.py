@@ -86,7 +86,7 @@ WRONG: list[tuple[str, str]] = [
     (f"{TRAIN} --data DIR/missing.jsonl", "missing.jsonl"),
     (f"{TRAIN} --data DIR/single.jsonl", "5 training and 0 test examples"),
     (f"{TRAIN} --data DIR/torn.jsonl", "torn.jsonl, line 2"),
-    (f"{TRAIN} --data DIR/bare.jsonl", "--gate-pretraining labels, but no example has a category"),
+    (f"{TRAIN} --data DIR/bare.jsonl --method oracle", "--method oracle is told the category, but no example has one"),
     (f"{TRAIN} --hold-out z", "--hold-out z is no category of the training split"),
     (f"{TRAIN.replace(' tiny ', ' DIR/doc.jsonl ')}", "MODEL"),
     (f"{TRAIN.replace(' tiny ', ' ./nosuch ')}", "MODEL ./nosuch does not exist"),

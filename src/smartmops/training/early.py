@@ -6,7 +6,9 @@ Reads text files of a moderate size and, where it lies on this machine, the base
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +138,24 @@ def at_hand(data: str) -> bool:
     return not path.exists() and (path.suffix in (".jsonl", ".json", ".csv", ".parquet") or data.startswith((".", "/")))
 
 
+@contextmanager
+def _in_silence(name: str) -> Iterator[None]:
+    """Whatever this logger says in the block goes unsaid."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _data_say(config: TaskConfig) -> Iterator[str]:
     if not at_hand(config.data):
         return
-    train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation)
+    with _in_silence("smartmops.data"):  # the run itself reads them again, and says what they are
+        train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation,
+                             columns=config.columns)  # fmt: skip
     if config.hold_out is not None:
         check_hold_out(config.hold_out, {example.category for example in train})
     if not isinstance(config, FederateConfig):
@@ -157,7 +173,10 @@ def _tasks_say(config: TaskConfig, train: Sequence[Example]) -> Iterator[str]:
     if not gated or config.experts < 2 or (config.gate_pretraining != "labels" and "oracle" not in gated):
         return
     if tasks == [""]:
-        yield "--gate-pretraining labels, but no example has a category: add one, or choose clusters"
+        if isinstance(config, FederateConfig):
+            yield "--gate-pretraining labels, but no example has a category: add one, or choose clusters"
+        elif "oracle" in gated:
+            yield "--method oracle is told the category, but no example has one: add it, or choose mops"
         return
     if config.expert_names is not None and (unknown := [task for task in tasks if task not in config.expert_names]):
         yield (f"--expert-names {' '.join(config.expert_names)} lack category {unknown[0]!r}: name an expert for it, "
