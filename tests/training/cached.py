@@ -69,12 +69,11 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in trained}
 
 
-def agree(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
+def apart(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of each tensor, the largest difference as a share of its own largest number, none of which may be 0."""
     assert got.keys() == want.keys() and len(want) == 4
-    for name, value in want.items():
-        scale = float(value.abs().max())
-        assert scale > 0, name
-        assert float((got[name] - value).abs().max()) <= tolerance * scale, name
+    assert all(float(value.abs().max()) > 0 for value in want.values())
+    return {name: float((got[name] - each).abs().max()) / float(each.abs().max()) for name, each in want.items()}
 
 
 def same(one: ActivationCache, two: ActivationCache, tolerance: float = 0.0) -> None:

@@ -68,7 +68,7 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
             pattern.check(layerwise.matrix(module).shape[1], name)
         solver.check(pattern)
     layerwise.check_runs_by_layer(model)
-    _check_sizes(config, model)
+    config.check_positions(getattr(model.config, "max_position_embeddings", None))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     rows = _text(config, model, tokenizer, pattern)
     partial = _partial(config, size * (2 if pattern is None or quantisation is None else 3))
@@ -123,14 +123,6 @@ def _load(config: CompressConfig) -> tuple[Any, Any]:
     name = local(config.model)
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval().requires_grad_(False)
     return model, AutoTokenizer.from_pretrained(name)
-
-
-def _check_sizes(config: CompressConfig, model: Any) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and config.sequence_length and config.sequence_length > positions:
-        raise ValueError(
-            f"--sequence-length {config.sequence_length}, but the model has {positions} positions: choose that at most"
-        )
 
 
 def _is_data(config: CompressConfig) -> bool:

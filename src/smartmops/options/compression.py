@@ -91,6 +91,16 @@ class CompressConfig(Options):
             return "nf4"
         return None if not self.int8 else "int8" if self.int8_engine == "bitsandbytes" else "int8-torchao"
 
+    def check_positions(self, positions: object) -> None:
+        """Whether a model of so many positions (None: it does not say) takes sequences of the length asked for.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if isinstance(positions, int) and self.sequence_length and self.sequence_length > positions:
+            raise ValueError(f"--sequence-length {self.sequence_length}, but the model has {positions} positions: "
+                             "choose that at most")  # fmt: skip
+
     def problems(self) -> Iterator[str]:
         """What options have to do with each other."""
         if self.int8 and self.nf4:

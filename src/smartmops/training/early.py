@@ -96,10 +96,7 @@ def look_at_compression(config: CompressConfig) -> None:
     """
     folder = look_at_model(config.model)
     shape = {} if folder is None else shape_of(folder)
-    positions = shape.get("max_position_embeddings")
-    if isinstance(positions, int) and config.sequence_length and config.sequence_length > positions:
-        raise ValueError(f"--sequence-length {config.sequence_length}, but the model has {positions} positions: choose "
-                         "that at most")  # fmt: skip
+    config.check_positions(shape.get("max_position_embeddings"))
     if config.pattern and (pair := numbers_of(config.pattern)):
         for columns in (shape.get("hidden_size"), shape.get("intermediate_size")):
             if isinstance(columns, int) and columns % pair[1]:

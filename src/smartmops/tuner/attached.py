@@ -31,6 +31,11 @@ def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def _eager(module: nn.Module) -> Callable[..., Any] | None:
+    """The attention that a module's own file computes step by step, if it has one."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
 def check(layer: nn.Module, number: int) -> None:
     """Whether `attach` can serve the layer, the one with this number (from 0).
 
@@ -49,7 +54,7 @@ def check(layer: nn.Module, number: int) -> None:
         raise ValueError(f"layer {number}, a {kind}, does not use transformers' attention registry (nor do Falcon, "
                          "Bloom and MPT): choose another architecture, such as Llama")  # fmt: skip
     for module in modules:
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager = _eager(module)
         if eager is not None and "position_bias" in inspect.signature(eager).parameters:
             raise ValueError(f"layer {number}, a {kind}, adds a bias of each query's distance to each key, and prompts "
                              "stand at no distance: choose another architecture, such as Llama")  # fmt: skip
@@ -72,8 +77,7 @@ def attach(layer: nn.Module) -> None:
         if "mops_inner" in module.__dict__:
             continue
         used = module.config._attn_implementation  # type: ignore[union-attr]
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        module.__dict__["mops_inner"] = eager if used == "eager" else ALL_ATTENTION_FUNCTIONS[used]
+        module.__dict__["mops_inner"] = _eager(module) if used == "eager" else ALL_ATTENTION_FUNCTIONS[used]
         module.__dict__["mops_sdpa"] = used == "sdpa"
         module.__dict__["mops_config"] = module.config
         module.config = copy.copy(module.config)

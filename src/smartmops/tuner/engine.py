@@ -163,13 +163,15 @@ class Engine:
             if call is not None:
                 growing.make_room(cache)
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
+            mask, embedding = self._given(explicit, embedding)
             if names is not None and (len(set(names)) > 1 or names[0] == mixed.BASE):
-                mask, embedding = self._given(explicit, embedding, rows)
+                mask, embedding = (None if each is None else _rows(each, rows) for each in (mask, embedding))
                 passage = mixed.begin(self, names, kwargs, real, mask, embedding)
             else:
                 if names is not None:
                     wrapper = next(each for each in self.wrappers.values() if names[0] in each.configs)
-                passage = self._fresh(wrapper, kwargs, real, explicit, embedding, names[0] if names else None)
+                adapter = names[0] if names else wrapper.current
+                passage = self._fresh(wrapper, adapter, kwargs, real, mask, embedding)
         elif passage.gate is not None and len(passage.gate) != rows:
             raise ValueError(
                 f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
@@ -210,24 +212,18 @@ class Engine:
                              "or an empty cache")  # fmt: skip
         return found
 
-    def _given(self, mask: Any, embedding: Any, rows: int) -> tuple[Any, Any]:
-        """What the caller of the pass or of `generate` gave for the gate to read, a row each."""
+    def _given(self, mask: Any, embedding: Any) -> tuple[Any, Any]:
+        """What the caller of the pass gave for the gate to read, else that of `generate`."""
         if self.call is not None:
             mask = self.call.gate_mask if mask is None else mask
             embedding = self.call.gate_embedding if embedding is None else embedding
-        mask, embedding = (None if each is None else _rows(each, rows) for each in (mask, embedding))
         return mask, embedding
 
     def _fresh(
-        self, wrapper: Any, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any, adapter: str | None = None
+        self, wrapper: Any, adapter: str, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any
     ) -> Passage:
         """What is known of a text before its first layer: what the gate may read, and who sees experts."""
-        adapter = adapter or wrapper.current
-        assert adapter is not None
         config, call = wrapper.configs[adapter], self.call
-        if call is not None:
-            mask = mask if mask is not None else call.gate_mask
-            embedding = embedding if embedding is not None else call.gate_embedding
         passage, rows = Passage(adapter, wrapper.index), len(real)
         ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
         real = self._before_answer(real)

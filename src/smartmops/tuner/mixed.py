@@ -110,7 +110,7 @@ def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor
         at = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=real.device)
         own = {name: _own(value, at, rows) for name, value in kwargs.items()}
         with asked(engine, [adapter]):
-            part = engine._fresh(wrapper, own, real[at], _own(mask, at, rows), _own(embedding, at, rows), adapter)
+            part = engine._fresh(wrapper, adapter, own, real[at], _own(mask, at, rows), _own(embedding, at, rows))
         whole.parts.append(Part(at, part))
         whole.first = min(whole.first, part.first)
         if part.start is not None:
