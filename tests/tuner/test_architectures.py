@@ -12,6 +12,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smartmops import MoPsConfig
+from smartmops.tuner import keys_values
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("architectures", ROOT / "scripts" / "architectures.py")
@@ -77,3 +78,24 @@ def test_packed_rows_are_padded_rows_in_training_mode_too(name):
         padded = model(input_ids=ids, labels=labels).loss
         batch = {"input_ids": ids.flatten(), "labels": labels.flatten(), "lengths": torch.tensor([8, 8])}
         assert torch.allclose(model(packed=batch).loss, padded, atol=1e-5)
+
+
+def test_where_there_is_nothing_below_position_0_columns_are_read_from_0_and_prompts_refused():
+    """Ministral 3 multiplies queries by the logarithm of their position: below 0 all that follows is no number."""
+    base = architectures.build("ministral3")
+    model = get_peft_model(base, MoPsConfig(num_experts=2, prompts_per_expert=2, experts="keys_values"))
+    layer = model.base_model.layer()
+    ids = torch.arange(10, 30)[None]
+    found = keys_values.observe(layer.engine.backbone, layer.index, ids)
+    assert found.keys.isfinite().all() and found.values.isfinite().all()
+    assert (layer.mops_key_size["default"] != 1).all(), "no size was measured"
+    for options in (dict(), dict(experts="keys_values", num_recovery_prompts=2)):
+        with pytest.raises(ValueError, match="Ministral3ForCausalLM has no attention at positions below 0"):
+            get_peft_model(architectures.build("ministral3"), MoPsConfig(num_experts=2, **options))
+
+
+def test_only_what_the_bare_model_fails_too_is_put_down_to_it():
+    both = architectures.rows()
+    with torch.no_grad():
+        assert architectures._bare_differs(architectures.build("llama"), both) == set()
+        assert architectures._bare_differs(architectures.build("marian"), both) == {"padded = alone"}

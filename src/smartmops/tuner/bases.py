@@ -40,7 +40,8 @@ def refuse_changed_embeddings(model: Any, backbone: Any, first: nn.Module, promp
     """Hidden states are handed over as `inputs_embeds`: a backbone that changes those on the way in would spoil them.
 
     Raises:
-        ValueError: it does; or prompts run through the network, and its positions are ALiBi's, which they have none of.
+        ValueError: it does; or prompts run through the network, and its positions are ALiBi's, which they have none of,
+            or give no numbers below 0, where prompts stand.
     """
     if prompts_run and getattr(model.config, "alibi", False):
         raise ValueError(f"{type(model).__name__} uses ALiBi positions, which prompts have none of: choose "
@@ -62,3 +63,13 @@ def refuse_changed_embeddings(model: Any, backbone: Any, first: nn.Module, promp
                              "them): choose another architecture, such as Llama") from None  # fmt: skip
     finally:
         handle.remove()
+    if prompts_run:
+        at = torch.full((1, 1), -1, device=weight.device)
+        seen_by_all = torch.zeros(1, 1, 1, 1, device=weight.device, dtype=weight.dtype)
+        out = halves.layer(backbone, 0)(
+            inputs_embeds=given, attention_mask=seen_by_all, position_ids=at, use_cache=False
+        )
+        if not bool(out.last_hidden_state.isfinite().all()):
+            raise ValueError(f"{type(model).__name__} has no attention at positions below 0, where prompts stand (it "
+                             "scales queries by their position): choose experts='keys_values' and no recovery prompts, "
+                             "or another architecture")  # fmt: skip

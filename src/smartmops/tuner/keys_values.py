@@ -47,24 +47,18 @@ def observe(backbone: Any, first: int, ids: Int[Tensor, "1 tokens"], end: int | 
     """Keys (rotated, as a cache holds them) and values of a text's tokens in the layers from `first` up.
 
     The text is placed so that token `end` (None: the one behind the last) has position 0: the tokens before it then
-    stand just before a text that starts at 0. Rotary positions are relative, so nothing else changes.
+    stand just before a text that starts at 0. Rotary positions are relative, so nothing else changes. Where there are
+    none below 0 (a table of positions, or Ministral 3, which scales queries by their logarithm) it starts at 0.
 
     Raises:
         ValueError: the layers' keys or values differ in shape.
     """
-    record, count = Record(), ids.shape[1]
+    count = ids.shape[1]
     at = torch.arange(count, device=ids.device)
-    if not learned_positions(backbone):
-        at = at - (count if end is None else end)
-    # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
-    contextvars.Context().run(
-        backbone,
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        position_ids=at[None],
-        use_cache=False,
-        mops=record,
-    )
+    before = at if learned_positions(backbone) else at - (count if end is None else end)
+    record = _record(backbone, ids, before)
+    if before is not at and not all(bool(key.isfinite().all()) for key, _ in record.kv.values()):
+        record = _record(backbone, ids, at)
     layers = range(first, len(getattr(backbone, layers_name(backbone))))
     if missing := [layer for layer in layers if layer not in record.kv]:
         raise ValueError(f"layer {missing[0]} of {type(backbone).__name__} left no keys and values, so it has no usual "
@@ -75,6 +69,21 @@ def observe(backbone: Any, first: int, ids: Int[Tensor, "1 tokens"], end: int | 
                          "shapes: choose experts='hidden_states'")  # fmt: skip
     keys, values = (torch.stack([pair[i][0] for pair in pairs]).permute(2, 0, 1, 3).float() for i in (0, 1))
     return Columns(keys, values)
+
+
+def _record(backbone: Any, ids: Int[Tensor, "1 tokens"], at: Int[Tensor, " tokens"]) -> Record:
+    """Every layer's keys and values of a text whose tokens are `at` these positions."""
+    record = Record()
+    # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
+    contextvars.Context().run(
+        backbone,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=at[None],
+        use_cache=False,
+        mops=record,
+    )
+    return record
 
 
 def probe(backbone: Any, first: int) -> Columns:
