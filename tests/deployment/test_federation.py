@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from safetensors.torch import load_file
 
 from smartmops.deployment import client as client_module
-from smartmops.deployment.client import ClientConfig, federate_client, forwarding, free_port, serving, supernode
+from smartmops.deployment.client import ClientConfig, federate_client, free_port, serving, supernode
 from smartmops.deployment.keys import KeysConfig, make_keys
 from smartmops.deployment.server import ServerConfig, _superlink, federate_server
 from smartmops.federated.federate import FederateConfig, federate
@@ -63,7 +63,7 @@ def client(config: ClientConfig, folder: Path, change: Change | None = None) -> 
         honest = client_module._said(worker, kind, blob)
         return honest if change is None else change(kind, blob, honest)
 
-    with serving(path, answer), forwarding(node := supernode(config, path)):
+    with serving(path, answer), supernode(config, path) as node:
         yield node
 
 
@@ -223,7 +223,7 @@ def test_who_has_the_key_is_let_in_and_nobody_else(
 ) -> None:
     own = keys / "clients" / "both"
     assert post(ACTIVATE, activation(own), signed(own)).status_code == 200
-    assert post(ACTIVATE, activation(stranger), signed(stranger)).status_code == 412  # a key, but nobody's
+    assert post(ACTIVATE, activation(stranger), signed(stranger)).status_code == 401  # a key, but nobody's
     assert post(ACTIVATE, activation(own), signed(stranger)).status_code == 401  # another's name, one's own key
     forged = signed(stranger) | {"flwr-public-key": signed(own)["flwr-public-key"]}
     assert post(ACTIVATE, activation(own), forged).status_code == 401
@@ -244,6 +244,7 @@ def test_a_request_is_taken_once(post: Callable[..., httpx.Response], keys: Path
 def test_what_is_too_large_is_refused(post: Callable[..., httpx.Response], keys: Path) -> None:
     own = keys / "clients" / "both"
     assert post("/v1/fleet/push-messages", bytes(1_000_001), signed(own)).status_code == 413
+    assert post("/v1/fleet/push-messages", bytes(1_000_001), {}).status_code == 401
 
 
 @pytest.mark.slow

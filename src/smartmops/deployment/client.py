@@ -7,16 +7,18 @@ a socket that only this user can open, and both end together.
 from __future__ import annotations
 
 import os
-import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import fields
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import dataclass, fields
+from http.client import HTTPException, HTTPSConnection
+from json import JSONDecodeError, loads
 from pathlib import Path
 
 from rich.console import Console
@@ -34,10 +36,15 @@ from smartmops.options.limits import check
 from smartmops.options.training import TaskConfig
 from smartmops.training.fingerprint import of_base
 
+from .guard import guarded
+from .keys import signed_now
+from .knocks import KNOCK
+
 console = Console()
 
 ATTEMPTS, PAUSE, LASTING = 4, 5.0, 60.0  # of starting the SuperNode; seconds between; seconds after which it counts
 ASKING = 5.0  # seconds between looks whether the server is there
+ANSWERING = 10.0  # seconds that the server may take to say who it knows
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; every message waits for it on either side
 Answer = Callable[[str, bytes], bytes]  # kind and blob in, blob out
 
@@ -121,27 +128,108 @@ def serving(path: str, answer: Answer) -> Iterator[None]:
 
 
 def _lasting(config: ClientConfig, path: str) -> int:
-    """Flower's exit status once its SuperNode has ended for good; never 0, for nobody asked it to."""
-    server, left, status = Presence(config.server), ATTEMPTS, 0
+    """An exit status once Flower's SuperNode has ended for good, or the server says why it will not have this client.
+
+    Flower's own, but never 0, for nobody asked it to end.
+    """
+    server, left, status, told = Presence(config.server), ATTEMPTS, 0, ""
     while left:
+        welcome = knock(config)
+        if welcome.said and welcome.said != told:
+            console.print(told := welcome.said, markup=False)
+        if welcome.final:
+            return 1
+        if welcome.wait:
+            time.sleep(PAUSE)
+            continue
         started = time.monotonic()
-        with forwarding(node := supernode(config, path)):
+        with supernode(config, path) as node:
             ended = node.wait() if config.max_wait is None else _watched(node, server, config.max_wait)
         if ended is None:
             console.print(f"nobody has listened at {config.server} for {config.max_wait:g} s: this client ends")
             return 1
-        # A new server sends nodes of the last one away; one that has just come up may not know this client's key yet.
+        # A new server sends nodes of the last one away; one that has just come up may not be ready for this one yet.
         status, left = ended, ATTEMPTS if time.monotonic() - started > LASTING else left - 1
         time.sleep(PAUSE if left else 0)
     return status or 1
+
+
+# --------------------------------------------------------------------------------------------------- the server
+@dataclass(frozen=True)
+class Welcome:
+    """What the server says of this client.
+
+    Attributes:
+        said: For the operator; empty where there is nothing to say.
+        final: The server will not have this client.
+        wait: It may later on.
+    """
+
+    said: str = ""
+    final: bool = False
+    wait: bool = False
+
+
+def address_of(server: str) -> tuple[str, int]:
+    """Host and port."""
+    host, _, port = server.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def knock(config: ClientConfig) -> Welcome:
+    """Ask the server whether it is ours and knows us, which Flower's own node tells nobody.
+
+    Nobody there is no answer: that node waits for a server by itself.
+
+    Raises:
+        ValueError: `client.key` holds no client's key.
+    """
+    host, port = address_of(config.server)
+    try:
+        context = ssl.create_default_context(cafile=str(config.keys / "ca.crt"))
+    except ssl.SSLError as error:
+        return Welcome(f"{config.keys / 'ca.crt'} holds no certificate ({error.reason}): copy it again", final=True)
+    try:
+        with closing(HTTPSConnection(host, port, timeout=ANSWERING, context=context)) as line:
+            line.request("POST", KNOCK, headers=signed_now(config.keys / "client.key") | {"Content-Length": "0"})
+            found = line.getresponse()
+            return _meant(config, found.status, found.read(1 << 16).decode("utf-8", "replace"))
+    except ssl.SSLCertVerificationError as error:
+        return Welcome(_untrusted(config, host, error), final=True)
+    except (OSError, HTTPException):
+        return Welcome()
+
+
+def _untrusted(config: ClientConfig, host: str, error: ssl.SSLCertVerificationError) -> str:
+    mismatch = "mismatch" in error.verify_message or "not valid for" in error.verify_message
+    if mismatch:
+        return (f"the certificate of the server at {config.server} is not for {host} ({error.verify_message}): name "
+                f"{host} among --hosts of `smartmops federate-keys` and copy its folder `server` anew")  # fmt: skip
+    return (f"the server at {config.server} is not the one that {config.keys / 'ca.crt'} vouches for "
+            f"({error.verify_message}): check --server, or copy the ca.crt that is beside its keys")  # fmt: skip
+
+
+def _meant(config: ClientConfig, status: int, text: str) -> Welcome:
+    if status == 401:
+        return Welcome(f"the server at {config.server} refuses {config.keys / 'client.key'} ({text.strip()}): ask its "
+                      "operator whether the key is still in its folder `clients`", final=True)  # fmt: skip
+    try:
+        known = loads(text) if status == 200 else {}
+        name, there = known.get("name", ""), known.get("there")
+    except (JSONDecodeError, AttributeError):
+        return Welcome()  # none of ours: Flower's node will say what it is
+    if not there:
+        return Welcome(f"the server at {config.server} knows this key as {name!r}" if name else "")
+    return Welcome(f"the server at {config.server} still hears a client with this key ({name!r}): another one runs "
+                   "with it, or was just killed; waiting until it is gone. Each client needs a key of its own: "
+                   "`smartmops federate-keys --clients NAME`", wait=True)  # fmt: skip
 
 
 class Presence:
     """Whether somebody listens at an address, and when somebody last did."""
 
     def __init__(self, server: str) -> None:
-        host, _, port = server.rpartition(":")
-        self.address, self.seen = (host.strip("[]"), int(port)), time.monotonic()
+        self.address, self.seen = address_of(server), time.monotonic()
 
     def missing(self) -> float:
         """Seconds since somebody listened there, as far as we asked."""
@@ -160,14 +248,14 @@ def _watched(node: subprocess.Popen[bytes], server: Presence, max_wait: float) -
                 return None
 
 
-def supernode(config: ClientConfig, path: str) -> subprocess.Popen[bytes]:
-    """Flower's side of a client whose worker listens at `path`, started."""
+def supernode(config: ClientConfig, path: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Flower's side of a client whose worker listens at `path`; it and its own end with the block, and this process."""
     command = [
         beside("flower-supernode"), "--superlink", config.server, "--root-certificates", str(config.keys / "ca.crt"),
         "--auth-supernode-private-key", str(config.keys / "client.key"), "--node-config", f'socket="{path}"',
         "--port", str(free_port()),
     ]  # fmt: skip
-    return subprocess.Popen(command, env=surroundings(Path(path).parent / "flower"))
+    return guarded(command, env=surroundings(Path(path).parent / "flower"))
 
 
 def surroundings(home: Path) -> dict[str, str]:
@@ -188,21 +276,3 @@ def free_port() -> int:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
         return port
-
-
-@contextmanager
-def forwarding(child: subprocess.Popen[bytes], seconds: float = 10.0) -> Iterator[None]:
-    """The child ends when this process is told to, and has ended when the block is left."""
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if in_main else None
-    try:
-        yield
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
-        child.terminate()
-        try:
-            child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()

@@ -1,27 +1,30 @@
 """The only thing that clients reach: lets Flower's calls for nodes through, and nothing else.
 
 Flower serves its nodes and its operators at one port, and asks operators for no password: who reaches that port may
-run code on the server and on every client. So the SuperLink listens on loopback, and this stands before it. It also
-refuses what is too large, and a signed request that was seen before.
+run code on the server and on every client. So the SuperLink listens on loopback, and this stands before it. Who is
+refused is refused by the headers: nothing that a stranger sends after them is read, and nothing of him is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .knocks import KNOCK, Door, Knocks, Refused
+
 NODES = re.compile(r"/v1/fleet/[a-z-]+")  # whole paths of Flower's calls for nodes: no dots, no escapes
-SIGNATURE = "flwr-signature"  # header of a node's signature of the time
-REMEMBERED = 900.0  # seconds; Flower takes signatures that are 5 minutes old
+DEACTIVATE = "/v1/fleet/deactivate-node"
+RECENT = 65.0  # seconds of silence after which Flower lets go of a node
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length", "content-encoding", "te",
               "upgrade", "accept-encoding"}  # fmt: skip
 
@@ -34,54 +37,82 @@ class Front:
         upstream: Of the SuperLink, `https://127.0.0.1:PORT`.
         certificate: Of the authority that signed the SuperLink's certificate.
         limit: Bytes of a request's body.
+        door: Who is let in.
+        knocks: Where it is noted who is not.
+        clock: Seconds.
     """
 
     upstream: str
     certificate: Path
     limit: int
-    seen: dict[str, float] = field(default_factory=dict)
+    door: Door
+    knocks: Knocks
+    clock: Callable[[], float] = time.monotonic
+    heard: dict[str, float] = field(default_factory=dict)  # when each client was last heard, until it said goodbye
     _client: Any = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request."""
         from starlette.requests import Request
-
-        if scope["type"] == "http":
-            response = await self._answer(Request(scope, receive))
-            await response(scope, receive, send)
-
-    async def _answer(self, request: Any) -> Any:
         from starlette.responses import Response
 
-        if request.method != "POST" or not NODES.fullmatch(request.url.path):
-            return Response("not for nodes", 404)
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        try:
+            response = await self._answer(request)
+        except Refused as refused:
+            self.knocks.note(request.client.host if request.client else "?", refused)
+            # Closed, because what may still come of the body is not read.
+            response = Response(str(refused), refused.status, {"connection": "close"})
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Any) -> Any:
+        from starlette.responses import JSONResponse
+
+        path = request.url.path
+        if request.method != "POST" or not NODES.fullmatch(path):
+            raise Refused(404, "not for nodes", f"{request.method} {path[:100]!r}")
+        name = self.door.admit(request.headers)
+        if path == KNOCK:
+            quiet = self.clock() - self.heard.get(name, -math.inf)
+            if there := quiet < RECENT:
+                self.knocks.note(request.client.host, Refused(409, "a client whose key another one uses, or was killed "
+                                 "with a minute ago", f"the key is that of {name!r}"))  # fmt: skip
+            return JSONResponse({"name": name, "there": there})
+        return await self._passed_on(request, name, await self._body(request, name))
+
+    async def _body(self, request: Any, name: str) -> bytes:
+        refused = Refused(413, f"a body of more than {self.limit} bytes",
+                          f"of {name!r}; --message-limit raises it")  # fmt: skip
+        if int(request.headers.get("content-length", 0)) > self.limit:
+            raise refused
         body = bytearray()
         async for part in request.stream():
             body += part
             if len(body) > self.limit:
-                return Response(f"a body of more than {self.limit} bytes", 413)
-        if not self._fresh(request.headers.get(SIGNATURE)):
-            return Response("no signature, or one that was seen before", 401)
+                raise refused
+        return bytes(body)
+
+    async def _passed_on(self, request: Any, name: str, body: bytes) -> Any:
+        from starlette.responses import Response
+
+        path = request.url.path
         passed = {k: v for k, v in request.headers.items() if k.lower() not in HOP_BY_HOP}
         try:
-            found = await self._upstream().post(self.upstream + request.url.path, content=bytes(body), headers=passed)
+            found = await self._upstream().post(self.upstream + path, content=body, headers=passed)
         except _broken() as error:
             return Response(f"the SuperLink does not answer ({type(error).__name__})", 502)
+        if path == DEACTIVATE:
+            self.heard.pop(name, None)
+        elif found.is_success:
+            self.heard[name] = self.clock()
         headers = {k: v for k, v in found.headers.items() if k.lower() not in HOP_BY_HOP}
         return Response(found.content, found.status_code, headers)
 
-    def _fresh(self, signature: str | None) -> bool:
-        """Whether there is one that was not seen before; remembers it."""
-        now = time.monotonic()
-        for old in [old for old, when in self.seen.items() if now - when > REMEMBERED]:
-            del self.seen[old]
-        if signature is None or signature in self.seen:
-            return False
-        self.seen[signature] = now
-        return True
-
     async def close(self) -> None:
         """Hang up on the SuperLink, which would otherwise wait half a minute for it before it ends."""
+        self.knocks.sum_up()
         if self._client is not None:
             await self._client.aclose()
 

@@ -7,6 +7,7 @@ Knows files and curves. What leaves this folder, and to whom, is said by its lay
 from __future__ import annotations
 
 import os
+from base64 import b64encode
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,6 +17,8 @@ from rich.console import Console
 
 from smartmops.options.federation import KeysConfig
 from smartmops.options.limits import check
+
+from .knocks import KEY, SIGNATURE, TIME
 
 console = Console()
 
@@ -125,3 +128,27 @@ def _node_key(private: Path, public: Path) -> list[Path]:
                                serialization.NoEncryption())  # fmt: skip
     shown = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return [_write(private, secret, secret=True), _write(public, shown + b"\n")]
+
+
+def signed_now(private: Path) -> dict[str, str]:
+    """Headers by which the holder of a client's key shows who it is, as Flower's nodes make them.
+
+    Raises:
+        ValueError: the file holds no key that `federate-keys` made.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    try:
+        key = serialization.load_ssh_private_key(private.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ValueError(f"{private} holds no client's key ({error}): copy it again from where `smartmops "
+                         "federate-keys` made it") from error  # fmt: skip
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError(f"{private} holds a {type(key).__name__}, a client's key is one of an elliptic curve: make it "
+                         "with `smartmops federate-keys`")  # fmt: skip
+    stamp = datetime.now(UTC).isoformat()
+    shown = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    signature = key.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
+    return {KEY: b64encode(shown).decode(), TIME: stamp, SIGNATURE: b64encode(signature).decode()}

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from smartmops.flower.transport import OverFlower, OverSocket
 from smartmops.options.federation import FederateConfig, ServerConfig
 from smartmops.options.limits import check
 
-from .client import beside, forwarding, free_port, surroundings
+from .client import beside, free_port, surroundings
 from .front import Front, standing
+from .guard import guarded
+from .knocks import Door, Keyring, Knocks
 
 console = Console()
 TRAVELS = ("__init__.py", "app.py", "frames.py")  # of the room `flower`, in Flower's app bundle
@@ -113,17 +116,26 @@ def _superlink(config: ServerConfig, home: Path) -> Iterator[None]:
         "--enable-supernode-auth", "--database", str(home.resolve() / "state.db"),
         "--disable-runtime-dependency-installation",
     ]  # fmt: skip
-    with open(home / "superlink.log", "ab") as log:
-        link = subprocess.Popen(command, env=surroundings(home), stdout=log, stderr=log)
-    front = Front(f"https://{address}", certificate, 1_000_000 * config.message_limit)
-    with forwarding(link):
+    front = Front(f"https://{address}", certificate, 1_000_000 * config.message_limit, Door(Keyring(keys / "clients")),
+                  Knocks(lambda line: _noted(line, home / "front.log")))  # fmt: skip
+    with (
+        open(home / "superlink.log", "ab") as log,
+        guarded(command, env=surroundings(home), stdout=log, stderr=log) as link,
+    ):
         _listening(port, home, link)
         for key in sorted((keys / "clients").glob("*.pub")):
             _register(key, home)
         with standing(front, config.host, config.port, keys / "server.crt", keys / "server.key"):
             console.print(f"listening on {config.host}:{config.port} for {config.clients} clients; Flower's log is "
-                          f"{home / 'superlink.log'}")  # fmt: skip
+                          f"{home / 'superlink.log'}, who was refused stands in {home / 'front.log'}")  # fmt: skip
             yield
+
+
+def _noted(line: str, file: Path) -> None:
+    """Who was refused, to the operator and to a file; a full disk is no reason to stop."""
+    console.print(line, markup=False, highlight=False)
+    with contextlib.suppress(OSError), file.open("a") as log:
+        log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
 
 
 def _listening(port: int, home: Path, link: subprocess.Popen[bytes]) -> None:
