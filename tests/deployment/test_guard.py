@@ -19,8 +19,10 @@ from smartmops.deployment import guard
 
 # A program that starts another; both say so, hold the pipe, and would live for an hour. "deaf": neither minds SIGTERM.
 FAMILY = "sh -c '{deaf}echo child; exec sleep 3600' & {deaf}echo parent; wait; sleep 3600"
+# A program started in the background of a shell inherits SIGINT as ignored, so Python would set no handler.
 OWNER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {place!r})
 import guard
 guard.PATIENCE = 0.2

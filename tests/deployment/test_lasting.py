@@ -6,12 +6,15 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from smartmops.deployment import client as module
-from smartmops.deployment.client import ClientConfig
+from smartmops.deployment.client import ClientConfig, Welcome
+from smartmops.deployment.guard import guarded
 
 LONG, SHORT = 0.6, 0.0
 
@@ -28,12 +31,13 @@ def test_a_supernode_is_started_again_until_it_cannot_be(
     monkeypatch: pytest.MonkeyPatch, lives: list[tuple[float, int]], status: int
 ) -> None:
     monkeypatch.setattr(module, "PAUSE", 0.0)
+    monkeypatch.setattr(module, "knock", lambda config: Welcome())
     monkeypatch.setattr(module, "LASTING", LONG / 2)
     to_come = iter(lives)
 
-    def started(config: ClientConfig, path: str) -> subprocess.Popen[bytes]:
+    def started(config: ClientConfig, path: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
         seconds, code = next(to_come)
-        return subprocess.Popen(["sh", "-c", f"sleep {seconds}; exit {code}"])
+        return guarded(["sh", "-c", f"sleep {seconds}; exit {code}"])
 
     monkeypatch.setattr(module, "supernode", started)
     own = ClientConfig(model="tiny", data=Path("x.jsonl"), server="localhost:1", keys=Path("keys"))
@@ -43,11 +47,14 @@ def test_a_supernode_is_started_again_until_it_cannot_be(
 
 def test_a_client_ends_when_nobody_listens_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ASKING", 0.1)
+    monkeypatch.setattr(module, "knock", lambda config: Welcome())
     nodes: list[subprocess.Popen[bytes]] = []
 
-    def started(config: ClientConfig, path: str) -> subprocess.Popen[bytes]:
-        nodes.append(subprocess.Popen(["sleep", "60"]))
-        return nodes[-1]
+    @contextmanager
+    def started(config: ClientConfig, path: str) -> Iterator[subprocess.Popen[bytes]]:
+        with guarded(["sleep", "60"]) as node:
+            nodes.append(node)
+            yield node
 
     monkeypatch.setattr(module, "supernode", started)
     with socket.create_server(("127.0.0.1", 0)) as listener:
