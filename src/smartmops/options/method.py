@@ -60,6 +60,7 @@ class MethodConfig:
     prompts_per_expert: Count = 10
     expert_kind: Literal["keys_values", "hidden_states"] = "keys_values"  # of every layer from the injection layer up;
     # hidden_states: of that layer, as in the paper
+    freeze_first_column: bool = False  # of every expert: it stays what it was read off
     shared_prompts: Whole = 0  # columns beside the experts that every row sees at full strength
     prefix_attention: Literal["joint", "separate", "linear"] = "joint"  # with the text in one softmax; in one of its
     # own, weighted per head from zero; or without softmax
@@ -140,7 +141,8 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
     ours = any(method in OURS for method in methods)
     wanted = {
         "visible_to": config.visible_to, "null_expert": config.null_expert, "unrelated": config.unrelated,
-        "shared_prompts": config.shared_prompts, "gate_layer": config.gate_layer,
+        "shared_prompts": config.shared_prompts, "freeze_first_column": config.freeze_first_column,
+        "gate_layer": config.gate_layer,
         "prefix_attention": None if config.prefix_attention == "joint" else config.prefix_attention,
     }  # fmt: skip
     for name, value in wanted.items():
@@ -155,6 +157,9 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
     if ours and config.expert_kind == "keys_values" and config.gate_target == "hidden_states":
         yield ("--gate-target hidden_states scales prompts that run through the layers, and those of --expert-kind "
                "keys_values do not: choose --gate-target attention, or --expert-kind hidden_states")  # fmt: skip
+    if ours and config.freeze_first_column and config.prompts_per_expert < 2:
+        yield (f"--freeze-first-column with --prompts-per-expert {config.prompts_per_expert} leaves no prompt to train: "
+               "choose 2 prompts or more")  # fmt: skip
     groups = config.experts * (1 if config.gate_granularity == "expert" else config.prompts_per_expert)
     if config.gate_top_k is not None and config.gate_top_k > groups:
         yield (f"--gate-top-k {config.gate_top_k}, but there are {groups} gate weights: choose 1 to {groups}, or leave "

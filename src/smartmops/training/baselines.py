@@ -46,6 +46,7 @@ def peft_config(
         "keep_recovery_prompts": config.keep_recovery_prompts,
         "experts": config.expert_kind,
         "prefix_attention": config.prefix_attention,
+        "freeze_first_column": config.freeze_first_column,
         "visible_to": "answers" if config.answers_alone else "all",
         **(words or {}),
     }
