@@ -35,7 +35,7 @@ STEPS, BATCH = 150, 4
 SETS: dict[str, dict[str, Any]] = {
     "mixture": {"path": "superni/sapt_superni", "train": 60, "validation": 6, "test": 14, "longest": 190,
                 "unseen": ("task639_multi_woz_user_utterance_generation", "task181_outcome_extraction")},
-    "paper7": {"path": "superni/paper7", "train": 80, "validation": 8, "test": 20, "longest": 190, "unseen": ()},
+    "paper7": {"path": "superni/paper7", "train": 40, "validation": 6, "test": 10, "longest": 290, "unseen": ()},
     "dolly": {"path": "dolly15k/dolly-15k.jsonl", "train": 80, "validation": 8, "test": 20, "longest": 190,
               "unseen": ("general_qa",)},
 }  # fmt: skip
@@ -56,6 +56,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mops top-1": MOPS | {"gate_top_k": 1},
     "mops gate by gradient": MOPS | {"gate_start": "gradient"},
     "mops without null": MOPS | {"null_expert": False},
+    "mops linear rate 0.1": MOPS | {"prefix_attention": "linear", "relative_lr": 0.1},
+    "mops 30 columns": MOPS | {"prompts_per_expert": 30},
+    "mops separate from the first layer": MOPS | {"prefix_attention": "separate", "injection_layer": 0},
     "mops from the first layer": MOPS | {"injection_layer": 0},
     "ungated from the first layer": UNGATED | {"injection_layer": 0},
 }

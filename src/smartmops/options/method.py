@@ -158,8 +158,8 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
         yield ("--gate-target hidden_states scales prompts that run through the layers, and those of --expert-kind "
                "keys_values do not: choose --gate-target attention, or --expert-kind hidden_states")  # fmt: skip
     if ours and config.freeze_first_column and config.prompts_per_expert < 2:
-        yield (f"--freeze-first-column with --prompts-per-expert {config.prompts_per_expert} leaves no prompt to train: "
-               "choose 2 prompts or more")  # fmt: skip
+        yield (f"--freeze-first-column with --prompts-per-expert {config.prompts_per_expert} leaves no prompt to "
+               "train: choose 2 prompts or more")  # fmt: skip
     groups = config.experts * (1 if config.gate_granularity == "expert" else config.prompts_per_expert)
     if config.gate_top_k is not None and config.gate_top_k > groups:
         yield (f"--gate-top-k {config.gate_top_k}, but there are {groups} gate weights: choose 1 to {groups}, or leave "

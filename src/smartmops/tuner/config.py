@@ -86,8 +86,8 @@ class MoPsConfig(PeftConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
         if self.freeze_first_column and self.prompts_per_expert < 2:
-            raise ValueError(f"freeze_first_column with prompts_per_expert={self.prompts_per_expert} leaves no prompt to "
-                             "train: choose 2 prompts or more")  # fmt: skip
+            raise ValueError(f"freeze_first_column with prompts_per_expert={self.prompts_per_expert} leaves no "
+                             "prompt to train: choose 2 prompts or more")  # fmt: skip
         self._check_key_values()
         if self.gate_input == "sequence":
             warnings.warn("gate_input='sequence': in training the gate also reads the response, which does not exist "

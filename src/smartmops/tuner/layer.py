@@ -94,7 +94,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         found: Tensor = getattr(self, name)[adapter].to(torch.float32)
         return found
 
-    def _trained(self, name: str, adapter: str) -> Float[Tensor, "columns *shape"]:
+    def _trained(self, name: str, adapter: str) -> Float[Tensor, "prompts ..."]:
         """Columns of all experts; no gradient reaches those that stay as they start."""
         config = self.configs[adapter]
         found: Tensor = getattr(self, name)[adapter]
