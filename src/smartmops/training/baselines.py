@@ -164,6 +164,7 @@ def build(
 
 
 GATE_SHARE = 0.003  # of the gate's weights: their rate where none is given
+GATE_SIZE = 0.02  # taken for that of weights that start at zero
 HEAD_RATE = 0.02  # of the weights per head, which start at zero and so have no size
 
 
@@ -180,7 +181,7 @@ def parameter_groups(model: Any, config: MethodConfig) -> list[dict[str, Any]]:
 def _rate_of(name: str, parameter: torch.Tensor, config: MethodConfig) -> float:
     size = float(parameter.detach().float().pow(2).mean().sqrt())
     if "mops_gate" in name:
-        return config.gate_lr if config.gate_lr is not None else GATE_SHARE * max(size, 0.02)
+        return config.gate_lr if config.gate_lr is not None else GATE_SHARE * (size or GATE_SIZE)
     if "mops_head_weight" in name:
         return HEAD_RATE
     relative = config.prompt_lr is None and ("mops_prompts" in name or "mops_shared." in name)
