@@ -24,7 +24,7 @@ from smartmops.federated import federate as module
 from smartmops.federated.admission import admitted
 from smartmops.federated.client import arrays_of
 from smartmops.federated.federate import FederateConfig, InProcess, federate, local_of, worker_of
-from smartmops.federated.messages import Hello, pack
+from smartmops.federated.messages import Failure, Hello, Reply, pack
 from smartmops.federated.rounds import chosen, seed_of
 from smartmops.training.baselines import load_run
 from smartmops.training.runs import Run, versions
@@ -285,6 +285,20 @@ def hello(**changes: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
+    ("blob", "said"),
+    [
+        (pack(Failure(0, 2, "no more memory")), "client number 2 cannot take part: no more memory"),
+        (hello()[:-3], "client number 2 cannot take part: it sent a message of .* is damaged"),
+        (pack(Reply(1, 2, 3, 1.0, 1.0, None, None, False, {})), "cannot take part: it sent no greeting .* but a Reply"),
+        (hello(name="seven").replace(rb"\"seven\"", rb"[7    ]  "), "client number 2 cannot take part: it sent"),
+    ],
+)
+def test_what_is_no_greeting_is_refused_with_who_sent_it(config: Make, blob: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        admitted({0: hello(name="ok"), 1: hello(name="fine"), 2: blob}, config(), "own", ["a", "b"])
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"examples": 0}, "'x' holds no examples"),
@@ -300,8 +314,8 @@ def test_a_client_that_does_not_belong_is_refused(config: Make, change: dict[str
         admitted(everyone, config(), "own", ["a", "b"])
 
 
-def test_clients_that_belong_are_numbered(config: Make) -> None:
+def test_clients_that_belong_are_numbered_and_named(config: Make) -> None:
     everyone = {n: hello(name=str(n), versions={"messages": "1"}) for n in range(3)}
-    assert admitted(everyone, config(allow_other_versions=True), "own", ["a", "b"]) == [0, 1, 2]
+    assert admitted(everyone, config(allow_other_versions=True), "own", ["a", "b"]) == {0: "0", 1: "1", 2: "2"}
     with pytest.raises(ValueError, match="clients_per_round=3, but there are 2 clients"):
         admitted({n: everyone[n] for n in range(2)}, config(), "own", [])

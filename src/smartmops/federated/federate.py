@@ -42,6 +42,7 @@ from .client import (
 )
 from .messages import Local, Transport
 from .privacy import Private
+from .roster import Roster
 from .rounds import Server, State
 
 console = Console()
@@ -74,6 +75,10 @@ class InProcess:
             answer = self.worker.answer(blob)
             if timeout is None or time.perf_counter() - started <= timeout:
                 yield client, answer
+
+    def heard(self, clients: Iterable[int]) -> set[int]:
+        """All of them: they live in this process."""
+        return set(clients)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -204,7 +209,7 @@ def _server(
     model: Any,
     layout: Layout,
     transport: Transport,
-    members: Sequence[int],
+    members: Mapping[int, str],
     base: str,
 ) -> Server:
     """The round loop with everything it asks of the model."""
@@ -230,7 +235,7 @@ def _server(
         adapter=adapter_words(model),
         base=base,
         constants={name: value.detach().cpu().clone() for name, value in arrays_of(model)[1].items()},
-        members=members,
+        roster=Roster(members),
         layout=layout,
         aggregator=Aggregator(config, layout),
         transport=transport,
@@ -266,8 +271,8 @@ def _finish(
         run.write_gates({"experts": names} | {stage: row["gates"] for stage, row in stages.items()})
     if task.embedder is None and config.samples_per_task:
         run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template))
-    keys = ("round", "bytes_up", "bytes_down", "clients_ok", "clients_failed", "loss", "drift", "mass", "epsilon",
-            "perplexity", "seconds")  # fmt: skip
+    keys = ("round", "bytes_up", "bytes_down", "clients_ok", "clients_failed", "failures", "left_out", "loss", "drift",
+            "mass", "epsilon", "perplexity", "seconds")  # fmt: skip
     metrics = {
         "perplexity": seen[-1]["perplexity"],
         "tokens": seen[-1]["tokens"],
