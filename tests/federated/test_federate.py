@@ -216,7 +216,14 @@ def test_fewer_experts_are_fewer_bytes(config: Make, once: Once) -> None:
         ({"clients": 2}, "--clients-per-round 3, but there are 2 clients: choose 1 to 2"),
         ({"quorum": 4}, "--quorum 4, but 3 clients are asked in a round: choose 1 to 3"),
         ({"rounds": 0}, "--rounds 0: choose 1 or more"),
-        ({"clients": 60}, "of 60 clients hold no examples"),
+        (
+            {"clients": 60},
+            r"of 60 clients have nothing .*'client \d\d': 108 rows are shared out among 60: .* --skew, more",
+        ),
+        (
+            {"clients": 60, "partition": "dirichlet"},
+            "choose fewer --clients, a larger --dirichlet-alpha, more data, or",
+        ),
         ({"method": "fedprompt", "aggregation": "expert-weighted"}, "expert-weighted"),
         ({"expert_names": ("a", "c")}, "category 'b' is none of the expert_names"),
         ({"noise_multiplier": 1.0, "aggregation": "median"}, "plain averaging"),
@@ -251,20 +258,6 @@ def test_other_bases_tasks_and_versions_are_refused_before_any_training(
     monkeypatch.setattr(client_module, "versions", lambda: versions() | {"torch": "1.0"})
     with pytest.raises(ValueError, match=r"runs torch 1\.0, the server"):
         federate(config(out=tmp_path / "c"))
-
-
-def test_a_client_without_examples_is_refused_before_any_training(
-    config: Make, clients_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "train_locally", lambda *args: pytest.fail("trained"))
-    files = tmp_path / "clients"
-    shutil.copytree(clients_folder, files)
-    write(files / "none.jsonl", [])
-    with pytest.raises(ValueError, match=r"none\.jsonl holds no examples"):
-        federate(config(out=tmp_path / "a", clients_data=files))
-    write(files / "none.jsonl", [{"instruction": "apple " * 90, "response": "A", "category": "a"}])  # too long for any
-    with pytest.raises(ValueError, match=r"1 of 4 clients hold no examples \(the first: none\)"):
-        federate(config(out=tmp_path / "b", clients_data=files))
 
 
 def test_the_gate_is_pretrained_on_instructions_of_the_server_that_nobody_labelled(

@@ -27,7 +27,7 @@ from smartmops.base import load_base
 from smartmops.data.tasks import read_jsonl
 from smartmops.data.template import Template
 from smartmops.federated.client import Worker
-from smartmops.federated.federate import client_task
+from smartmops.federated.holdings import client_task
 from smartmops.federated.messages import Job, Reply, unpack
 from smartmops.flower.frames import receive, send
 from smartmops.flower.simulation import QUIET
