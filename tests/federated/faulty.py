@@ -17,7 +17,7 @@ import torch
 
 from smartmops.federated import rounds
 from smartmops.federated.federate import InProcess
-from smartmops.federated.messages import Job, Reply, Transport, pack, unpack
+from smartmops.federated.messages import Job, Lost, Reply, Transport, pack, unpack
 from smartmops.federated.rounds import State
 
 Fault = Callable[[Reply, Job], Iterable[bytes]]  # what comes instead of a good reply
@@ -98,9 +98,10 @@ class Faulty:
     def hello(self) -> dict[int, bytes]:
         return self.inner.hello()
 
-    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes]]:
+    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes | Lost]]:
         self.calls += 1
         for client, blob in self.inner.exchange(jobs, timeout):
+            assert isinstance(blob, bytes)
             reply, job = unpack(blob), unpack(jobs[client])
             assert isinstance(reply, Reply) and isinstance(job, Job), reply
             hit = random.Random(f"{self.seed} {self.calls} {client}").random() < self.probability
@@ -108,6 +109,9 @@ class Faulty:
                 yield from ((client, each) for each in self.fault(reply, job))
             else:
                 yield client, blob
+
+    def heard(self, clients: Iterable[int]) -> set[int]:
+        return self.inner.heard(clients)
 
     def close(self) -> None:
         self.inner.close()
@@ -129,7 +133,7 @@ class Straggling(Faulty):
 
         inner.worker.answer = slow
 
-    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes]]:
+    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes | Lost]]:
         slow = self.clients or set()
         yield from self.inner.exchange({c: jobs[c] for c in sorted(jobs, key=lambda c: (c in slow, c))}, timeout)
 
