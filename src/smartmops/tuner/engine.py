@@ -6,9 +6,9 @@ Knows masks, caches and `generate`. Knows no adapter's parameters: a wrapper (se
 from __future__ import annotations
 
 import contextvars
+import functools
 import inspect
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,27 +17,12 @@ from jaxtyping import Bool
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from . import attached, bases, experts, gate, growing, halves, mixed, packing, prefill, reading
+from . import attached, bases, call, experts, gate, growing, halves, mixed, packing, prefill, reading, trainers
 from .config import MoPsConfig
 from .packed import text_positions
 from .passage import Passage
-
-
-@dataclass
-class _Call:
-    """One `generate` call: its gate is read from the first forward pass and kept, cache or no cache."""
-
-    engine: Engine
-    gate_mask: Tensor | None
-    gate_embedding: Tensor | None
-    attended: Tensor | None  # as the caller gave it: `generate` may turn it into a 4-D mask before we see it
-    prompt: int | None  # tokens of a row; what a first pass holds beyond them was guessed, by prompt lookup or a helper
-    passage: Passage | None = None
-
-
-# Of the thread that generates, so that calls at once do not meet.
-_call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("mops_call", default=None)
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -79,8 +64,9 @@ class Engine:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
-        if hasattr(model, "generate"):
-            model.__dict__["generate"] = self._generate
+        model.__dict__["generate"] = self._generate
+        for name in call.BATCHING_CALLS:
+            model.__dict__[name] = functools.partial(call.refuse_batching, name)
         model.__dict__["mops_engine"] = self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,14 +84,14 @@ class Engine:
             handle.remove()
         for layer in self.layers:
             attached.detach(layer)
-        self.model.__dict__.pop("generate", None)
-        self.model.__dict__.pop("mops_engine", None)
+        for name in ("generate", *call.BATCHING_CALLS, "mops_engine"):
+            self.model.__dict__.pop(name, None)
 
     @property
-    def call(self) -> _Call | None:
+    def call(self) -> call.Call | None:
         """The `generate` call of this model that runs in this thread."""
-        call = _call.get()
-        return call if call is not None and call.engine is self else None
+        found = call.running.get()
+        return found if found is not None and found.engine is self else None
 
     def active(self) -> Any:
         """The wrapper whose adapter acts, or None when all are switched off."""
@@ -121,20 +107,14 @@ class Engine:
         return None if self.active() is None else self.last
 
     def _generate(self, *args: Any, gate_mask: Any = None, gate_embedding: Any = None, **kwargs: Any) -> Any:
-        settings = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
-        chunks = [kwargs.get("prefill_chunk_size"), *(getattr(each, "prefill_chunk_size", None) for each in settings)]
-        chunk = next((size for size in chunks if size is not None), None)
-        if chunk is not None and self.active() is not None:
-            raise ValueError(
-                f"prefill_chunk_size={chunk}: the gate must read the whole instruction at once: leave it unset"
-            )
-        given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-        prompt = next((int(each.shape[1]) for each in given if isinstance(each, Tensor) and each.dim() > 1), None)
-        token = _call.set(_Call(self, gate_mask, gate_embedding, kwargs.get("attention_mask"), prompt))
+        given = call.named(self.model, args, kwargs)
+        if self.active() is not None:
+            call.refuse(given, self.model)
+        token = call.running.set(call.Call.of(self, given, gate_mask, gate_embedding))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
-            _call.reset(token)
+            call.running.reset(token)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
@@ -148,60 +128,65 @@ class Engine:
             raise ValueError("nn.DataParallel copies a model without its adapters' parameters: start one process for "
                              "each GPU with torchrun, or let CUDA_VISIBLE_DEVICES name one")  # fmt: skip
         _refuse_reentrant(self.layers, model.training)
-        call = self.call
-        inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        _refuse_unread(kwargs)
+        inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if inputs is None:
+            return (), kwargs  # the model says what it wants
         rows, length = inputs.shape[:2]
-        flat = self._flat(kwargs.get("attention_mask"), rows, length)
-        packing.refuse_positions(kwargs.get("position_ids"), flat)
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        if self.call is not None and past == 0:
+            self.call.begin(inputs)
+        flat = self._flat(kwargs.get("attention_mask"), rows, length)
+        packing.refuse_positions(kwargs.get("position_ids"), flat)
         names = mixed.names_of(self, rows)
         passage = self._known(cache, past, names or [wrapper.current] * rows)
         if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
         if fresh := passage is None:
-            if call is not None:
-                growing.make_room(cache)
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
-            mask, embedding = self._given(explicit, embedding)
-            if names is not None and (len(set(names)) > 1 or names[0] == mixed.BASE):
-                mask, embedding = (None if each is None else _rows(each, rows) for each in (mask, embedding))
-                passage = mixed.begin(self, names, kwargs, real, mask, embedding)
-            else:
-                if names is not None:
-                    wrapper = next(each for each in self.wrappers.values() if names[0] in each.configs)
-                adapter = names[0] if names else wrapper.current
-                passage = self._fresh(wrapper, adapter, kwargs, real, mask, embedding)
+            passage = self._begun(wrapper, names, kwargs, real, *self._given(explicit, embedding))
         elif passage.gate is not None and len(passage.gate) != rows:
             raise ValueError(
                 f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
             )
         passage.look(past, length)
         self.last = kwargs["mops"] = passage
-        if call is not None:
-            call.passage = passage
+        if self.call is not None and fresh:
+            self.call.now.passage = passage
             plain = passage.start is None and passage.gate is None
-            if fresh and plain and prefill.packable(model, self.names, kwargs, flat):
+            if plain and prefill.packable(model, self.names, kwargs, flat):
                 kwargs = prefill.pack(kwargs, flat.bool(), passage)
         return (), kwargs
 
+    def _begun(
+        self, wrapper: Any, names: list[str] | None, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any
+    ) -> Passage:
+        """The passage of a text that was not read before, by one adapter or by several."""
+        if self.call is not None:
+            growing.make_room(kwargs.get("past_key_values"))
+        if names is None:
+            return self._fresh(wrapper, wrapper.current, kwargs, real, mask, embedding)
+        if len(set(names)) == 1 and names[0] != mixed.BASE:
+            wrapper = next(each for each in self.wrappers.values() if names[0] in each.configs)
+            return self._fresh(wrapper, names[0], kwargs, real, mask, embedding)
+        mask, embedding = (None if each is None else _rows(each, len(real)) for each in (mask, embedding))
+        return mixed.begin(self, names, kwargs, real, mask, embedding)
+
     def _flat(self, mask: Any, rows: int, length: int) -> Any:
         """[rows, seq]: which tokens are real, from a 2-D, 4-D or per-layer-type mask."""
-        if isinstance(mask, dict):
-            mask = mask.get("full_attention", next(iter(mask.values())))
-        if mask is None or mask.dim() == 2:
+        pairs = reading.each_pair(mask)
+        if pairs is None:
             return mask
-        given = None if self.call is None else self.call.attended
+        given = self.call.attended if self.call is not None and self.call.now.own else None
         if given is not None and given.dim() == 2 and given.shape[1] == length:
             return _rows(given, rows)
-        own = mask[:, 0, :, :length].diagonal(dim1=-2, dim2=-1)  # a real token sees itself, in any sliding window
-        return (own if own.dtype == torch.bool else own > -1).expand(rows, -1)
+        own = pairs[:, :, :length].diagonal(dim1=-2, dim2=-1)  # a real token sees itself, in any sliding window
+        return own.expand(rows, -1)
 
     def _known(self, cache: Any, past: int, names: list[str]) -> Passage | None:
-        if self.call is not None and self.call.passage is not None:
-            return self.call.passage
-        if past == 0:
-            return None
+        if past == 0:  # without a cache, a text comes whole again for each token
+            return None if self.call is None or cache is not None else self.call.now.passage
         found: Passage | None = getattr(cache, "mops", None)  # it goes where the cache goes: copies, threads, batches
         if found is None:
             raise ValueError(f"past_key_values hold {past} tokens that were not read under this adapter: "
@@ -214,7 +199,7 @@ class Engine:
 
     def _given(self, mask: Any, embedding: Any) -> tuple[Any, Any]:
         """What the caller of the pass gave for the gate to read, else that of `generate`."""
-        if self.call is not None:
+        if self.call is not None and self.call.now.own:
             mask = self.call.gate_mask if mask is None else mask
             embedding = self.call.gate_embedding if embedding is None else embedding
         return mask, embedding
@@ -223,26 +208,36 @@ class Engine:
         self, wrapper: Any, adapter: str, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any
     ) -> Passage:
         """What is known of a text before its first layer: what the gate may read, and who sees experts."""
-        config, call = wrapper.configs[adapter], self.call
-        passage, rows = Passage(adapter, wrapper.index), len(real)
-        ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
+        config, rows = wrapper.configs[adapter], len(real)
+        if wrapper.mops_gate_in[adapter].is_meta and not any(p.is_meta for p in wrapper.base_layer.parameters()):
+            raise ValueError(f"adapter {adapter!r} was made with low_cpu_mem_usage=True and its weights were not "
+                             "loaded: load them, or leave that unset")  # fmt: skip
+        passage, ids, labels = (
+            Passage(adapter, wrapper.index),
+            self._ids(kwargs, config, mask),
+            self._labels(kwargs, real),
+        )
         real = self._before_answer(real)
         if labels is not None:
             packing.refuse(real, ids, labels, wrapper.training)
         if config.visible_to == "answers":
             passage.start = reading.answer_starts(ids, real, labels, config.answer_header)
         if config.embedding_size is not None:
+            if self.call is not None and not self.call.now.own:
+                raise ValueError(f"guidance_scale compares with another text, whose embedding by {config.embedder!r} "
+                                 "this adapter's gate would need: leave it unset")  # fmt: skip
             passage.gate_embedding = _embedding(embedding, config, rows)
         elif config.gate_input == "sequence":
             passage.gate_mask = real
         else:
             chosen = None if mask is None else _rows(mask, rows)
-            if chosen is not None and call is not None and chosen.shape[1] == call.prompt:
+            if chosen is not None and self.call is not None and chosen.shape[1] == self.call.now.length:
                 chosen = F.pad(chosen, (0, real.shape[1] - chosen.shape[1]))
-            if chosen is None and labels is not None:
+            if chosen is None:
                 self._warn_of(real, labels)
             frame = config.gate_frame if config.gate_reads == "own" else None
             passage.gate_mask = reading.instruction(ids, real, labels, passage.start, frame, chosen)
+            reading.refuse_sight(kwargs.get("attention_mask"), passage.gate_mask, real, labels)
         if config.num_recovery_prompts and config.null_threshold > 0:
             self.recover(passage, wrapper, config)
         if config.reads_ahead or (config.visible_to == "answers" and config.embedding_size is None):
@@ -251,14 +246,49 @@ class Engine:
 
     def _before_answer(self, real: Bool[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
         """Of a first pass, what was there before anything was generated or guessed."""
-        if self.call is None or self.call.prompt is None:
+        if self.call is None or self.call.now.length is None:
             return real
-        return real & (torch.arange(real.shape[1], device=real.device) < self.call.prompt)
+        return real & (torch.arange(real.shape[1], device=real.device) < self.call.now.length)
 
-    def _warn_of(self, real: Bool[Tensor, "rows seq"], labels: Tensor) -> None:
-        """Say once where labels leave the gate nothing of worth, or may be those of several examples."""
+    def _ids(self, kwargs: dict[str, Any], config: MoPsConfig, mask: Any) -> Tensor | None:
+        """The token ids of a pass; of embeddings, where the caller of `generate` gave both.
+
+        Raises:
+            ValueError: there are embeddings alone, and the adapter finds by ids where an answer or a turn begins.
+        """
+        ids: Tensor | None = kwargs.get("input_ids")
+        if ids is None and self.call is not None:
+            ids = self.call.ids_of(kwargs["inputs_embeds"])
+        if ids is not None:
+            return ids
+        if config.visible_to == "answers" and config.answer_header:
+            raise ValueError("inputs_embeds hide the header of the answer, from which on this adapter acts: give "
+                             "input_ids (generate takes both)")  # fmt: skip
+        reads = config.gate_input == "instruction" and config.embedding_size is None and mask is None
+        if reads and config.gate_reads == "own" and config.gate_frame is not None:
+            raise ValueError("inputs_embeds hide where the user's turns begin, which alone this adapter's gate reads: "
+                             "give input_ids (generate takes both), or a gate_mask")  # fmt: skip
+        return None
+
+    def _labels(self, kwargs: dict[str, Any], real: Tensor) -> Tensor | None:
+        """The labels of a batch, also where a trainer took them off before the model was called."""
+        found: Tensor | None = kwargs.get("labels")
+        return trainers.labels(real) if found is None and self.call is None else found
+
+    def _warn_of(self, real: Bool[Tensor, "rows seq"], labels: Tensor | None) -> None:
+        """Say once where labels leave the gate nothing of worth, may be those of several examples, or are not there.
+
+        Raises:
+            ValueError: what the gate was to read was left behind by the trainer.
+        """
         said = None
-        if bool((reading.before_answer(real, labels).sum(-1) < 2).any()):
+        if self.call is None:
+            trainers.refuse_dropped()
+        if labels is None:
+            if self.model.training:
+                said = ("no labels came with this text in training mode, so the gate reads all of it, its answer too: "
+                        "give labels, or a gate_mask")  # fmt: skip
+        elif bool((reading.before_answer(real, labels).sum(-1) < 2).any()):
             said = ("labels cover the whole text of some rows, so the gate reads their first token alone: set the "
                     "labels of the instruction to -100")  # fmt: skip
         elif bool((packing.answers(real, labels) > 1).any()):
@@ -277,10 +307,11 @@ class Engine:
         given = {n: kwargs[n] for n in ("input_ids", "inputs_embeds", "position_ids") if kwargs.get(n) is not None}
         carried = Passage(passage.adapter, len(self.layers), prefix=dict(passage.prefix))
         layer = first if config.gate_layer is None else config.gate_layer
+        given["attention_mask"] = real.long()
+        if self.call is None and reading.each_pair(kwargs.get("attention_mask")) is not None:
+            given["attention_mask"] = kwargs["attention_mask"]
         # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
-        out = contextvars.copy_context().run(
-            halves.lower(self.backbone, layer), **given, attention_mask=real.long(), use_cache=False, mops=carried
-        )
+        out = contextvars.copy_context().run(halves.lower(self.backbone, layer), **given, use_cache=False, mops=carried)
         return gate.pool(out.last_hidden_state, passage.gate_mask.to(out.last_hidden_state.device))
 
     def recover(self, passage: Passage, wrapper: Any, config: MoPsConfig) -> None:
@@ -292,7 +323,11 @@ class Engine:
         passage.put(kv, torch.zeros(1, len(prompts), device=prompts.device))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        passage, cache = kwargs.get("mops"), getattr(output, "past_key_values", None)
+        passage, cache = kwargs.get("mops"), kwargs.get("past_key_values")
+        if cache is None:
+            made = getattr(output, "past_key_values", None)
+            among = output if isinstance(output, tuple) else ()
+            cache = made if made is not None else next((each for each in among if isinstance(each, Cache)), None)
         if passage is not None and not passage.attended:
             raise ValueError(f"no attention module of {type(model).__name__} saw the prompts: its layers do not hand "
                              "on what they carry; please report the architecture")  # fmt: skip
@@ -315,6 +350,20 @@ def _embedding(embedding: Tensor | None, config: MoPsConfig, rows: int) -> Tenso
     if embedding.shape[-1] != config.embedding_size:
         raise ValueError(f"gate_embedding has width {embedding.shape[-1]}, but embedding_size={config.embedding_size}")
     return _rows(embedding, rows)
+
+
+def _refuse_unread(kwargs: dict[str, Any]) -> None:
+    """Refuse keywords that would go unread, or be read by some layers alone."""
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal=False lets tokens see later ones, and the gate would read the answer: leave it "
+                         "unset, or switch the adapter off with disable_adapter()")  # fmt: skip
+    if unknown := sorted(name for name in kwargs if name.startswith("gate_")):
+        raise ValueError(f"{unknown[0]} is no argument of the gate: choose gate_mask or gate_embedding")
+    bounds, examples = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+    several = examples is not None and bool((examples != examples.reshape(-1)[0]).any())
+    if several or (bounds is not None and bounds.numel() > 2):
+        raise ValueError(f"{'seq_idx' if several else 'cu_seq_lens_q'} says that rows hold several examples, so "
+                         f"{packing.WHY} (padding_free) off")  # fmt: skip
 
 
 def _refuse_reentrant(layers: list[nn.Module], training: bool) -> None:

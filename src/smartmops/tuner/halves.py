@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class _NoPositions(nn.Module):
 
 def _view(backbone: Any, first: int, last: int, *, embed: bool, final: bool) -> Any:
     view = copy.copy(backbone)
+    view._forward_pre_hooks, view._forward_hooks = OrderedDict(), OrderedDict()  # they wait for passes of text
     view._modules = dict(backbone._modules)
     config = copy.copy(backbone.config)
     name = layers_name(backbone)

@@ -55,6 +55,9 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
 
     def add(self, adapter: str, config: MoPsConfig, inference: bool) -> None:
         """Create the parameters of one adapter: random experts of the base's own size, a uniform gate."""
+        if not adapter or "." in adapter or hasattr(nn.ParameterDict, adapter):
+            raise ValueError(f"adapter_name={adapter!r} cannot name parameters: choose a word without dots, such as "
+                             "'default'")  # fmt: skip
         trained, frozen = fresh.parameters(self.engine.backbone, self.index, config)
         self.configs[adapter] = config
         for name, value in trained.items():

@@ -124,6 +124,23 @@ class MoPsModel(BaseTuner):
         """
         raise ValueError(NO_MERGE)
 
+    def unmerge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: nothing is ever merged.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(NO_MERGE)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            ValueError: always; the message says why and what to do instead.
+        """
+        raise ValueError("adapters of gated prompts cannot be added up, since each has a gate of its own: train one on "
+                         "all tasks, or give adapter_names= row by row")  # fmt: skip
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for module in model.modules():
@@ -198,15 +215,27 @@ class MoPsModel(BaseTuner):
         raise ValueError(f"no adapter {name!r}: there are {sorted(self.peft_config)}")
 
     def forward(self, *args: Any, packed: Packed | Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        """The base model's `forward`; with `packed`, the mean loss of examples laid end to end (`packed.Packed`)."""
+        """The base model's `forward`; with `packed`, the mean loss of examples laid end to end (`packed.Packed`).
+
+        Raises:
+            ValueError: a packed batch comes with what goes with padded rows alone.
+        """
         if packed is None:
             return self.model(*args, **kwargs)
+        known = {"num_items_in_batch", "use_cache", "return_dict"}
+        other = ["input_ids"] * bool(args) + [name for name, value in kwargs.items() if name not in known
+                                              and value is not None and value is not False]  # fmt: skip
+        if other:
+            raise ValueError(f"{other[0]} would go unread beside a packed batch: leave it out, or give padded rows")
         if mixed.names_of(Engine.on(self.model)) is not None:
             raise ValueError("adapter_names with a packed batch: give padded rows, or one adapter at a time")
         batch = self._reduced(Packed.of(packed))
         at, targets = batch.targets()
         hidden = self._through(batch)[at]
-        return CausalLMOutputWithPast(loss=mean_loss(self._head, hidden, targets, self._vocabulary, self._saved))
+        loss = mean_loss(self._head, hidden, targets, self._vocabulary, self._saved)
+        if (items := kwargs.get("num_items_in_batch")) is not None:  # as transformers' own losses take it
+            loss = loss * len(targets) / items
+        return CausalLMOutputWithPast(loss=loss)
 
     @torch.no_grad()
     def nats(self, packed: Packed | Mapping[str, Tensor]) -> Float[Tensor, " tokens"]:

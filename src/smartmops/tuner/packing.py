@@ -6,12 +6,11 @@ several turns; then the trainer knows, and rows that begin in the middle of an a
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from . import trainers
 from .reading import IGNORED
 
 WHY = "several examples are packed into it and one gate cannot serve them: turn packing"
@@ -41,7 +40,7 @@ def refuse(
     Raises:
         ValueError: the trainer packs; or a row begins inside an answer and holds a later one too.
     """
-    if _trainer_packs(training):
+    if trainers.packs(training):
         raise ValueError(f"the trainer was told packing=True, so a row may be cut anywhere: {WHY} off")
     labelled = (labels != IGNORED) & real
     first = (labelled & (real.cumsum(-1) == 1)).any(-1)
@@ -55,20 +54,3 @@ def answers(real: Bool[Tensor, "rows seq"], labels: Int[Tensor, "rows seq"]) -> 
     """How many runs of labelled tokens each row holds."""
     spans = ((labels != IGNORED) & real).int()
     return (spans.diff(dim=-1, prepend=spans.new_zeros(len(spans), 1)) == 1).sum(-1)
-
-
-def _trainer_packs(training: bool) -> bool:
-    """Whether this pass is a step of a trainer (TRL's) whose arguments ask for packing.
-
-    A row cut anywhere holds nothing by which to tell it from a chat, and trainers tell a model nothing of it.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if hasattr(type(owner), "training_step"):
-            arguments = getattr(owner, "args", None)
-            packs = getattr(arguments, "packing", False)
-            of_its_own = None if training else getattr(arguments, "eval_packing", None)
-            return bool(packs if of_its_own is None else of_its_own)
-        frame = frame.f_back  # type: ignore[assignment]
-    return False

@@ -7,6 +7,7 @@ around every text. `instruction` is that rule for every road: padded rows, packe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -103,6 +104,33 @@ def _chosen(
         raise ValueError(f"gate_mask lets the gate read token {column} of row {row}, where labels say that the answer "
                          f"begins at token {int(before[row].nonzero()[-1]) + 1}: set 0 from there on")  # fmt: skip
     return readable
+
+
+def each_pair(mask: Any) -> Bool[Tensor, "rows queries keys"] | None:
+    """Of a mask that says for each token which others it sees, what it says; None of one entry per token, or none."""
+    if isinstance(mask, Mapping):  # for each type of layer
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor) or mask.dim() < 4:
+        return None
+    return (mask if mask.dtype == torch.bool else mask > -1)[:, 0]
+
+
+def refuse_sight(
+    mask: Any, read: Bool[Tensor, "rows seq"], real: Bool[Tensor, "rows seq"], labels: Tensor | None
+) -> None:
+    """Refuse a mask under which what the gate reads has seen the answer.
+
+    Raises:
+        ValueError: so it is.
+    """
+    pairs = each_pair(mask)
+    if labels is None or pairs is None or pairs.shape[1:] != (real.shape[1], real.shape[1]):
+        return
+    seen = pairs & read[:, :, None] & (real & ~before_answer(real, labels))[:, None, :]
+    if bool(seen.any()):
+        row, token, later = seen.nonzero()[0].tolist()
+        raise ValueError(f"attention_mask lets token {token} of row {row}, which the gate reads, see token {later} of "
+                         "the answer: hide answers from what stands before them")  # fmt: skip
 
 
 def framed(
