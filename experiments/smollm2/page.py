@@ -97,7 +97,8 @@ def lines(found: dict[str, Found]) -> Iterator[str]:
         "of their perplexity on validation data, by which they are chosen. `unseen` is text of tasks that nobody trained "
         "on, `unrelated` encyclopedic text of no task. `mops` are the defaults: an expert for each task, 10 columns of keys "
         "and values each in every layer from the 9th up, seen by answers alone, with a null expert; `ungated` has as many "
-        "columns in one group and no gate.\n"
+        "columns in one group and no gate. `gate rate floored`: measured before the gate's rate was relative in all its "
+        "parts (`LOG.md`).\n"
     )
     yield "![Perplexity of every variant](ablation.png)\n"
     for name, title in SETS.items():
