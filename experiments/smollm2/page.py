@@ -80,7 +80,7 @@ def picture(found: dict[str, Found], file: Path) -> None:
         axis.set_ylim(-0.7, len(kept) - 0.3)
         axis.set_xlim(low - 0.05 * (high - low), right)
         axis.set_title(f"{name} (frozen {frozen:.1f})")
-        axis.set_xlabel("perplexity over answer tokens, test; less is better")
+        axis.set_xlabel("test perplexity, less is better")
         axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
