@@ -59,8 +59,8 @@ def local_of(config: FederateConfig) -> Local:
 class InProcess:
     """Calls a worker of this process, client by client; who takes too long is found out once it is done."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, worker: Worker, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.worker, self.clock = worker, clock
 
     def hello(self) -> dict[int, bytes]:
         """Of every client, by number."""
@@ -68,10 +68,10 @@ class InProcess:
 
     def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterable[tuple[int, bytes]]:
         """One client after another."""
-        started = time.perf_counter()
+        started = self.clock()
         for client, blob in jobs.items():
             answer = self.worker.answer(blob)
-            if timeout is None or time.perf_counter() - started <= timeout:
+            if timeout is None or self.clock() - started <= timeout:
                 yield client, answer
 
     def heard(self, clients: Iterable[int]) -> set[int]:
