@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import gate, halves, head, keys_values, mixed, registry, states
+from . import gate, halves, head, keys_values, mixed, registry, states, stored
 from .bases import refuse_changed_embeddings
 from .config import MoPsConfig
 from .engine import Engine
@@ -151,6 +151,17 @@ class MoPsModel(BaseTuner):
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(*args, **kwargs)
         return {name: value for name, value in found.items() if f".{cls.prefix}" in name}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        own = {name: value for name, value in model.state_dict().items() if f".{cls.prefix}" in name}
+        stored.check({n: v for n, v in own.items() if n.endswith(f".{adapter_name}")}, found, model.state_dict())
+        return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
