@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     examples = read("office", keep_general_qa=False)[:400]
     config = TrainConfig(model="tiny", data="office", out=HERE, steps=steps, batch_size=4, validation_share=0.0,
                          max_length=160, log_every=steps)  # fmt: skip
-    task = Task.of(model, tokenizer, examples, examples[:40], replace(config, limit=None))
+    task = Task.of(model, tokenizer, examples, examples[:40], config)
     adapted, _, accuracy = task.adapt(config, config, 0)
     layer = adapted.base_model.layer()
     before = {each: getattr(layer, each)["default"].detach().clone() for each in NAMES}

@@ -93,8 +93,8 @@ def lines(found: dict[str, Found]) -> Iterator[str]:
     first = next(iter(some.values()))
     yield (
         f"Every cell: {first['steps']} steps of {first['batch_size']} examples, chat template, float32, the same examples, "
-        "order of drawing and base; times are of a machine that did other work as well. Perplexity over the answer's tokens with its end of turn. Variants stand in the order "
-        "of their perplexity on validation data, by which they are chosen. `unseen` is text of tasks that nobody trained "
+        "order of drawing and base; times are of a machine that did other work as well. Perplexity over the answer's "
+        "tokens with its end of turn. Variants stand in the order of their perplexity on validation data, by which they are chosen. `unseen` is text of tasks that nobody trained "
         "on, `unrelated` encyclopedic text of no task. `mops` are the defaults: an expert for each task, 10 columns of keys "
         "and values each in every layer from the 9th up, seen by answers alone, with a null expert; `ungated` has as many "
         "columns in one group and no gate. `gate rate floored`: measured before the gate's rate was relative in all its "

@@ -185,11 +185,12 @@ class Server:
             failures += found.failures
             if self.private is not None or len(found.updates) >= self.quorum:
                 break
+            why = listed(_told(self._named(found.failures)))
             _say(f"round {number}: {len(found.updates)} clients answered well, the quorum is {self.quorum} "
-                 f"(attempt {attempt + 1} of {self.config.attempts}){listed(self._told(found.failures))}")  # fmt: skip
+                 f"(attempt {attempt + 1} of {self.config.attempts}){why}")  # fmt: skip
         else:
             raise QuorumLost(f"round {number}: fewer than {self.quorum} of {self.config.clients_per_round} clients "
-                             f"answered well in {self.config.attempts} attempts{listed(self._told(found.failures))}: "
+                             f"answered well in {self.config.attempts} attempts{why}: "
                              "see to the clients and go on with --resume, or lower --quorum")  # fmt: skip
         state.arrays = self._combined(state.arrays, found.updates)
         if self.own is not None:
@@ -207,9 +208,6 @@ class Server:
         if number % self.config.eval_every == 0 or number == self.config.rounds:
             row |= self._seen(state.arrays)
         state.rows.append(row)
-
-    def _told(self, failures: Sequence[Failure]) -> list[str]:
-        return [f"{self.roster.name(each.client)}: {short(each.reason)}" for each in failures]
 
     def _named(self, failures: Sequence[Failure]) -> list[dict[str, Any]]:
         return [asdict(each) | {"name": self.roster.plain(each.client)} for each in failures]
@@ -292,11 +290,15 @@ def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False)
 
 
+def _told(failures: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Who failed and why, as rows of the log keep it."""
+    return [f"{each['name']!r}: {short(each['reason'])}" for each in failures]
+
+
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """The last round in a line: who answered, what travelled, what came of it, and what privacy it has cost so far."""
     row, travelled = rows[-1], sum(each.get("bytes_down", 0) + each.get("bytes_up", 0) for each in rows)
-    failed = [f"{each['name']!r}: {short(each['reason'])}" for each in row["failures"]]
-    said = [f"{row['clients_ok']} answers, {row['clients_failed']} failed{listed(failed)}"]
+    said = [f"{row['clients_ok']} answers, {row['clients_failed']} failed{listed(_told(row['failures']))}"]
     if row["left_out"]:
         since = [f"{each['name']!r} since round {each['since']}" for each in row["left_out"]]
         said.append(f"{len(since)} left out{listed(since)}")
