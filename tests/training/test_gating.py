@@ -204,7 +204,7 @@ def test_a_step_moves_every_part_of_the_gate_by_the_same_share_of_itself(
     prepared: tuple[Task, Any], config: Callable[..., TrainConfig]
 ) -> None:
     """Weights of a closed-form start are tiny: a rate with a floor of its own would undo it in a few steps."""
-    from smartmops.training.baselines import GATE_SHARE, parameter_groups
+    from smartmops.training.baselines import parameter_groups
 
     _, model = prepared
     layer = model.base_model.layer()
@@ -219,7 +219,7 @@ def test_a_step_moves_every_part_of_the_gate_by_the_same_share_of_itself(
     optimiser.step()
     for name, parameter in gate.items():
         moved = (parameter.detach() - before[name]).pow(2).mean().sqrt() / before[name].pow(2).mean().sqrt()
-        assert float(moved) == pytest.approx(GATE_SHARE, rel=0.01)
+        assert float(moved) == pytest.approx(settings.relative_gate_lr, rel=0.01)
 
 
 def test_methods_and_gates_on_one_base_share_states_and_each_reads_its_own_layer(

@@ -94,7 +94,9 @@ class MethodConfig:
     """rank for as many trained numbers as MoPs have; memory: that, from the injection layer up"""
     relative_lr: Rate = 0.03  # Adam's rate for prompts, as a share of their root mean square
     prompt_lr: Rate | None = None  # the same, absolute, and the rate of LoRA and IA3; None: relative_lr, or tuned ones
-    gate_lr: Rate | None = None  # Adam's rate for the gate; None: a share of 0.003 of its weights' root mean square
+    relative_gate_lr: Rate = 0.003  # Adam's rate for the gate, as a share of its weights' root mean square
+    gate_lr: Rate | None = None  # the same, absolute; None: relative_gate_lr
+    head_lr: Rate = 0.02  # Adam's rate for the weights per head of separate prefix attention, which start at zero
     embedder: Embedder | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
 
     @property
