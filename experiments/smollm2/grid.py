@@ -2,8 +2,9 @@
 
     python experiments/smollm2/grid.py [--workers 14] [--minutes 60] [--base smollm2] [--sets mixture paper7 dolly]
 
-Seed 0 of every variant comes first; then, for seeds 1 and 2, those that decide something, and the others in the order
-of their perplexity on validation data. One process serves one data set, whose base and states its cells share.
+What decides comes first: the rates of every family, then three seeds of the default and of what it is compared with;
+then seed 0 of all others, and their seeds in the order of their perplexity on validation data. One process serves one
+data set, whose base and states its cells share.
 """
 
 from __future__ import annotations
@@ -22,17 +23,22 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (1, 2)
-DECIDING = ("mops", "ungated", "mops shared half", "lora rate 0.003", "lora rate 0.001")
+FIRST = ("mops", "ungated", "lora rate 0.003", "mops shared half", "lora rate 0.001", "lora rate 0.01", "mops separate",
+         "mops gate rate 0.03", "mops rate 0.02", "mops rate 0.06", "ungated rate 0.02", "ungated rate 0.06")  # fmt: skip
+DECIDING = ("mops", "ungated", "mops shared half", "lora")
 
 
 def cells(data: str) -> Iterator[tuple[str, int]]:
-    """In order; what stands behind seed 0 depends on the results that are there when it is asked for."""
+    """In order; what stands behind some of seed 0 depends on the results that are there when it is asked for."""
     from run import VARIANTS
 
     yield "frozen", 0
+    yield from ((variant, 0) for variant in FIRST)
+    ranked = by_validation(data)
+    best = [next((name for name in ranked if name.startswith(kind)), kind) for kind in DECIDING[3:]]
+    yield from ((variant, seed) for variant in (*DECIDING[:3], *best) if variant in VARIANTS for seed in SEEDS)
     yield from ((variant, 0) for variant in VARIANTS)
-    yield from ((variant, seed) for variant in DECIDING for seed in SEEDS)
-    yield from ((variant, seed) for variant in by_validation(data) for seed in SEEDS)
+    yield from ((variant, seed) for variant in ranked for seed in SEEDS)
 
 
 def by_validation(data: str) -> list[str]:
