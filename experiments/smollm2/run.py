@@ -72,6 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mops without null": MOPS | {"null_expert": False},
     "mops first column frozen": MOPS | {"freeze_first_column": True},
     "mops 30 columns": MOPS | {"prompts_per_expert": 30},
+    "mops 600 steps": MOPS | {"steps": 600},
     "lora in all layers": LORA | {"lora_match": "parameters", "prompt_lr": 3e-3},
 }
 for rate in (0.01, 0.02, 0.06):
