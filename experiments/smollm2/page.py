@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
@@ -86,6 +86,12 @@ def picture(found: dict[str, Found], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def devices(found: dict[str, Found]) -> str:
+    """What the cells ran on, with how many."""
+    counts = Counter(run["device"] for kinds in found.values() for runs in kinds.values() for run in runs.values())
+    return " and ".join(f"{name} ({count} cells)" for name, count in counts.most_common())
+
+
 def lines(found: dict[str, Found]) -> Iterator[str]:
     yield "# The ablation on SmolLM2-135M-Instruct\n"
     yield "Written by `python experiments/smollm2/run.py page` from the files in `results/`.\n"
@@ -93,12 +99,13 @@ def lines(found: dict[str, Found]) -> Iterator[str]:
     first = next(iter(some.values()))
     yield (
         f"Every cell: {first['steps']} steps of {first['batch_size']} examples, chat template, float32, the same examples, "
-        "order of drawing and base; times are of a machine that did other work as well. Perplexity over the answer's "
+        "order of drawing and base (a variant that names another number of steps takes those). Cells ran on "
+        f"{devices(found)}, several at once, so times compare only roughly. Perplexity over the answer's "
         "tokens with its end of turn. Variants stand in the order of their perplexity on validation data, by which they are chosen. `unseen` is text of tasks that nobody trained "
         "on, `unrelated` encyclopedic text of no task. `mops` are the defaults: an expert for each task, 10 columns of keys "
         "and values each in every layer from the 9th up, seen by answers alone, with a null expert; `ungated` has as many "
-        "columns in one group and no gate. `gate rate floored`: measured before the gate's rate was relative in all its "
-        "parts (`LOG.md`).\n"
+        "columns in one group and no gate; `lora` has as many trained numbers in the same layers, and is seen by "
+        "instructions as well. A rate without a number is the default's.\n"
     )
     yield "![Perplexity of every variant](ablation.png)\n"
     for name, title in SETS.items():

@@ -242,3 +242,24 @@ def test_methods_and_gates_on_one_base_share_states_and_each_reads_its_own_layer
         wanted[str(change)] = float(found)
         task.base = model.base_model.unload().requires_grad_(False).eval()
     assert all(cache is caches[0] for cache in caches) and len(set(wanted.values())) == 3
+
+
+def test_states_kept_on_the_gpu_and_in_memory_are_the_same(
+    prepared: tuple[Task, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a GPU has room, nothing is counted as taken of main memory; where it has not, all is."""
+    from smartmops.training import answer_states
+
+    task, model = prepared
+    rows = [4, 1, 3]
+    inside = AnswerStates(model, task.train)
+    wanted = inside.batch(rows)
+    assert inside.kept > 0
+    asked: list[int] = []
+    monkeypatch.setattr(answer_states, "_has_room", lambda device, size: not asked.append(size) and len(asked) < 3)
+    beside = AnswerStates(model, task.train)
+    for _ in range(2):  # computed, then kept
+        found = beside.batch(rows)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert len(asked) == 3 and beside.kept == asked[2], "the third had to go to main memory"
+    assert not AnswerStates(model, task.train, 0).batch(rows).keys() ^ wanted.keys() and len(asked) == 3
