@@ -153,6 +153,7 @@ def unpack(blob: bytes) -> Message:
             words["local"] = _of(Local, words["local"])
         if kind in ("Job", "Reply"):
             words["arrays"] = arrays
-        return _of(KINDS[kind], words)  # type: ignore[return-value]
-    except (TypeError, RecursionError) as error:
+        made: Message = _of(KINDS[kind], words)
+        return made
+    except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"a {kind} does not have the fields of version {VERSION} ({error})") from error

@@ -138,24 +138,25 @@ class MoPsConfig(PeftConfig):
         return config
 
     def shapes(self) -> dict[str, list[int | None]]:
-        """Sizes of what this config makes, by name, as far as they follow from it alone (None: they do not)."""
-        hidden, columns = self.base_hidden_size, (self.key_value_shape or [None, None, None, None])
-        width = self.embedding_size or hidden
+        """Sizes of what this config makes, by name, as far as they follow from it alone (None: from the base)."""
+        columns: list[int | None] = list(self.key_value_shape or [None] * 4)  # type: ignore[list-item]
+        width = self.embedding_size
         found: dict[str, list[int | None]] = {
-            "mops_prompts": [self.num_prompts, hidden],
-            "mops_shared": [self.shared_prompts, hidden],
-            "mops_recovery": [self.num_recovery_prompts, hidden],
+            "mops_recovery": [self.num_recovery_prompts, None],
             "mops_gate_in": [self.gate_hidden_size, width],
             "mops_gate_out": [self.num_groups, self.gate_hidden_size],
-            "mops_gate_bias": [self.num_groups],
             "mops_gate_mean": [width],
             "mops_gate_scale": [width],
         }
-        for name, count in (("", self.num_prompts), ("shared_", self.shared_prompts)):
-            found |= {
-                f"mops_{name}keys": [count, *columns[:3]],
-                f"mops_{name}values": [count, *columns[:2], columns[3]],
-            }
+        if self.gate_bias:
+            found["mops_gate_bias"] = [self.num_groups]
+        shared = {"shared_": self.shared_prompts} if self.shared_prompts else {}
+        for name, count in ({"": self.num_prompts} | shared).items():
+            if self.experts == "keys_values":
+                found[f"mops_{name}keys"] = [count, *columns[:3]]
+                found[f"mops_{name}values"] = [count, *columns[:2], columns[3]]
+            else:
+                found["mops_shared" if name else "mops_prompts"] = [count, None]
         return found
 
     @property

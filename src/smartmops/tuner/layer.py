@@ -26,8 +26,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     they are keys and values: `mops_keys` [K, layers, kv_heads, key], `mops_values`, and `mops_shared_keys`,
     `mops_shared_values` with S for K, all in units of `mops_key_size`, `mops_value_size` [layers];
     `mops_head_weight` [layers, heads]. The gate: `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
-    `mops_gate_bias` [groups]. Buffers, for they never train: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean` and `mops_gate_scale`
-    [inputs], which standardise the gate's input, and the null expert's `mops_null_*`.
+    `mops_gate_bias` [groups]. Buffers, for they never train: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean`
+    and `mops_gate_scale` [inputs], which standardise the gate's input, and the null expert's `mops_null_*`.
     """
 
     adapter_layer_names = (

@@ -50,17 +50,13 @@ def check_sizes(file: Path, shapes: Mapping[str, Sequence[int | None]]) -> None:
         raise ValueError(
             f"{file} is damaged or cut short ({_line(error)}): copy it again from where it was saved"
         ) from None
-    for name, given in found.items():
-        asked = shapes.get(name.rpartition(".")[2])
-        if asked is not None and not (len(asked) == len(given)
-                                      and all(a in (None, b) for a, b in zip(asked, given, strict=True))):  # fmt: skip
-            raise ValueError(f"{name.rpartition('.')[2]} of the adapter's file is of shape {given}, but its config asks "
-                             f"for {['?' if each is None else each for each in asked]}: {WAY_OUT}")  # fmt: skip
-    for name in ("mops_gate_in", "mops_gate_out"):
-        if not any(each.endswith(name) for each in found):
+    for name, asked in shapes.items():
+        given = next((shape for each, shape in found.items() if each.rpartition(".")[2] == name), None)
+        if given is None:
             raise ValueError(f"the adapter's file lacks {name}: {WAY_OUT}")
-    if not any(each.endswith(("mops_prompts", "mops_keys")) for each in found):
-        raise ValueError(f"the adapter's file lacks its prompts: {WAY_OUT}")
+        if len(asked) != len(given) or any(a not in (None, b) for a, b in zip(asked, given, strict=True)):
+            raise ValueError(f"{name} of the adapter's file is of shape {given}, but its config asks for "
+                             f"{['?' if each is None else each for each in asked]}: {WAY_OUT}")  # fmt: skip
 
 
 def _line(error: Exception) -> str:
