@@ -23,6 +23,7 @@ WRONG: list[tuple[str, str]] = [
     (f"{TRAIN} --prompt-lr nan", "--prompt-lr nan: choose a finite rate"),
     (f"{TRAIN} --prompt-lr inf", "--prompt-lr inf: choose a finite rate"),
     (f"{TRAIN} --gate-lr -0.1", "--gate-lr -0.1: choose a finite rate"),
+    (f"{TRAIN} --relative-gate-lr nan", "--relative-gate-lr nan: choose a finite rate"),
     (f"{TRAIN} --recovery-lr nan", "--recovery-lr nan: choose a finite rate"),
     (f"{TRAIN} --relative-lr inf", "--relative-lr inf: choose a finite rate"),
     (f"{TRAIN} --warmup-steps -1", "--warmup-steps -1: choose 0 or more"),

@@ -11,7 +11,7 @@ from typing import Any
 
 SETS = {
     "mixture": "Mixture of conflicting tasks (SAPT's Super-NaturalInstructions tasks)",
-    "paper7": "The paper's seven Super-NaturalInstructions tasks (those whose examples are short enough)",
+    "paper7": "The paper's Super-NaturalInstructions tasks (six of seven: examples of the other are longer than 260 tokens)",
     "dolly": "Dolly, seven categories",
 }
 Found = dict[str, dict[int, dict[str, Any]]]  # variant -> seed -> result
@@ -60,18 +60,27 @@ def picture(found: dict[str, Found], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 4.6), squeeze=False)
+    tallest = max(len(variants) for variants in found.values())
+    figure, axes = pyplot.subplots(1, len(found), figsize=(5.4 * len(found), 1.4 + 0.28 * tallest), squeeze=False)
     for axis, (name, variants) in zip(axes[0], found.items(), strict=True):
+        frozen = overall(variants["frozen"], "test")[0]
         kept = sorted((v for v in variants if v != "frozen"), key=lambda v: -mean(overall(variants[v], "test")))
+        values = {variant: overall(variants[variant], "test") for variant in kept}
+        shown = [value for each in values.values() for value in each if value < frozen]
+        low, high = min(shown), max(shown)
+        right = high + 0.15 * (high - low)
         for at, variant in enumerate(kept):
-            values = overall(variants[variant], "test")
             colour = "C0" if variant.startswith("mops") else "C1" if variant.startswith("lora") else "C7"
-            axis.plot(values, [at] * len(values), "o", color=colour, alpha=0.6)
-            axis.plot([mean(values)], [at], "|", color=colour, markersize=16)
+            if mean(values[variant]) > right:
+                axis.annotate(f"{mean(values[variant]):.0f} \u2192", (right, at), ha="right", va="center", color=colour)
+                continue
+            axis.plot(values[variant], [at] * len(values[variant]), "o", color=colour, alpha=0.5)
+            axis.plot([mean(values[variant])], [at], "|", color=colour, markersize=14)
         axis.set_yticks(range(len(kept)), kept, fontsize=8)
-        axis.set_title(f"{name} (frozen {overall(variants['frozen'], 'test')[0]:.1f})")
-        axis.set_xlabel("perplexity over answer tokens, test")
-        axis.set_xscale("log")
+        axis.set_ylim(-0.7, len(kept) - 0.3)
+        axis.set_xlim(low - 0.05 * (high - low), right)
+        axis.set_title(f"{name} (frozen {frozen:.1f})")
+        axis.set_xlabel("test perplexity, less is better")
         axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -84,11 +93,12 @@ def lines(found: dict[str, Found]) -> Iterator[str]:
     first = next(iter(some.values()))
     yield (
         f"Every cell: {first['steps']} steps of {first['batch_size']} examples, chat template, float32, the same examples, "
-        "order of drawing and base. Perplexity over the answer's tokens with its end of turn. Variants stand in the order "
-        "of their perplexity on validation data, by which they are chosen. `unseen` is text of tasks that nobody trained "
+        "order of drawing and base; times are of a machine that did other work as well. Perplexity over the answer's "
+        "tokens with its end of turn. Variants stand in the order of their perplexity on validation data, by which they are chosen. `unseen` is text of tasks that nobody trained "
         "on, `unrelated` encyclopedic text of no task. `mops` are the defaults: an expert for each task, 10 columns of keys "
         "and values each in every layer from the 9th up, seen by answers alone, with a null expert; `ungated` has as many "
-        "columns in one group and no gate.\n"
+        "columns in one group and no gate. `gate rate floored`: measured before the gate's rate was relative in all its "
+        "parts (`LOG.md`).\n"
     )
     yield "![Perplexity of every variant](ablation.png)\n"
     for name, title in SETS.items():

@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,36 +34,54 @@ STEPS, BATCH = 150, 4
 # Per data set: folder, examples of each task in training, validation and test, longest example in tokens, tasks that are
 # only tested (nobody trains on them).
 SETS: dict[str, dict[str, Any]] = {
-    "mixture": {"path": "superni/sapt_superni", "train": 60, "validation": 6, "test": 14, "longest": 190,
+    "mixture": {"path": "superni/sapt_superni", "train": 60, "validation": 15, "test": 30, "longest": 190,
                 "unseen": ("task639_multi_woz_user_utterance_generation", "task181_outcome_extraction")},
-    "paper7": {"path": "superni/paper7", "train": 80, "validation": 8, "test": 20, "longest": 190, "unseen": ()},
-    "dolly": {"path": "dolly15k/dolly-15k.jsonl", "train": 80, "validation": 8, "test": 20, "longest": 190,
+    "paper7": {"path": "superni/paper7", "train": 40, "validation": 15, "test": 30, "longest": 290, "unseen": ()},
+    "dolly": {"path": "dolly15k/dolly-15k.jsonl", "train": 80, "validation": 15, "test": 40, "longest": 190,
               "unseen": ("general_qa",)},
 }  # fmt: skip
 MOPS: dict[str, Any] = {"method": "mops"}
+HALF: dict[str, Any] = MOPS | {"shared": 0.5}  # of the columns, from the experts to all
+SEPARATE: dict[str, Any] = MOPS | {"prefix_attention": "separate"}
+LINEAR: dict[str, Any] = MOPS | {"prefix_attention": "linear"}
 UNGATED: dict[str, Any] = {"method": "prompt-tuning"}
 LORA: dict[str, Any] = {"method": "lora", "lora_match": "memory", "lora_alpha": 16}
+# Every family that is tuned has the same number of rates to choose from; the one without a number is the default's.
 VARIANTS: dict[str, dict[str, Any]] = {
     "mops": MOPS,
     "ungated": UNGATED,
-    "mops shared 20": MOPS | {"shared_prompts": 20},
-    "mops shared half": MOPS | {"shared": 0.5},
-    "mops seen by all": MOPS | {"visible_to": "all"},
-    "mops shared half seen by all": MOPS | {"shared": 0.5, "visible_to": "all"},
-    "ungated seen by all": UNGATED | {"visible_to": "all"},
-    "mops separate": MOPS | {"prefix_attention": "separate"},
-    "mops linear": MOPS | {"prefix_attention": "linear"},
+    "mops gate rate 0.03": MOPS | {"relative_gate_lr": 0.03},
+    "mops gate rate 0.1": MOPS | {"relative_gate_lr": 0.1},
+    "mops gate rate 0": MOPS | {"relative_gate_lr": 0.0},
+    "mops shared half": HALF,
+    "mops shared half gate rate 0.03": HALF | {"relative_gate_lr": 0.03},
+    "mops separate": SEPARATE,
+    "mops separate shared half": SEPARATE | {"shared": 0.5},
+    "mops separate head rate 0.1": SEPARATE | {"head_lr": 0.1},
+    "mops separate from the first layer": SEPARATE | {"injection_layer": 0},
+    "mops linear": LINEAR,
     "mops hidden states": MOPS | {"expert_kind": "hidden_states"},
+    "mops seen by all": MOPS | {"visible_to": "all"},
+    "mops shared half seen by all": HALF | {"visible_to": "all"},
+    "ungated seen by all": UNGATED | {"visible_to": "all"},
+    "mops from the first layer": MOPS | {"injection_layer": 0},
+    "mops shared half from the first layer": HALF | {"injection_layer": 0},
+    "ungated from the first layer": UNGATED | {"injection_layer": 0},
     "mops top-1": MOPS | {"gate_top_k": 1},
     "mops gate by gradient": MOPS | {"gate_start": "gradient"},
     "mops without null": MOPS | {"null_expert": False},
-    "mops from the first layer": MOPS | {"injection_layer": 0},
-    "ungated from the first layer": UNGATED | {"injection_layer": 0},
+    "mops first column frozen": MOPS | {"freeze_first_column": True},
+    "mops 30 columns": MOPS | {"prompts_per_expert": 30},
+    "mops 600 steps": MOPS | {"steps": 600},
+    "lora in all layers": LORA | {"lora_match": "parameters", "prompt_lr": 3e-3},
 }
-for rate in (0.01, 0.02, 0.06, 0.1, 0.2):
+for rate in (0.01, 0.02, 0.06):
     VARIANTS[f"mops rate {rate:g}"] = MOPS | {"relative_lr": rate}
     VARIANTS[f"ungated rate {rate:g}"] = UNGATED | {"relative_lr": rate}
-    VARIANTS[f"mops shared half rate {rate:g}"] = MOPS | {"shared": 0.5, "relative_lr": rate}
+    VARIANTS[f"mops shared half rate {rate:g}"] = HALF | {"relative_lr": rate}
+for rate in (0.01, 0.1):
+    VARIANTS[f"mops separate rate {rate:g}"] = SEPARATE | {"relative_lr": rate}
+    VARIANTS[f"mops linear rate {rate:g}"] = LINEAR | {"relative_lr": rate}
 for rate in (3e-4, 1e-3, 3e-3, 1e-2):
     VARIANTS[f"lora rate {rate:g}"] = LORA | {"prompt_lr": rate}
 
@@ -152,7 +171,8 @@ class Bench:
         model, _, accuracy = self.task.adapt(config, config, seed)
         prepared = time.perf_counter()
         curve: list[dict[str, Any]] = []
-        fit(model, config, config, *self.task.feed(model), HERE / "checkpoints", curve.append)
+        with TemporaryDirectory() as folder:
+            fit(model, config, config, *self.task.feed(model), Path(folder), curve.append)
         trained = time.perf_counter()
         found = {
             "measured": self.measure(model), "gate_accuracy": accuracy, "curve": curve,
@@ -166,6 +186,24 @@ class Bench:
 
 def file_of(data: str, variant: str, seed: int) -> Path:
     return HERE / "results" / data / f"{variant.replace(' ', '-')}-{seed}.json"
+
+
+def run(bench: Bench, variant: str, seed: int) -> dict[str, Any]:
+    """One cell, measured and written."""
+    result = {"data": bench.name, "variant": variant, "seed": seed, "steps": STEPS, "batch_size": BATCH,
+              "examples": {part: len(rows) for part, rows in bench.parts.items()}, "tasks": bench.tasks,
+              "settings": {} if variant == "frozen" else bench.settings(variant),
+              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}  # fmt: skip
+    result |= bench.cell(variant, seed)
+    file = file_of(bench.name, variant, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".tmp")
+    beside.write_text(json.dumps(result, indent=1) + "\n")
+    beside.replace(file)
+    values = {part: round(found["overall"], 3) for part, found in result["measured"].items()}
+    seconds = {part: round(value) for part, value in result["seconds"].items()}
+    print(bench.name, variant, seed, values, seconds, flush=True)
+    return result
 
 
 def main() -> None:
@@ -185,20 +223,10 @@ def main() -> None:
     bench = None
     for seed in chosen.seeds:
         for variant in chosen.variants:
-            file = file_of(chosen.data, variant, seed)
-            if file.exists() or (variant == "frozen" and seed):
+            if file_of(chosen.data, variant, seed).exists() or (variant == "frozen" and seed):
                 continue
             bench = bench or Bench(chosen.data, chosen.base)
-            result = {"data": chosen.data, "variant": variant, "seed": seed, "steps": STEPS, "batch_size": BATCH,
-                      "examples": {part: len(rows) for part, rows in bench.parts.items()}, "tasks": bench.tasks,
-                      "settings": {} if variant == "frozen" else bench.settings(variant)}  # fmt: skip
-            result |= bench.cell(variant, seed)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            beside = file.with_suffix(".tmp")
-            beside.write_text(json.dumps(result, indent=1) + "\n")
-            beside.replace(file)
-            values = {part: round(found["overall"], 3) for part, found in result["measured"].items()}
-            print(chosen.data, variant, seed, values, result["seconds"], flush=True)
+            run(bench, variant, seed)
 
 
 if __name__ == "__main__":

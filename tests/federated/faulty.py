@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,7 @@ import torch
 
 from smartmops.federated import rounds
 from smartmops.federated.federate import InProcess
-from smartmops.federated.messages import Job, Reply, Transport, pack, unpack
+from smartmops.federated.messages import Job, Lost, Reply, Transport, pack, unpack
 from smartmops.federated.rounds import State
 
 Fault = Callable[[Reply, Job], Iterable[bytes]]  # what comes instead of a good reply
@@ -98,9 +97,10 @@ class Faulty:
     def hello(self) -> dict[int, bytes]:
         return self.inner.hello()
 
-    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes]]:
+    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes | Lost]]:
         self.calls += 1
         for client, blob in self.inner.exchange(jobs, timeout):
+            assert isinstance(blob, bytes)
             reply, job = unpack(blob), unpack(jobs[client])
             assert isinstance(reply, Reply) and isinstance(job, Job), reply
             hit = random.Random(f"{self.seed} {self.calls} {client}").random() < self.probability
@@ -109,27 +109,34 @@ class Faulty:
             else:
                 yield client, blob
 
+    def heard(self, clients: Iterable[int]) -> set[int]:
+        return self.inner.heard(clients)
+
     def close(self) -> None:
         self.inner.close()
 
 
 class Straggling(Faulty):
-    """Some clients take longer than the others, and so come last, as they would where all train at once."""
+    """Some clients take longer than the others, and so come last, as they would where all train at once.
+
+    By a clock of our own: the others take no time at all, whatever else this machine does.
+    """
 
     def __init__(self, inner: Any, clients: Iterable[int], seconds: float) -> None:
         super().__init__(inner, silent, clients)
-        answer = inner.worker.answer
+        answer, self.now = inner.worker.answer, 0.0
+        inner.clock = lambda: self.now
 
         def slow(blob: bytes) -> bytes:
             found: bytes = answer(blob)
             reply = unpack(found)
             if isinstance(reply, Reply) and self.clients and reply.client in self.clients:
-                time.sleep(seconds)
+                self.now += seconds
             return found
 
         inner.worker.answer = slow
 
-    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes]]:
+    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes | Lost]]:
         slow = self.clients or set()
         yield from self.inner.exchange({c: jobs[c] for c in sorted(jobs, key=lambda c: (c in slow, c))}, timeout)
 

@@ -40,14 +40,18 @@ def with_transport(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[InPro
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_one_bad_client_is_left_out_with_a_reason_and_the_round_goes_on(
-    config: Make, with_transport: Any, name: str
+    config: Make, with_transport: Any, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_transport(lambda inner: Faulty(inner, FAULTS[name], clients=[1]))
     settings = config(clients=4, clients_per_round=4, rounds=3)
     metrics = federate(settings)
+    told = " ".join(capsys.readouterr().out.split())
     rounds = metrics["rounds"][1:]
     failures = [failure for row in curves(settings.out) for failure in row.get("failures", [])]
-    assert failures and all(failure["client"] == 1 for failure in failures)
+    assert failures and all((failure["client"], failure["name"]) == (1, "client 1") for failure in failures)
+    assert [
+        failure for row in rounds for failure in row["failures"]
+    ] == failures and f"('client 1': {failures[0]['reason']}" in told
     assert all(re.search(REASONS[name], failure["reason"]) for failure in failures), failures
     good = 4 if name == "answered twice" else 3
     assert all(row["clients_ok"] == good for row in rounds)

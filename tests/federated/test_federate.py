@@ -24,7 +24,7 @@ from smartmops.federated import federate as module
 from smartmops.federated.admission import admitted
 from smartmops.federated.client import arrays_of
 from smartmops.federated.federate import FederateConfig, InProcess, federate, local_of, worker_of
-from smartmops.federated.messages import Hello, pack
+from smartmops.federated.messages import Failure, Hello, Reply, pack
 from smartmops.federated.rounds import chosen, seed_of
 from smartmops.training.baselines import load_run
 from smartmops.training.runs import Run, versions
@@ -216,7 +216,14 @@ def test_fewer_experts_are_fewer_bytes(config: Make, once: Once) -> None:
         ({"clients": 2}, "--clients-per-round 3, but there are 2 clients: choose 1 to 2"),
         ({"quorum": 4}, "--quorum 4, but 3 clients are asked in a round: choose 1 to 3"),
         ({"rounds": 0}, "--rounds 0: choose 1 or more"),
-        ({"clients": 60}, "of 60 clients hold no examples"),
+        (
+            {"clients": 60},
+            r"of 60 clients have nothing .*'client \d\d': 108 rows are shared out among 60: .* --skew, more",
+        ),
+        (
+            {"clients": 60, "partition": "dirichlet"},
+            "choose fewer --clients, a larger --dirichlet-alpha, more data, or",
+        ),
         ({"method": "fedprompt", "aggregation": "expert-weighted"}, "expert-weighted"),
         ({"expert_names": ("a", "c")}, "category 'b' is none of the expert_names"),
         ({"noise_multiplier": 1.0, "aggregation": "median"}, "plain averaging"),
@@ -253,20 +260,6 @@ def test_other_bases_tasks_and_versions_are_refused_before_any_training(
         federate(config(out=tmp_path / "c"))
 
 
-def test_a_client_without_examples_is_refused_before_any_training(
-    config: Make, clients_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "train_locally", lambda *args: pytest.fail("trained"))
-    files = tmp_path / "clients"
-    shutil.copytree(clients_folder, files)
-    write(files / "none.jsonl", [])
-    with pytest.raises(ValueError, match=r"none\.jsonl holds no examples"):
-        federate(config(out=tmp_path / "a", clients_data=files))
-    write(files / "none.jsonl", [{"instruction": "apple " * 90, "response": "A", "category": "a"}])  # too long for any
-    with pytest.raises(ValueError, match=r"1 of 4 clients hold no examples \(the first: none\)"):
-        federate(config(out=tmp_path / "b", clients_data=files))
-
-
 def test_the_gate_is_pretrained_on_instructions_of_the_server_that_nobody_labelled(
     config: Make, clients_folder: Path, two_tasks: Path, tmp_path: Path
 ) -> None:
@@ -285,6 +278,20 @@ def hello(**changes: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
+    ("blob", "said"),
+    [
+        (pack(Failure(0, 2, "no more memory")), "client number 2 cannot take part: no more memory"),
+        (hello()[:-3], "client number 2 cannot take part: it sent a message of .* is damaged"),
+        (pack(Reply(1, 2, 3, 1.0, 1.0, None, None, False, {})), "cannot take part: it sent no greeting .* but a Reply"),
+        (hello(name="seven").replace(rb"\"seven\"", rb"[7    ]  "), "client number 2 cannot take part: it sent"),
+    ],
+)
+def test_what_is_no_greeting_is_refused_with_who_sent_it(config: Make, blob: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        admitted({0: hello(name="ok"), 1: hello(name="fine"), 2: blob}, config(), "own", ["a", "b"])
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"examples": 0}, "'x' holds no examples"),
@@ -300,8 +307,8 @@ def test_a_client_that_does_not_belong_is_refused(config: Make, change: dict[str
         admitted(everyone, config(), "own", ["a", "b"])
 
 
-def test_clients_that_belong_are_numbered(config: Make) -> None:
+def test_clients_that_belong_are_numbered_and_named(config: Make) -> None:
     everyone = {n: hello(name=str(n), versions={"messages": "1"}) for n in range(3)}
-    assert admitted(everyone, config(allow_other_versions=True), "own", ["a", "b"]) == [0, 1, 2]
+    assert admitted(everyone, config(allow_other_versions=True), "own", ["a", "b"]) == {0: "0", 1: "1", 2: "2"}
     with pytest.raises(ValueError, match="clients_per_round=3, but there are 2 clients"):
         admitted({n: everyone[n] for n in range(2)}, config(), "own", [])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,13 +151,25 @@ def test_mops_over_a_lora_train_on_the_merged_weights(config: Callable[..., Repr
     torch.testing.assert_close(plain(**tokens).logits, lora(**tokens).logits)
 
 
-def test_a_second_process_waits_for_what_settings_depend_on(config: Callable[..., ReproduceConfig]) -> None:
+def test_a_second_process_waits_for_what_settings_depend_on(
+    config: Callable[..., ReproduceConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="this system cannot lock files: every process computes for itself")
+    reached, flock = threading.Event(), fcntl.flock
+
+    def locks(file: Any, how: int) -> None:
+        if not how & fcntl.LOCK_NB:
+            reached.set()
+        flock(file, how)
+
     settings = config(name="table2", methods=("mops",), bases=("dense",), steps=3, tune=True)
     plan = plan_of(settings, "table2")
     first = plan.tries()[0]
     with ThreadPoolExecutor() as pool, plan.grid._claim(first):
+        monkeypatch.setattr(fcntl, "flock", locks)
         waiting = pool.submit(plan.grid.run, [first], wait=True)
-        time.sleep(0.3)
+        waiting.add_done_callback(lambda _: reached.set())
+        reached.wait()
         assert not waiting.done()
         plan.grid.results.mkdir(parents=True, exist_ok=True)
         (plan.grid.results / f"{first.key}.json").write_text("{}")
@@ -166,9 +180,13 @@ def test_data_may_be_given_a_name() -> None:
     assert datas_of(["a/b.jsonl", "mine=c/d.jsonl"]) == [Data("b", "a/b.jsonl"), Data("mine", "c/d.jsonl")]
 
 
-def test_a_budget_ends_the_grid_and_the_next_call_goes_on(config: Callable[..., ReproduceConfig]) -> None:
-    settings = config(bases=("dense",), budget=1e-9)
-    assert reproduce(settings) == {"cells": 2, "missing": 2}
+def test_a_budget_ends_the_grid_and_the_next_call_goes_on(
+    config: Callable[..., ReproduceConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(bases=("dense",), budget=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: math.inf))
+        assert reproduce(settings) == {"cells": 2, "missing": 2}
     assert "not run" in (settings.out / "table3.md").read_text() or not stored(settings.out)  # type: ignore[operator]
     assert reproduce(config(bases=("dense",)))["missing"] == 0
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -217,24 +216,28 @@ def test_a_killed_fill_goes_on_where_it_stopped(
     same(cache, fill(model, rows, budget=1))
 
 
-def _in_a_process(folder: Path, barrier: Any, done: Any, die: bool) -> None:
-    """Fill in files of 40 tokens, slowly; or be killed in the middle of the second."""
+def _in_a_process(folder: Path, waits: Any, done: Any, die: bool) -> None:
+    """Fill in files of 40 tokens, not before `waits` is set, as it is by who waits; or be killed in the middle of the second."""
     computed: list[int] = []
-    compute = activations._compute
+    compute, flock = activations._compute, activations.fcntl.flock
+
+    def locks(file: Any, how: int) -> None:
+        if not how & activations.fcntl.LOCK_NB:
+            waits.set()
+        flock(file, how)
 
     def slow(*args: Any) -> Any:
         if die and computed:
             (next(folder.iterdir()) / ".00001.safetensors.1.tmp").write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
         computed.append(1)
-        time.sleep(0.2)
+        waits.wait()
         return compute(*args)
 
     activations._compute, activations.SHARD = slow, 40 * WIDTH * 4  # type: ignore[assignment]
     torch.set_num_threads(1)
-    model = adapted()
-    barrier.wait()
-    cache = fill(model, made_up(), folder)
+    activations.fcntl.flock = locks
+    cache = fill(adapted(), made_up(), folder)
     done.put((len(computed), float(cache.batch(range(8))["hidden"].sum())))
 
 
@@ -247,17 +250,19 @@ def test_processes_at_once_end_with_one_good_cache_and_a_killed_one_holds_nobody
     done = context.Queue()
 
     def start(count: int, die: bool) -> list[Any]:
-        barrier = context.Barrier(count)
-        started = [context.Process(target=_in_a_process, args=(tmp_path, barrier, done, die)) for _ in range(count)]
+        waits = context.Event()
+        if count == 1:
+            waits.set()
+        started = [context.Process(target=_in_a_process, args=(tmp_path, waits, done, die)) for _ in range(count)]
         for process in started:
             process.start()
         for process in started:
-            process.join(60)
+            process.join()
         return [process.exitcode for process in started]
 
     assert start(1, die=True) == [-signal.SIGKILL]
     assert start(2, die=False) == [0, 0]
-    computed, sums = zip(*(done.get(timeout=5) for _ in range(2)), strict=True)
+    computed, sums = zip(*(done.get() for _ in range(2)), strict=True)
     assert sorted(computed) == [0, 3], "one process computes what the killed one left, the other waits for it"
     want = fill(adapted(), made_up())
     assert sums[0] == sums[1]

@@ -200,6 +200,28 @@ def test_a_step_moves_keys_and_values_by_their_relative_rate(config: Callable[..
     assert moved[30.0] == pytest.approx(moved[1.0], rel=0.2)
 
 
+def test_a_step_moves_every_part_of_the_gate_by_the_same_share_of_itself(
+    prepared: tuple[Task, Any], config: Callable[..., TrainConfig]
+) -> None:
+    """Weights of a closed-form start are tiny: a rate with a floor of its own would undo it in a few steps."""
+    from smartmops.training.baselines import parameter_groups
+
+    _, model = prepared
+    layer = model.base_model.layer()
+    gate = {name: getattr(layer, name)["default"] for name in ("mops_gate_in", "mops_gate_out")}
+    gate["mops_gate_in"].data.mul_(1e-3)  # a larger base has more inputs, whose weights are as small
+    before = {name: parameter.detach().clone() for name, parameter in gate.items()}
+    settings = config(expert_kind="keys_values", prompt_lr=None, gate_lr=None)
+    optimiser = torch.optim.AdamW(parameter_groups(model, settings), weight_decay=0.0)
+    torch.manual_seed(0)
+    for parameter in gate.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimiser.step()
+    for name, parameter in gate.items():
+        moved = (parameter.detach() - before[name]).pow(2).mean().sqrt() / before[name].pow(2).mean().sqrt()
+        assert float(moved) == pytest.approx(settings.relative_gate_lr, rel=0.01)
+
+
 def test_methods_and_gates_on_one_base_share_states_and_each_reads_its_own_layer(
     config: Callable[..., TrainConfig],
 ) -> None:

@@ -23,9 +23,18 @@ from smartmops.training.trainer import TrainConfig, train
 Make = Callable[..., TrainConfig]
 
 SCRIPT = """
-import dataclasses, json, os, sys
+import atexit, dataclasses, json, os, sys
 from pathlib import Path
 import torch
+import torch.distributed as dist
+
+RANK = os.environ["RANK"]
+folder = Path(sys.argv[1]).parent
+
+def last_word():  # registered first, so it comes last
+    (folder / f"group-{RANK}").write_text("open" if dist.is_initialized() else "closed")
+
+atexit.register(last_word)
 torch.set_num_threads(1)
 from smartmops.training import loop, ranks
 from smartmops.training.trainer import TrainConfig, train
@@ -38,20 +47,21 @@ def poisoned(self, *args, **kwargs):
 
 def leaves(self, *args, **kwargs):
     if self.state.global_step == 4:
-        raise RuntimeError("this process leaves")
+        dist.barrier()  # the first process has logged the step before
+        if RANK == "1":
+            raise RuntimeError("this process leaves")
     return step(self, *args, **kwargs)
 
 for number, each in enumerate(settings):
     config = TrainConfig(**each | {"out": Path(each["out"])})
-    if ill and os.environ["RANK"] == "1":
+    if ill and (RANK == "1" or number):
         loop.Trainer.training_step = leaves if number else poisoned
     try:
         found = train(config)
     except (ValueError, FileExistsError) as error:
         found = f"{type(error).__name__}: {error}"
-    print("spoken by", os.environ["RANK"])
-    folder = Path(sys.argv[1]).parent
-    (folder / f"{number}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    print("spoken by", RANK)
+    (folder / f"{number}-{RANK}.json").write_text(json.dumps(found))
 """
 
 
@@ -68,11 +78,14 @@ def launch(
     (folder / "settings.json").write_text(json.dumps([[asdict(c) for c in configs], ill], default=str))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(folder / "script.py"), str(folder / "settings.json")]
-    found = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+    found = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     said = [[json.loads(f.read_text()) for f in sorted(folder.glob(f"{n}-*.json"))] for n in range(len(configs))]
     return found, said
+
+
+def closed(folder: Path) -> list[str]:
+    """Whether the processes had closed their group when they ended, where they were not killed by the launcher."""
+    return [file.read_text() for file in sorted(folder.glob("group-*"))]
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
@@ -109,6 +122,7 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(config: Make, 
     taken = [both(f"{name}-two", 3, **each) for name, each in cases.items()]
     done, said = launch(tmp_path / "two", *taken, taken[0], replace(taken[0], resume=True))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert closed(tmp_path / "two") == ["closed"] * 2
     assert [text.split(":")[0] for text in said[-2]] == ["FileExistsError"] * 2, "the second did not start it again"
     assert said.pop() == said[0] and said.pop(), "taken up again, a finished run is read"
     for (name, each), returned in zip(cases.items(), said, strict=True):
@@ -136,6 +150,7 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(config: Make, 
 def test_no_run_is_finished_when_one_process_diverges_or_leaves(config: Make, tmp_path: Path) -> None:
     diverging, left = config(out=tmp_path / "diverging"), config(out=tmp_path / "left", save_every=100)
     done, (said, nothing) = launch(tmp_path / "two", diverging, left, ill=True)
+    assert closed(tmp_path / "two")[-1] == "closed", "also by who leaves with an error"
     assert len(said) == 2 and said[0] == said[1] and "Diverged: loss became nan at step 5" in said[0]
     assert all(torch.isfinite(value).all() for value in adapter(diverging.out).values())
     assert not Run.open(diverging.out, unfinished=True).finished

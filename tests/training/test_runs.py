@@ -133,7 +133,7 @@ def test_resuming_elsewhere_or_with_other_versions(tmp_path):
         Run.create(tmp_path / "x", CONFIG, resume=True)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 10_000))
 def test_a_kill_at_any_byte_leaves_a_prefix(tmp_path, cut):
     rows = [{"step": step, "loss": step / 7, "note": "é\n"} for step in range(1, 9)]

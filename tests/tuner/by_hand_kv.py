@@ -54,7 +54,9 @@ def naive(module, query, key, value, attention_mask, scaling=None, **_):
         weight = seen.heads[own].tanh()[None, :, None, None] * seen.strength[:, None, None, None] * open_
         logits = query @ k.transpose(-1, -2) * scale + seen.bias[:, None, None, :]
         return (out + weight * (logits.softmax(-1) @ v)).transpose(1, 2), None
-    alike = (F.elu(query) + 1) @ (F.elu(k) + 1).transpose(-1, -2) / width * seen.bias[:, None, None, :].exp()
+    query, k = (F.elu(F.rms_norm(each, each.shape[-1:])) + 1 for each in (query, k))
+    share = seen.bias.softmax(-1) * seen.strength[:, None]
+    alike = query @ k.transpose(-1, -2) / width * share[:, None, None, :]
     return (out + open_ * (alike @ v)).transpose(1, 2), None
 
 

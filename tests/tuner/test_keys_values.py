@@ -338,8 +338,36 @@ def test_the_gate_never_moves_with_what_comes_after_the_header():
     assert torch.equal(*gates)
 
 
+@pytest.mark.parametrize("kind", ["keys_values", "hidden_states"])
+def test_a_frozen_first_column_gets_no_gradient_and_changes_nothing_else(kind):
+    of = {}
+    for frozen in (False, True):
+        _, model = adapt(experts=kind, freeze_first_column=frozen)
+        out = model(**labelled())
+        out.loss.backward()
+        names = ("mops_keys", "mops_values") if kind == "keys_values" else ("mops_prompts",)
+        layer = model.base_model.layer()
+        of[frozen] = out.loss.detach(), [getattr(layer, name)["default"].grad.unflatten(0, (3, 4)) for name in names]
+    assert torch.equal(of[False][0], of[True][0])
+    for free, held in zip(of[False][1], of[True][1], strict=True):
+        assert torch.equal(held[:, 1:], free[:, 1:])
+        assert not held[:, 0].any() and free[:, 0].any()
+
+
+@EVERY
+@torch.no_grad()
+def test_in_bfloat16_logits_are_within_three_percent(options):
+    _, model = adapt(**options)
+    inputs = question()
+    want = model(**inputs).logits
+    got = model.bfloat16()(**inputs).logits
+    assert got.dtype == torch.bfloat16
+    assert relative(got.float(), want, inputs["attention_mask"]) < 3e-2  # bfloat16 keeps 8 bits: 0.4 % a product
+
+
 def test_settings_that_cannot_be_are_refused_with_their_way_out():
     for options, words in (
+        (dict(freeze_first_column=True, prompts_per_expert=1), "leaves no prompt to train"),
         (dict(gate_target="hidden_states"), "choose gate_target='attention'"),
         (dict(shared_prompts=-1), "choose 0 or more"),
         (dict(experts="hidden_states", visible_to="answers"), "needs experts='keys_values'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,27 @@ from .template import Template, Turns
 
 
 class TooLong(ValueError):
-    """Instruction and response alone exceed the maximal length."""
+    """Instruction and response alone exceed the maximal length.
+
+    Attributes:
+        tokens: Of an example without its context.
+    """
+
+    def __init__(self, message: str, tokens: int = 0) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+
+
+class NoneFits(ValueError):
+    """Every example is too long.
+
+    Attributes:
+        lengths: Tokens of each without its context.
+    """
+
+    def __init__(self, message: str, lengths: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.lengths = lengths
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,7 @@ class Encoding:
     rows: Sequence[Encoded]
     truncation: Truncation
     kept: list[int]  # index of each row's example
+    too_long: dict[int, int] = field(default_factory=dict)  # tokens without context of each dropped example, by index
 
 
 def encode(
@@ -112,12 +133,14 @@ def encode_all(
         template: Of this tokenizer; None: `auto`.
 
     Raises:
-        ValueError: As `encode`; also if no example fits, or the folder cannot hold the rows.
+        NoneFits: There are examples, and none of them fits.
+        ValueError: As `encode`; also if there is no example, or the folder cannot hold the rows.
     """
     chosen = template or Template.of("auto", tokenizer)
     cut: list[int] = []
     kept: list[int] = []
-    dropped: list[TooLong] = []
+    too_long: dict[int, int] = {}
+    shortest: list[TooLong] = []  # of those that do not fit
 
     def rows() -> Iterator[Encoded]:
         for start in range(0, len(examples), BATCH):
@@ -128,7 +151,9 @@ def encode_all(
                 try:
                     row = _row(each, [], *found, chosen, max_length)
                 except TooLong as error:
-                    dropped[:] = [error]
+                    too_long[start + number] = error.tokens
+                    if not shortest or error.tokens < shortest[0].tokens:
+                        shortest[:] = [error.with_traceback(None)]
                     continue
                 kept.append(start + number)
                 if row.tokens_cut:
@@ -136,10 +161,11 @@ def encode_all(
                 yield replace(row, gate_embedding=vectors[number])
 
     found = list(rows()) if folder is None else store(rows(), ROWS, _parts, _restored, folder)
+    if not found and shortest:
+        raise NoneFits(f"none of {len(examples)} examples fits: {shortest[0]}", list(too_long.values()))
     if not found:
-        problem = f"none of {len(examples)} examples fits: {dropped[0]}" if examples else "no examples to encode"
-        raise ValueError(problem)
-    return Encoding(found, Truncation(len(cut), len(examples) - len(found), sum(cut)), kept)
+        raise ValueError("no examples to encode")
+    return Encoding(found, Truncation(len(cut), len(too_long), sum(cut)), kept, too_long)
 
 
 def few_shot(
@@ -320,10 +346,11 @@ def _shorten(example: Example, solved: Turns, template: Template, max_length: in
     lengths = range(len(example.context) + 1)
     characters = bisect_right(lengths, max_length - reserved, key=lambda n: template.count(turns(n))) - 1
     if characters < 0:
-        what = "instruction and response" if reserved else "instruction"
+        what, tokens = "instruction and response" if reserved else "instruction", template.count(turns(0)) + reserved
         raise TooLong(
-            f"{what} take {template.count(turns(0)) + reserved} tokens without any context, but max_length="
-            f"{max_length}: raise max_length or shorten the example ({example.instruction[:60]!r})"
+            f"{what} take {tokens} tokens without any context, but max_length={max_length}: raise max_length or "
+            f"shorten the example ({example.instruction[:60]!r})",
+            tokens,
         )
     return template.prompts([turns(characters)])[0]
 

@@ -27,7 +27,7 @@ from smartmops.base import load_base
 from smartmops.data.tasks import read_jsonl
 from smartmops.data.template import Template
 from smartmops.federated.client import Worker
-from smartmops.federated.federate import client_task
+from smartmops.federated.holdings import client_task
 from smartmops.federated.messages import Job, Reply, unpack
 from smartmops.flower.frames import receive, send
 from smartmops.flower.simulation import QUIET
@@ -87,7 +87,9 @@ def worker_of_file(config: ClientConfig) -> Worker:
 
 def _said(worker: Worker, kind: str, blob: bytes) -> bytes:
     if kind == "query":
-        console.print(f"the server asks who is here: {worker.names[0]}, {len(worker.holdings[0])} examples")
+        console.print(
+            f"the server asks who is here: {worker.names[0]}, {len(worker.holdings[0])} examples", markup=False
+        )
         return worker.hello(0)
     answer = worker.answer(blob, client=0)
     job, reply = unpack(blob), unpack(answer)
@@ -95,7 +97,7 @@ def _said(worker: Worker, kind: str, blob: bytes) -> bytes:
         console.print(f"round {reply.round}: loss {reply.loss:.3f} nats a token, {reply.seconds:.1f} s of training, "
                       f"{len(answer):,} bytes sent")  # fmt: skip
     else:
-        console.print(f"a job failed: {getattr(reply, 'reason', reply)}")
+        console.print(f"a job failed: {getattr(reply, 'reason', reply)}", markup=False)
     return answer
 
 

@@ -19,6 +19,7 @@ from .messages import Failure, Reply, unpack
 
 BETAS, TAU = (0.9, 0.99), 1e-3  # of FedAdam, as in Reddi et al. 2021
 WORDS = 1 << 20  # bytes that an answer may have beyond its arrays
+REASON = 1000  # characters of a reason that are kept: a client may send any
 JUDGES = 3  # updates it takes before one of them can be called too large
 
 
@@ -95,7 +96,7 @@ def admit(
                 raise ValueError(f"answered with {len(blob):,} bytes; the limit is {limit:,}")
             good[client] = _update(blob, client, number, sent, layout)
         except (ValueError, TypeError, RuntimeError) as error:
-            failures.append(Failure(number, client, str(error)))
+            failures.append(Failure(number, client, str(error)[:REASON]))
     usual = median(update.norm for update in good.values()) if len(good) >= JUDGES else math.inf
     for client, update in list(good.items()):
         if update.norm > config.norm_limit * usual:

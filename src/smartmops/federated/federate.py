@@ -7,8 +7,8 @@ frozen base and one activation cache serve the server and all clients of this pr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,11 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from smartmops.base import load_base
-from smartmops.data.example import Example
-from smartmops.data.partition import partition, read_clients
 from smartmops.data.template import Template
 from smartmops.lock import alone
 from smartmops.options import limits
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE
-from smartmops.options.training import TaskConfig
 from smartmops.training.card import keep
 from smartmops.training.evaluate import Evaluation, evaluate, samples
 from smartmops.training.fingerprint import inputs_of, of_base
@@ -40,8 +37,10 @@ from .client import (
     split_by_expert,
     train_locally,
 )
+from .holdings import holdings_of
 from .messages import Local, Transport
 from .privacy import Private
+from .roster import Roster
 from .rounds import Server, State
 
 console = Console()
@@ -60,8 +59,8 @@ def local_of(config: FederateConfig) -> Local:
 class InProcess:
     """Calls a worker of this process, client by client; who takes too long is found out once it is done."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, worker: Worker, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.worker, self.clock = worker, clock
 
     def hello(self) -> dict[int, bytes]:
         """Of every client, by number."""
@@ -69,53 +68,18 @@ class InProcess:
 
     def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterable[tuple[int, bytes]]:
         """One client after another."""
-        started = time.perf_counter()
+        started = self.clock()
         for client, blob in jobs.items():
             answer = self.worker.answer(blob)
-            if timeout is None or time.perf_counter() - started <= timeout:
+            if timeout is None or self.clock() - started <= timeout:
                 yield client, answer
+
+    def heard(self, clients: Iterable[int]) -> set[int]:
+        """All of them: they live in this process."""
+        return set(clients)
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-@dataclass
-class Holdings:
-    """The clients' rows, in one task over the server's base, and who holds which."""
-
-    task: Task
-    rows: list[list[int]]  # numbers of each client's rows in `task.train`
-    names: list[str]
-    table: dict[str, list[int]]  # examples of each category that each client holds
-
-
-def holdings_of(config: FederateConfig, task: Task) -> Holdings:
-    """Partition the server's training rows, or read one file per client.
-
-    Raises:
-        ValueError: a client holds no examples, or none that fits `max_length`.
-    """
-    if config.clients_data is None:
-        found = partition(task.train_examples, config, config.seed)
-        rows, names, table = found.holdings, found.names, found.table(task.train_examples)
-    else:
-        task = client_task(config, task.base, task.tokenizer, read_clients(config.clients_data))
-        names = sorted({example.source for example in read_clients(config.clients_data)})
-        rows = [[i for i, e in enumerate(task.train_examples) if e.source == name] for name in names]
-        categories = sorted({example.category for example in task.train_examples})
-        table = {c: [sum(task.train_examples[i].category == c for i in own) for own in rows] for c in categories}
-    some = [number for number, own in enumerate(rows) if own]
-    if len(some) < len(rows) and not config.skip_empty:
-        first = next(name for name, own in zip(names, rows, strict=True) if not own)
-        raise ValueError(f"{len(rows) - len(some)} of {len(names)} clients hold no examples (the first: {first}): "
-                         "choose fewer clients, a smaller skew, more data, or --skip-empty")  # fmt: skip
-    table = {category: [counts[n] for n in some] for category, counts in table.items()}
-    return Holdings(task, [rows[n] for n in some], [names[n] for n in some], table)
-
-
-def client_task(config: TaskConfig, base: Any, tokenizer: Any, examples: Sequence[Example]) -> Task:
-    """A task that has rows to train on and none to test."""
-    return Task.of(base, tokenizer, examples, [], config)
 
 
 def worker_of(config: FederateConfig) -> Worker:
@@ -204,7 +168,7 @@ def _server(
     model: Any,
     layout: Layout,
     transport: Transport,
-    members: Sequence[int],
+    members: Mapping[int, str],
     base: str,
 ) -> Server:
     """The round loop with everything it asks of the model."""
@@ -230,7 +194,7 @@ def _server(
         adapter=adapter_words(model),
         base=base,
         constants={name: value.detach().cpu().clone() for name, value in arrays_of(model)[1].items()},
-        members=members,
+        roster=Roster(members),
         layout=layout,
         aggregator=Aggregator(config, layout),
         transport=transport,
@@ -266,8 +230,8 @@ def _finish(
         run.write_gates({"experts": names} | {stage: row["gates"] for stage, row in stages.items()})
     if task.embedder is None and config.samples_per_task:
         run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template))
-    keys = ("round", "bytes_up", "bytes_down", "clients_ok", "clients_failed", "loss", "drift", "mass", "epsilon",
-            "perplexity", "seconds")  # fmt: skip
+    keys = ("round", "bytes_up", "bytes_down", "clients_ok", "clients_failed", "failures", "left_out", "loss", "drift",
+            "mass", "epsilon", "perplexity", "seconds")  # fmt: skip
     metrics = {
         "perplexity": seen[-1]["perplexity"],
         "tokens": seen[-1]["tokens"],

@@ -82,6 +82,13 @@ class Hello:
     versions: dict[str, str]  # of the packages that decide the numbers, and `messages`
 
 
+@dataclass(frozen=True)
+class Lost:
+    """Transport to server, never sent: nothing of a client's own came back, and what is known of it."""
+
+    reason: str
+
+
 Message = Job | Reply | Failure | Hello
 KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Job, Reply, Failure, Hello)}
 
@@ -94,11 +101,18 @@ class Transport(Protocol):
         """A packed `Hello` (or `Failure`) of every client, by number."""
         ...
 
-    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterable[tuple[int, bytes]]:
-        """Hand each client its packed `Job`; yields client and packed `Reply` or `Failure` as they come in.
+    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterable[tuple[int, bytes | Lost]]:
+        """Hand each client its packed `Job`; yields client and packed `Reply` or `Failure` as they come in, or `Lost`.
 
         Who has not answered after `timeout` seconds is missing from what comes back. Nothing is sorted, and a client
         may answer twice: the server sees to both.
+        """
+        ...
+
+    def heard(self, clients: Iterable[int]) -> set[int]:
+        """Those of `clients` that have answered a call since this was last asked; waits for nobody.
+
+        The others are called, so that they are heard the next time if they are there.
         """
         ...
 

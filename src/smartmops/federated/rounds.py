@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from smartmops.options.federation import AggregationConfig, RoundsConfig
 from smartmops.training.evaluate import Evaluation
 
 from .aggregation import Aggregator, Layout, Update, admit, drift
-from .messages import Failure, Job, Local, Transport, pack
+from .messages import Failure, Job, Local, Lost, Transport, pack
 from .privacy import Private
 from .quorum import QuorumLost
+from .roster import Roster, listed, short
 
 console = Console()
 
@@ -108,6 +109,7 @@ class Outcome:
 
     updates: list[Update]
     failures: list[Failure]
+    left_out: list[dict[str, Any]]
     bytes_down: int
     bytes_up: int
 
@@ -122,7 +124,7 @@ class Server:
         adapter: PEFT's config of the adapter.
         base: Fingerprint of the frozen base.
         constants: The adapter's tensors that nobody trains.
-        members: Clients that may be asked.
+        roster: Of the clients.
         look: Evaluates trained arrays, and says what the gate does with them.
         own: Trains arrays on the server's own examples, with a seed; None: there are none.
     """
@@ -133,7 +135,7 @@ class Server:
     adapter: dict[str, Any]
     base: str
     constants: Mapping[str, Tensor]
-    members: Sequence[int]
+    roster: Roster
     layout: Layout
     aggregator: Aggregator
     transport: Transport
@@ -144,7 +146,7 @@ class Server:
     @property
     def quorum(self) -> int:
         """Answers without which a round does not count."""
-        count = min(self.config.clients_per_round, len(self.members))
+        count = min(self.config.clients_per_round, len(self.roster.names))
         return -(-count // 2) if self.config.quorum is None else self.config.quorum
 
     def run(self, state: State, keep: Callable[[State], None]) -> State:
@@ -170,7 +172,7 @@ class Server:
                     break
                 self._round(state)
                 keep(state)
-                console.print(_told(state.rows))
+                _say(_summary(state.rows))
                 bar.update(line, completed=state.round)
         return state
 
@@ -183,20 +185,20 @@ class Server:
             failures += found.failures
             if self.private is not None or len(found.updates) >= self.quorum:
                 break
-            console.print(f"round {number}: {len(found.updates)} clients answered well, the quorum is {self.quorum} "
-                          f"(attempt {attempt + 1} of {self.config.attempts})")  # fmt: skip
+            why = listed(_told(self._named(found.failures)))
+            _say(f"round {number}: {len(found.updates)} clients answered well, the quorum is {self.quorum} "
+                 f"(attempt {attempt + 1} of {self.config.attempts}){why}")  # fmt: skip
         else:
-            reasons = "; ".join(f"client {each.client}: {each.reason}" for each in failures[-3:])
             raise QuorumLost(f"round {number}: fewer than {self.quorum} of {self.config.clients_per_round} clients "
-                             f"answered well in {self.config.attempts} attempts ({reasons}): see to the clients and "
-                             "go on with --resume, or lower --quorum")  # fmt: skip
+                             f"answered well in {self.config.attempts} attempts{why}: "
+                             "see to the clients and go on with --resume, or lower --quorum")  # fmt: skip
         state.arrays = self._combined(state.arrays, found.updates)
         if self.own is not None:
             state.arrays = self.own(state.arrays, seed_of(self.seed, number, -1))
         state.round, state.server = number, self.aggregator.state()
         row: dict[str, Any] = {"step": number, "round": number, "clients_ok": len(found.updates),
                                "clients_failed": len(failures), "bytes_down": down, "bytes_up": up,
-                               "failures": [asdict(each) for each in failures]}  # fmt: skip
+                               "failures": self._named(failures), "left_out": found.left_out}  # fmt: skip
         if self.private is None:
             row |= _of_clients(found.updates)
         else:  # what clients measured on their data is not covered by the noise
@@ -207,6 +209,9 @@ class Server:
             row |= self._seen(state.arrays)
         state.rows.append(row)
 
+    def _named(self, failures: Sequence[Failure]) -> list[dict[str, Any]]:
+        return [asdict(each) | {"name": self.roster.plain(each.client)} for each in failures]
+
     def _combined(self, arrays: dict[str, Tensor], updates: list[Update]) -> dict[str, Tensor]:
         if self.private is None:
             return self.aggregator.step(arrays, updates)
@@ -214,24 +219,50 @@ class Server:
         return {name: value + moved[name] for name, value in arrays.items()}
 
     def _attempt(self, arrays: dict[str, Tensor], number: int, attempt: int) -> Outcome:
-        if self.private is not None:
-            asked = [self.members[i] for i in self.private.sample()]
-        else:
-            asked = chosen(self.seed, number, attempt, self.members, self.config.clients_per_round)
+        asked, left_out = self._drawn(number, attempt), self.roster.rows()
         half = self.config.payload == "float16"
         sent = {name: value.half() if half else value for name, value in arrays.items()}
         jobs = {client: self._job(sent, number, client) for client in asked}
-        answers = list(self.transport.exchange(jobs, self.config.timeout)) if jobs else []
+        found = list(self.transport.exchange(jobs, self.config.timeout)) if jobs else []
+        answers = [(client, answer) for client, answer in found if not isinstance(answer, Lost)]
         received = {name: value.float() for name, value in sent.items()}
         limits = self.aggregator.config
         if self.private is not None:  # whether one client's update counts must not depend on the others'
             limits = AggregationConfig(norm_limit=math.inf)
         updates, failures = admit(answers, received, dict.fromkeys(asked, number), self.layout, limits)
-        answered = {client for client, _ in answers}
-        failures += [Failure(number, client, "no answer" + ("" if self.config.timeout is None else
-                                                            f" within {self.config.timeout:g} s"))
-                     for client in asked if client not in answered]  # fmt: skip
-        return Outcome(updates, failures, sum(map(len, jobs.values())), sum(len(blob) for _, blob in answers))
+        within = "" if self.config.timeout is None else f" within {self.config.timeout:g} s"
+        silent = dict.fromkeys(asked, f"no answer{within}")
+        silent |= {client: answer.reason for client, answer in found if isinstance(answer, Lost)}
+        for client, _ in answers:
+            silent.pop(client, None)
+        failures += [Failure(number, client, reason) for client, reason in silent.items()]
+        self._heard(client for client, _ in answers)
+        for line in self.roster.missed(number, silent):
+            _say(f"round {number}: {line}")
+        return Outcome(
+            updates,
+            failures,
+            [row for row in left_out if row["client"] not in jobs],
+            sum(map(len, jobs.values())),
+            sum(len(blob) for _, blob in answers),
+        )
+
+    def _drawn(self, number: int, attempt: int) -> list[int]:
+        """Clients to ask; of those left out only who was heard from since, unless the others are too few."""
+        self._heard(self.transport.heard(self.roster.left_out))
+        there = self.roster.there
+        if self.private is not None:
+            members = self.roster.members
+            return [members[i] for i in self.private.sample() if members[i] in there]
+        if len(there) < self.quorum:
+            _say(f"round {number}: clients that are not left out: {len(there)}, the quorum is {self.quorum}, so the "
+                 "others may be asked too")  # fmt: skip
+            there = self.roster.members
+        return chosen(self.seed, number, attempt, there, self.config.clients_per_round)
+
+    def _heard(self, clients: Iterable[int]) -> None:
+        for name in self.roster.heard(clients):
+            _say(f"{name} was heard from again, so it may be asked")
 
     def _job(self, sent: Mapping[str, Tensor], number: int, client: int) -> bytes:
         local = Local(**asdict(self.local) | {"seed": seed_of(self.seed, number, client)})
@@ -254,13 +285,24 @@ def _of_clients(updates: Sequence[Update]) -> dict[str, Any]:
     return row
 
 
-def _told(rows: Sequence[Mapping[str, Any]]) -> str:
+def _say(line: str) -> None:
+    """Without markup: names and reasons are others' words."""
+    console.print(line, markup=False, highlight=False)
+
+
+def _told(failures: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Who failed and why, as rows of the log keep it."""
+    return [f"{each['name']!r}: {short(each['reason'])}" for each in failures]
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """The last round in a line: who answered, what travelled, what came of it, and what privacy it has cost so far."""
     row, travelled = rows[-1], sum(each.get("bytes_down", 0) + each.get("bytes_up", 0) for each in rows)
-    said = [
-        f"{row['clients_ok']} answers, {row['clients_failed']} failed",
-        f"{decimal(row['bytes_down'])} sent, {decimal(row['bytes_up'])} received, {decimal(travelled)} so far",
-    ]
+    said = [f"{row['clients_ok']} answers, {row['clients_failed']} failed{listed(_told(row['failures']))}"]
+    if row["left_out"]:
+        since = [f"{each['name']!r} since round {each['since']}" for each in row["left_out"]]
+        said.append(f"{len(since)} left out{listed(since)}")
+    said.append(f"{decimal(row['bytes_down'])} sent, {decimal(row['bytes_up'])} received, {decimal(travelled)} so far")
     if "eval_perplexity" in row:
         said.append(f"perplexity {row['eval_perplexity']:.3f}")
     if "epsilon" in row:

@@ -7,7 +7,7 @@ that listens at `socket`. This file and `frames.py` are all that the app bundle 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -22,25 +22,51 @@ client = ClientApp()
 
 def ask(grid: Grid, kind: str, blobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes, str]]:
     """Node, answer, and what went wrong ("" if nothing), as they come in; the silent are missing."""
-    asked: dict[str, int] = {}  # one by one, for what Flower itself says about a dead node does not name the node
+    asked: dict[str, int] = {}
     for node, blob in blobs.items():
-        message = Message(RecordDict({"blob": ConfigRecord({"blob": blob})}), node, kind)
-        asked |= dict.fromkeys(grid.push_messages([message]), node)
+        if handed := _push(grid, kind, node, blob):
+            asked[handed] = node
+        else:
+            yield node, b"", "Flower did not take the message for it"
     end = time.monotonic() + (timeout or 0)
     while asked and (timeout is None or time.monotonic() < end):
-        for reply in grid.pull_messages(list(asked)):
-            if (known := asked.pop(reply.metadata.reply_to_message_id, None)) is None:
-                continue
-            if reply.has_error():
-                yield known, b"", f"Flower: {reply.error.reason}"
-            else:
-                yield known, bytes(reply.content["blob"]["blob"]), ""
+        yield from _pull(grid, asked)
         time.sleep(0.05)
+
+
+def heard(grid: Grid, nodes: Sequence[int], calls: dict[str, int]) -> list[int]:
+    """Those of `nodes` that have answered a call since this was last asked; the others are called, not waited for.
+
+    `calls` are those without an answer so far: whoever asks keeps them from one time to the next.
+    """
+    found = {node for node, _, wrong in _pull(grid, calls) if not wrong} if calls else set()
+    for node in nodes:
+        if node not in found and node not in calls.values() and (handed := _push(grid, "query", node, b"")):
+            calls[handed] = node
+    return [node for node in nodes if node in found]
+
+
+def _push(grid: Grid, kind: str, node: int, blob: bytes) -> str | None:
+    """The number of the message, which is pushed alone: what Flower says of a dead node does not name the node."""
+    message = Message(RecordDict({"blob": ConfigRecord({"blob": blob})}), node, kind)
+    return next(iter(grid.push_messages([message])), None)
+
+
+def _pull(grid: Grid, asked: dict[str, int]) -> Iterator[tuple[int, bytes, str]]:
+    """What has come in of `asked`, which it is then taken out of."""
+    for reply in grid.pull_messages(list(asked)):
+        if (known := asked.pop(reply.metadata.reply_to_message_id, None)) is None:
+            continue
+        if reply.has_error():
+            yield known, b"", f"Flower: {reply.error.reason}"
+        else:
+            yield known, bytes(reply.content["blob"]["blob"]), ""
 
 
 @server.main()
 def serve(grid: Grid, context: Context) -> None:
     """Do what the federating process says until it closes the connection."""
+    calls: dict[str, int] = {}
     with connect(str(context.run_config["socket"])) as line:
         while True:
             try:
@@ -48,7 +74,11 @@ def serve(grid: Grid, context: Context) -> None:
             except ConnectionError:
                 return
             if words["do"] == "nodes":
-                send(line, {"nodes": [str(node) for node in grid.get_node_ids()]})
+                send(line, {"nodes": {str(node.node_id): node.name for node in grid.get_nodes()}})
+                continue
+            if words["do"] == "heard":
+                found = heard(grid, [int(node) for node in words["nodes"]], calls)
+                send(line, {"nodes": [str(node) for node in found]})
                 continue
             asked = dict(zip((int(node) for node in words["nodes"]), blobs, strict=True))
             for node, blob, wrong in ask(grid, words["kind"], asked, words["timeout"]):

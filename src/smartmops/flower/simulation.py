@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,10 +37,17 @@ class GridNodes:
 
     def __init__(self, grid: Any) -> None:
         self.grid = grid
+        self.calls: dict[str, int] = {}
 
-    def ids(self) -> list[int]:
-        """Of all nodes that are there now."""
-        return list(self.grid.get_node_ids())
+    def there(self) -> dict[int, str]:
+        """All nodes that are there now; they have no keys, whose names could follow."""
+        return dict.fromkeys(self.grid.get_node_ids(), "")
+
+    def heard(self, nodes: Sequence[int]) -> list[int]:
+        """Those that have answered a call since this was last asked; the others are called."""
+        from .app import heard
+
+        return heard(self.grid, nodes, self.calls)
 
     def ask(self, kind: str, blobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes, str]]:
         """Node, answer, and what went wrong, as they come in."""

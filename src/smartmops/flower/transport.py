@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 
-from smartmops.federated.messages import Failure, pack, unpack
+from smartmops.federated.admission import greeting
+from smartmops.federated.messages import Hello, Lost, pack
+from smartmops.federated.roster import listed
 
 from .frames import receive, send
 
@@ -24,8 +27,12 @@ console = Console()
 class Nodes(Protocol):
     """What Flower offers a server."""
 
-    def ids(self) -> list[int]:
-        """Of all nodes that are there now."""
+    def there(self) -> dict[int, str]:
+        """All nodes that are there now, each with the name of its key; "" where nodes have none."""
+        ...
+
+    def heard(self, nodes: Sequence[int]) -> list[int]:
+        """Those that have answered a call since this was last asked; the others are called, and not waited for."""
         ...
 
     def ask(self, kind: str, blobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes, str]]:
@@ -39,9 +46,14 @@ class OverSocket:
     def __init__(self, line: socket.socket) -> None:
         self.line = line
 
-    def ids(self) -> list[int]:
-        """Of all nodes that are there now."""
+    def there(self) -> dict[int, str]:
+        """All nodes that are there now, each with the name of its key."""
         send(self.line, {"do": "nodes"})
+        return {int(node): str(key) for node, key in receive(self.line)[0]["nodes"].items()}
+
+    def heard(self, nodes: Sequence[int]) -> list[int]:
+        """Those that have answered a call since this was last asked; the others are called."""
+        send(self.line, {"do": "heard", "nodes": [str(node) for node in nodes]})
         return [int(node) for node in receive(self.line)[0]["nodes"]]
 
     def ask(self, kind: str, blobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes, str]]:
@@ -66,45 +78,75 @@ class OverFlower:
         self._node_of: dict[int, int] = {}
 
     def hello(self) -> dict[int, bytes]:
-        """Of every client, by number.
+        """Of every client, by number; to a name that is not that of the client's key, the key's is added.
 
         Raises:
             TimeoutError: too few nodes came, or too few of them answered.
-            ValueError: two clients go by one name.
+            ValueError: two clients go by one name, or one sent something else than a greeting.
         """
-        found = {node: blob for node, blob, _ in self._greetings() if blob}
-        names = {node: getattr(unpack(blob), "name", f"? {node}") for node, blob in found.items()}
-        ordered = sorted(found, key=lambda node: names[node])
+        found, keys = self._greetings()
+        hellos = {node: greeting(blob, _who(node, keys)) for node, blob in found.items()}
+        ordered = sorted(found, key=lambda node: hellos[node].name)
         for left, right in pairwise(ordered):
-            if names[left] == names[right]:
-                raise ValueError(f"two clients go by the name {names[left]!r}: give one another --name")
+            if (name := hellos[left].name) == hellos[right].name:
+                both = f" (keys {keys[left]!r} and {keys[right]!r})" if keys[left] else ""
+                raise ValueError(f"two clients go by the name {name!r}{both}: give one another --name")
         self._node_of = dict(enumerate(ordered))
-        return {number: found[node] for number, node in self._node_of.items()}
+        return {number: pack(_known(hellos[node], keys[node])) for number, node in self._node_of.items()}
 
-    def _greetings(self) -> list[tuple[int, bytes, str]]:
+    def _greetings(self) -> tuple[dict[int, bytes], dict[int, str]]:
+        """What each node that has examples says of itself, and the name of every node's key."""
+        keys, end = self._there()
+        found: dict[int, bytes] = {}
+        wrong: list[str] = []
+        for node, blob, reason in self.nodes.ask("query", dict.fromkeys(keys, b""), max(end - time.monotonic(), 60.0)):
+            found[node] = blob
+            wrong += [f"{_who(node, keys)}: {reason}"] if reason else []
+        if wrong:
+            raise TimeoutError(f"{len(wrong)} of {len(keys)} clients did not say who they are{listed(wrong)}: see to "
+                               "them and start again")  # fmt: skip
+        if len(found) < self.clients:
+            silent = [_who(node, keys) for node in keys if node not in found]
+            raise TimeoutError(f"{len(found)} of {self.clients} clients said who they are: see to the others"
+                               + listed(silent))  # fmt: skip
+        return {node: blob for node, blob in found.items() if blob}, keys
+
+    def _there(self) -> tuple[dict[int, str], float]:
+        """The nodes, once there are enough, with the names of their keys; and until when patience lasts."""
         end, told = time.monotonic() + self.patience, -1
-        while len(nodes := self.nodes.ids()) < self.clients:
-            if len(nodes) != told:
-                told = len(nodes)
-                console.print(f"{told} of {self.clients} clients are there, waiting for the others")
+        while len(keys := self.nodes.there()) < self.clients:
+            named = listed(sorted(map(repr, filter(None, keys.values()))))
+            if len(keys) != told:
+                told = len(keys)
+                console.print(f"{told} of {self.clients} clients are there{named}, waiting for the others",
+                              markup=False)  # fmt: skip
             if time.monotonic() > end:
-                raise TimeoutError(f"{len(nodes)} of {self.clients} clients came within {self.patience:g} s: start "
+                raise TimeoutError(f"{told} of {self.clients} clients came within {self.patience:g} s{named}: start "
                                    "the others, wait longer with --patience, or lower --clients")  # fmt: skip
             time.sleep(0.2)
-        found = list(self.nodes.ask("query", dict.fromkeys(nodes, b""), max(end - time.monotonic(), 60.0)))
-        if wrong := [reason for _, _, reason in found if reason]:
-            raise TimeoutError(f"{len(wrong)} of {len(nodes)} clients did not say who they are ({wrong[0]})")
-        if len(found) < self.clients:
-            raise TimeoutError(f"{len(found)} of {self.clients} clients said who they are: see to the others")
-        return found
+        return keys, end
 
-    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes]]:
-        """Client and packed reply, as they come in; what Flower itself reports wrong comes as a `Failure`."""
+    def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes | Lost]]:
+        """Client and packed reply, as they come in; what Flower itself reports wrong comes as `Lost`."""
         client_of = {self._node_of[client]: client for client in jobs}
         blobs = {self._node_of[client]: blob for client, blob in jobs.items()}
         for node, blob, wrong in self.nodes.ask("train", blobs, timeout):
-            client = client_of[node]
-            yield client, pack(Failure(0, client, wrong)) if wrong else blob
+            yield client_of[node], Lost(wrong) if wrong else blob
+
+    def heard(self, clients: Iterable[int]) -> set[int]:
+        """Those that have answered a call since this was last asked; the others are called, and not waited for."""
+        client_of = {self._node_of[client]: client for client in clients}
+        return {client_of[node] for node in self.nodes.heard(list(client_of))}
 
     def close(self) -> None:
         """Nothing is held here."""
+
+
+def _who(node: int, keys: Mapping[int, str]) -> str:
+    """A client that has not said its name."""
+    return f"the client with the key {keys[node]!r}" if keys[node] else f"a client (Flower's node {node})"
+
+
+def _known(hello: Hello, key: str) -> Hello:
+    """With the name that the server's operator gave to the client's key beside the one it gives itself."""
+    return replace(hello, name=f"{hello.name} (key {key})") if key not in ("", hello.name) else hello

@@ -38,22 +38,24 @@ class BenchConfig(Options):
     batches: Count = 8  # different batches, the same for every side
     batch_size: Count = 8  # examples
     max_length: Positions = 512  # tokens
-    layers: Count = 16
-    hidden: Count = 512
-    intermediate: Count = 1376
-    heads: Count = 8
-    vocabulary: Words = 32000
+    layers: Count = 16  # decoder layers of the model measured on
+    hidden: Count = 512  # width of its hidden states
+    intermediate: Count = 1376  # width of its MLPs
+    heads: Count = 8  # attention heads
+    vocabulary: Words = 32000  # tokens it knows
     injection_layer: Whole = 5  # first decoder layer (from 0) that sees the experts
-    experts: Count = 7
-    prompts_per_expert: Count = 10
+    experts: Count = 7  # groups of prompts
+    prompts_per_expert: Count = 10  # columns of each expert
     many_experts: Count = 70  # against `experts`
     prompt_tokens: Positions = 200  # of an instruction, for prefill and decode
     new_tokens: Positions = 32  # generated
     gate_examples: Count = 4500  # of gate pretraining
     peak_sizes: Annotated[Sizes, Several("1024")] = (1024, 1536, 2048, 3072, 4096)  # square matrices, for the peak
     growth_experts: Annotated[Sizes, Several("7")] = (7, 14, 35, 70, 140, 350, 700)
+    """numbers of experts that --growth goes over"""
     growth_lengths: Annotated[Sizes, Several("64")] = (64, 128, 256, 512, 1024, 2048)  # tokens of each row
     growth_examples: Annotated[Sizes, Several("1000")] = (1_000, 3_000, 10_000, 30_000, 100_000)
+    """numbers of examples that --growth goes over"""
     growth_tokens: Count = 8  # of each of those examples
 
     @property

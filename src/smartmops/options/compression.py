@@ -61,17 +61,17 @@ class CompressConfig(Options):
 
     model: Base  # folder, *.gguf, hub id, smollm2, tiny
     out: OutFolder  # model folder
-    method: Method = "sparsegpt"
+    method: Method = "sparsegpt"  # how weights are chosen to be zero
     sparsity: Zeros | None = None  # share of zeros in each linear layer of the decoder, such as 0.75
     pattern: Annotated[str, OfEvery()] | None = None  # n:m prunes n of every m inputs, such as 7:8
     int8: bool = False  # LLM.int8() of bitsandbytes, after pruning
     int8_engine: Annotated[str, OneOf(("bitsandbytes", "torchao")), tyro.conf.arg(metavar="{bitsandbytes,torchao}")] = (
         "bitsandbytes"
     )
+    """library whose int8 it is"""
     nf4: bool = False  # 4-bit NormalFloat of bitsandbytes, after pruning
-    calibration: Calibration | None = (
-        None  # DATA or a text file to calibrate and measure on; None: office, for tiny only
-    )
+    calibration: Calibration | None = None
+    """DATA or a text file to calibrate and measure on; None: office, for tiny only"""
     sequences: Count = 128  # calibration sequences
     sequence_length: Length | None = None  # tokens; None: as text and positions of the model allow, at most 2048
     block_size: Count = 128  # columns SparseGPT solves at once

@@ -41,8 +41,8 @@ class PartitionConfig(Options):
 class RoundsConfig(Options):
     """How many rounds of what length, with whom."""
 
-    clients_per_round: Count = 10
-    rounds: Count = 20
+    clients_per_round: Count = 10  # clients drawn for each round
+    rounds: Count = 20  # rounds of local training and averaging
     local_steps: Count = 250  # optimiser steps of a client in a round
     quorum: Count | None = None  # answers without which a round does not count; None: half of clients_per_round
     attempts: Count = 3  # times a round without a quorum is tried, each with other clients
@@ -59,6 +59,7 @@ class AggregationConfig(Options):
     """How the clients' updates become one."""
 
     aggregation: Literal["fedavg", "uniform", "fedadam", "trimmed-mean", "median", "expert-weighted"] = "fedavg"
+    """how the server makes one adapter of the clients' answers"""
     trim: Trim = 0.1  # trimmed-mean: share of clients left out at either end, for every number by itself
     server_lr: Positive = 0.01  # fedadam: the server's rate
     norm_limit: Positive = 10.0  # an update is refused whose norm is above so many times the round's median
@@ -80,15 +81,15 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
 
     out: OutFolder  # run folder
     method: Annotated[Literal["mops", "fedprompt", "fedlora"], tyro.conf.arg(help=METHODS)] = "mops"  # type: ignore[assignment]
-    recovery_prompts: Whole = (
-        0  # of the server, which would train them on data that clients hold; give it data of its own
-    )
+    recovery_prompts: Whole = 0
+    """of the server, which would train them on data that clients hold; give it data of its own"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen base; the same on every client's machine
     expert_kind: Literal["keys_values", "hidden_states"] = "hidden_states"  # of one layer, as in the paper: fewer bytes
     batch_size: Count = 1  # examples of a local step, as in the paper
     clients_data: Clients | None = None  # a folder with one JSONL per client; DATA is then the server's own
     skip_empty: bool = False  # leave clients without examples out, instead of refusing to start
     engine: ENGINES = "in-process"
+    """clients one after another in this process, or in the processes of Flower's simulation"""
     actors: Count = 2  # of Flower's simulation: processes that train clients, each with a model of its own
     allow_other_versions: bool = False  # of torch, transformers, peft at a client
     samples_per_task: Whole = 2  # answers of the frozen and the adapted model, side by side in the report
@@ -139,7 +140,8 @@ class ServerConfig(FederateConfig):
     keys: Annotated[Path, Existing("the folder `server` that `smartmops federate-keys` made", folder=True)]  # of those
     clients: Count  # clients to wait for
     host: Annotated[str, Text("a name or address of this machine, such as 0.0.0.0")] = "0.0.0.0"
-    port: Port = 9092
+    """address the server listens at"""
+    port: Port = 9092  # port the server listens at
     message_limit: Count = 256  # MB that one message of a client may have
     patience: Positive = 600.0  # seconds to wait for the clients
 
@@ -185,6 +187,7 @@ class ClientConfig(Options):
     data: Annotated[Path, Existing("a JSONL file")]  # JSONL; it stays on this machine
     server: Annotated[str, Address()]  # HOST:PORT
     keys: Annotated[Path, Existing("the folder that `smartmops federate-keys` made for this client", folder=True)]
+    """the folder that `smartmops federate-keys` made for this client"""
     model: Base  # the same as the server's
     name: Annotated[str, Text("a name")] | None = None  # None: the data's file name without its ending
     template: Template = "auto"  # as the server's
@@ -217,10 +220,11 @@ class FileNames:
 class KeysConfig(Options):
     """Keys of a federation. What is there already stays; a new client is added by naming it."""
 
-    out: OutFolder = Path("keys")
+    out: OutFolder = Path("keys")  # folder the keys are written to
     clients: Annotated[tuple[str, ...], Several("berlin paris"), FileNames()]  # names of the client machines
     hosts: Annotated[tuple[Annotated[str, Text("a name")], ...], Several("server.example.org")] = (
         "localhost",
         "127.0.0.1",
-    )  # names and addresses under which clients reach the server
+    )
+    """names and addresses under which clients reach the server"""
     days: Annotated[int, Number("1 to 36500 days", 1, 36500)] = 365  # that the server's certificate is valid

@@ -56,40 +56,47 @@ class MethodConfig:
     """What is trained on top of the frozen base."""
 
     method: Method = "mops"
-    experts: Count = 7
-    prompts_per_expert: Count = 10
-    expert_kind: Literal["keys_values", "hidden_states"] = "keys_values"  # of every layer from the injection layer up;
-    # hidden_states: of that layer, as in the paper
+    """mops; its experts under another gate; the same prompts ungated; or PEFT's prompt tuning, LoRA and IA3"""
+    experts: Count = 7  # groups of prompts, usually one for each task
+    prompts_per_expert: Count = 10  # columns of each expert
+    expert_kind: Literal["keys_values", "hidden_states"] = "keys_values"
+    """of every layer from the injection layer up; or hidden states of that layer, as in the paper"""
+    freeze_first_column: bool = False  # of every expert: it stays what it was read off
     shared_prompts: Whole = 0  # columns beside the experts that every row sees at full strength
-    prefix_attention: Literal["joint", "separate", "linear"] = "joint"  # with the text in one softmax; in one of its
-    # own, weighted per head from zero; or without softmax
+    prefix_attention: Literal["joint", "separate", "linear"] = "joint"
+    """in one softmax with the text; in one of its own, weighted per head from zero; or without softmax"""
     visible_to: Literal["all", "answers"] | None = None  # text tokens that see experts; None: answers, with keys_values
     null_expert: bool | None = None  # leave text unlike the training instructions to the base; None: with keys_values
     null_threshold: From = 0.5  # weight of the null expert from which on a text is left to the base entirely
     unrelated: Unrelated | None = None  # texts of no task, to fit the null expert by; None: those that come with it
-    gate_layer: Whole | None = None  # layer whose hidden states the gate reads; None: where tasks are told apart best
-    # if answers alone see experts, else the injection layer
-    injection_layer: Whole | None = (
-        None  # first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)
-    )
+    gate_layer: Whole | None = None
+    """layer whose hidden states the gate reads; None: where tasks are told apart best, or the injection layer"""
+    injection_layer: Whole | None = None
+    """first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)"""
     gate_target: Literal["attention", "hidden_states"] = "attention"
+    """weights act on attention to the experts, or scale them as hidden states (Algorithm 1 to the letter)"""
     gate_input: Literal["instruction", "sequence"] = "instruction"
-    gate_granularity: Literal["expert", "prompt"] = "expert"
+    """what the gate reads; sequence also reads the answer, which does not exist when generating"""
+    gate_granularity: Literal["expert", "prompt"] = "expert"  # one gate weight for each expert, or for each prompt
     expert_attention: Literal["isolated", "causal"] = "isolated"
+    """hidden-state experts attend to themselves alone, or to all prompts before them"""
     init: Literal["hidden_states", "random"] = "hidden_states"
-    gate_hidden_size: Count = 64
-    gate_temperature: Positive = 1.0
-    gate_top_k: Count | None = None
+    """experts start from what the base makes of training text, or from random numbers"""
+    gate_hidden_size: Count = 64  # neurons of the gate's hidden layer
+    gate_temperature: Positive = 1.0  # scores are divided by it: above 1 the gate is less certain
+    gate_top_k: Count | None = None  # only so many of the highest gate weights stay; None: all
     gate_renormalise: bool = True  # False: the weights that gate_top_k leaves do not sum to one
-    keep_recovery_prompts: bool = True
+    keep_recovery_prompts: bool = True  # above the injection layer too; --no-...: below it alone, as in Algorithm 1
     lora_rank: Count = 2  # rank r and alpha as in the paper's appendix E
-    lora_alpha: Count = 32
+    lora_alpha: Count = 32  # LoRA's scaling is alpha / rank
     lora_from: Whole = 0  # first decoder layer (from 0) with LoRA
-    lora_match: Literal["none", "parameters", "memory"] = "none"  # rank for as many trained numbers as MoPs have;
-    # memory: that, and from the injection layer up, so that the backward pass goes no deeper than theirs
+    lora_match: Literal["none", "parameters", "memory"] = "none"
+    """rank for as many trained numbers as MoPs have; memory: that, from the injection layer up"""
     relative_lr: Rate = 0.03  # Adam's rate for prompts, as a share of their root mean square
     prompt_lr: Rate | None = None  # the same, absolute, and the rate of LoRA and IA3; None: relative_lr, or tuned ones
-    gate_lr: Rate | None = None  # Adam's rate for the gate; None: a share of 0.003 of its weights' root mean square
+    relative_gate_lr: Rate = 0.003  # Adam's rate for the gate, as a share of its weights' root mean square
+    gate_lr: Rate | None = None  # the same, absolute; None: relative_gate_lr
+    head_lr: Rate = 0.02  # Adam's rate for the weights per head of separate prefix attention, which start at zero
     embedder: Embedder | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
 
     @property
@@ -125,14 +132,13 @@ class GatePretraining:
     """How the gate learns which expert an instruction is meant for."""
 
     gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
-    gate_start: Literal["auto", "ridge", "gradient"] = (
-        "auto"  # in closed form, or by Adam; auto: ridge with keys_values
-    )
+    """the gate learns an instruction's task, its cluster, or nothing before training"""
+    gate_start: Literal["auto", "ridge", "gradient"] = "auto"
+    """in closed form (ridge), or by Adam (gradient); auto: ridge with keys_values"""
     gate_pretraining_steps: Whole = 200  # Adam steps on all pooled instructions at once
-    gate_pretraining_lr: Rate = 1e-2
-    expert_names: Annotated[tuple[str, ...], Several("summary")] | None = (
-        None  # the task each expert is meant for; None: the tasks of the data, sorted
-    )
+    gate_pretraining_lr: Rate = 1e-2  # Adam's rate
+    expert_names: Annotated[tuple[str, ...], Several("summary")] | None = None
+    """the task each expert is meant for; None: the tasks of the data, sorted"""
 
 
 def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
@@ -140,7 +146,8 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
     ours = any(method in OURS for method in methods)
     wanted = {
         "visible_to": config.visible_to, "null_expert": config.null_expert, "unrelated": config.unrelated,
-        "shared_prompts": config.shared_prompts, "gate_layer": config.gate_layer,
+        "shared_prompts": config.shared_prompts, "freeze_first_column": config.freeze_first_column,
+        "gate_layer": config.gate_layer,
         "prefix_attention": None if config.prefix_attention == "joint" else config.prefix_attention,
     }  # fmt: skip
     for name, value in wanted.items():
@@ -155,6 +162,9 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
     if ours and config.expert_kind == "keys_values" and config.gate_target == "hidden_states":
         yield ("--gate-target hidden_states scales prompts that run through the layers, and those of --expert-kind "
                "keys_values do not: choose --gate-target attention, or --expert-kind hidden_states")  # fmt: skip
+    if ours and config.freeze_first_column and config.prompts_per_expert < 2:
+        yield (f"--freeze-first-column with --prompts-per-expert {config.prompts_per_expert} leaves no prompt to "
+               "train: choose 2 prompts or more")  # fmt: skip
     groups = config.experts * (1 if config.gate_granularity == "expert" else config.prompts_per_expert)
     if config.gate_top_k is not None and config.gate_top_k > groups:
         yield (f"--gate-top-k {config.gate_top_k}, but there are {groups} gate weights: choose 1 to {groups}, or leave "

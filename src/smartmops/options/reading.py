@@ -40,7 +40,7 @@ class EvaluateConfig(Options):
     run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
     data: Data | None = None  # None: the test split of the data the run was trained on
     max_length: Count | None = None  # tokens; None: as in training
-    batch_size: Count = 32
+    batch_size: Count = 32  # examples
     answers: Whole = 0  # examples of each task answered, frozen and adapted, and scored: ROUGE-L and exact match
     answer_tokens: Count = 48  # at which an answer ends that has not ended itself
 
@@ -51,8 +51,8 @@ class InspectConfig(Options):
 
     run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
     text: Annotated[str, Text("an instruction")]  # instruction
-    context: str = ""
-    max_new_tokens: Count = 48
+    context: str = ""  # text that the instruction is about
+    max_new_tokens: Count = 48  # at which the answer ends that has not ended itself
 
 
 @dataclass

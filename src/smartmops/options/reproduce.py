@@ -46,17 +46,16 @@ class ReproduceConfig(Options):
     out: OutFolder | None = None  # None: runs/reproduce
     bases: Annotated[tuple[str, ...], Bases()] = ()  # none given: the table's own
     methods: tuple[str, ...] = ()  # lines of the table; none given: all
-    seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0, 1, 2)  # each is a run of its own
     budget: Positive | None = None  # minutes; no cell is begun after them
     limit: Whole | None = 5000  # examples drawn from each data set; 0: all
     calibration: Calibration | None = None  # DATA or text that pruning is calibrated on; None: each training split
     clients: Count | None = None  # None: 100 (table 5: 10)
-    clients_per_round: Count = 10
-    rounds: Count = 20
+    clients_per_round: Count = 10  # clients drawn for each round
+    rounds: Count = 20  # rounds of local training and averaging
     local_steps: Count = 250  # optimiser steps of a client in a round
-    steps: Count | None = (
-        None  # of central training; None: 2 for every 5 that all clients make together, as in the paper
-    )
+    steps: Count | None = None
+    """of central training; None: 2 for every 5 that all clients make together, as in the paper"""
     batch_size: Count = 1  # examples
     max_length: Count = 512  # tokens; longer examples lose the end of their context
     eval_every: Count = 5  # rounds

@@ -40,12 +40,11 @@ class TaskConfig(Options, MethodConfig, GatePretraining):
     """What is adapted to which data, and how both are read."""
 
     model: Base  # folder, *.gguf, hub id, smollm2, tiny
-    data: Data
+    data: Data  # office, dolly, superni, a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id
     columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: bfloat16 where it is faster
-    template: Template = (
-        "auto"  # chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one
-    )
+    template: Template = "auto"
+    """chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one"""
     max_length: Count = 512  # tokens; longer examples lose the end of their context
     limit: Count | None = None  # use only so many examples, drawn at random (the paper: 5000)
     test_share: Share = 0.1  # of each category
@@ -56,10 +55,9 @@ class TaskConfig(Options, MethodConfig, GatePretraining):
     hold_out: str | None = None  # a category to train nothing on, tested all the same: what an unseen task gains
     recovery_prompts: Whole | None = None  # frozen prompts at the input, trained first; None: 10 with hidden_states
     recovery_steps: Whole = 20  # optimiser steps
-    recovery_lr: Rate = 0.03
-    activations: Activations = (
-        "auto"  # what the lower half makes of the data: kept in memory if it fits; memory, off or a folder
-    )
+    recovery_lr: Rate = 0.03  # Adam's rate
+    activations: Activations = "auto"
+    """what the lower half makes of the data: kept in memory if it fits; memory, off or a folder"""
     rows: Rows = "memory"  # texts and tokens of the data: kept in memory, or written to a folder and mapped from there
 
     @property
@@ -107,7 +105,7 @@ class Schedule:
     warmup_steps: Whole | None = None  # optimiser steps in place of the share, but at most a fifth of all
     clip: Positive | None = 2.0  # gradients are cut to so many times their median norm of late; None: never
     max_grad_norm: Positive | None = None  # an absolute norm to which they are cut instead
-    seed: Seed = 0
+    seed: Seed = 0  # of experts, gate and order
     log_every: Count = 20  # optimiser steps
     save_every: Count = 200  # optimiser steps between checkpoints a killed run resumes from
     eval_every: Count | None = None  # optimiser steps between evaluations on validation data; None: up to ten a run
@@ -129,9 +127,8 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
     samples_per_task: Whole = 2  # answers of the frozen and the adapted model, side by side in the report
     answers_per_task: Whole = 0  # test examples of each task answered by both and scored: ROUGE-L and exact match
     answer_tokens: Count = 48  # at which a scored answer ends that has not ended itself
-    interference_examples: Whole = (
-        0  # of each training task, whose gradients on the prompts are compared; not for PEFT's
-    )
+    interference_examples: Whole = 0
+    """of each training task, whose gradients on the prompts are compared; not for PEFT's"""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
 
     def problems(self) -> Iterator[str]:
@@ -151,7 +148,7 @@ class CompareConfig(TrainConfig):
     """A `TrainConfig` whose `method` gives way to several, each at its own learning rate."""
 
     methods: dict[Method, Rate | None] = field(default_factory=dict)  # and rates; none given: prompt-tuning and mops
-    seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0,)  # each is a run of its own
     sparsity: Zeros | None = None  # prune the base by magnitude first: share of zeros
     shots: Whole = 4  # solved examples in the context of the frozen model, as the mark to reach
 

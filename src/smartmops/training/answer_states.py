@@ -17,14 +17,14 @@ from smartmops.data.batches import Encoded, by_budget, pack
 
 from .activations import evaluating, free_memory
 
-SHARE = 0.4  # of the free memory that may be filled
+SHARE = 0.4  # of the free memory that may be filled; of a GPU's memory, what must stay free
 
 
 class AnswerStates:
-    """States of `rows`, in their order.
+    """States of `rows`, in their order; on the model's GPU while it has room, else in main memory.
 
     Attributes:
-        room: Bytes that may be kept; None: as many as there are.
+        room: Bytes that may be kept in main memory; None: as many as there are.
         kept: Bytes that are.
     """
 
@@ -52,10 +52,14 @@ class AnswerStates:
         if outside := [i for i in indices if not 0 <= i < len(self)]:
             raise IndexError(f"example {outside[0]} of {len(self)}: choose 0 to {len(self) - 1}")
         fresh = self._compute([i for i in dict.fromkeys(indices) if i not in self._found])
-        parts = [fresh[i] if i in fresh else self._found[i] for i in indices]
+        device = self._device()
+        parts = [
+            {name: value.to(device) for name, value in (fresh[i] if i in fresh else self._found[i]).items()}
+            for i in indices
+        ]
         pooled = {i: part["pooled"] for i, part in zip(indices, parts, strict=True)}
         if elsewhere := [i for i in pooled if i not in fresh and self._read.get(i) != self._layer()]:
-            pooled |= self._instructions(elsewhere)
+            pooled |= {i: found.to(device) for i, found in self._instructions(elsewhere).items()}
         lengths = torch.tensor([part["past_keys"].shape[2] for part in parts])
         joined = {
             name: torch.nn.utils.rnn.pad_sequence([part[name].permute(2, 0, 1, 3) for part in parts], batch_first=True)
@@ -79,7 +83,7 @@ class AnswerStates:
     def gate_inputs(self, indices: Sequence[int]) -> Float[Tensor, "some inputs"]:
         """What the gate reads of these examples, before standardisation."""
         fresh = self._instructions([i for i in indices if i not in self._found or self._read[i] != self._layer()])
-        return torch.stack([fresh[i] if i in fresh else self._found[i]["pooled"] for i in indices])
+        return torch.stack([(fresh[i] if i in fresh else self._found[i]["pooled"]).cpu() for i in indices])
 
     def _layer(self) -> int | None:
         """The layer that the gate of the model reads; None where a single expert leaves a gate nothing to choose."""
@@ -111,7 +115,7 @@ class AnswerStates:
     def _compute(self, indices: Sequence[int]) -> dict[int, dict[str, Tensor]]:
         """States of these rows; kept where there is room."""
         made: dict[int, dict[str, Tensor]] = {}
-        device = next(self.model.parameters()).device
+        device = self._device()
         with evaluating(self.model):
             for group in by_budget([len(self.rows[i].input_ids) for i in indices], self.budget):
                 chosen = [indices[k] for k in group]
@@ -127,12 +131,26 @@ class AnswerStates:
                         "past_keys": found.past_keys[:, k, :, :before],
                         "past_values": found.past_values[:, k, :, :before],
                     }  # fmt: skip
-                    made[i] = {name: value.clone().cpu() for name, value in part.items()}
+                    made[i] = {name: value.clone() for name, value in part.items()}
                     self._keep(i, made[i])
         return made
 
     def _keep(self, index: int, part: dict[str, Tensor]) -> None:
         size = sum(value.numel() * value.element_size() for value in part.values())
-        if self.room is None or self.kept + size <= self.room:
+        if self.room != 0 and _has_room(self._device(), size):
             self._found[index], self._read[index] = part, self._layer()
+        elif self.room is None or self.kept + size <= self.room:
+            self._found[index], self._read[index] = {name: value.cpu() for name, value in part.items()}, self._layer()
             self.kept += size
+
+    def _device(self) -> torch.device:
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    """Whether a GPU can take so many bytes more and leave enough for the training itself; False of any other device."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free - size > SHARE * total

@@ -47,6 +47,7 @@ def peft_config(
         "keep_recovery_prompts": config.keep_recovery_prompts,
         "experts": config.expert_kind,
         "prefix_attention": config.prefix_attention,
+        "freeze_first_column": config.freeze_first_column,
         "visible_to": "answers" if config.answers_alone else "all",
         **(words or {}),
     }
@@ -164,8 +165,7 @@ def build(
     return model
 
 
-GATE_SHARE = 0.003  # of the gate's weights: their rate where none is given
-HEAD_RATE = 0.02  # of the weights per head, which start at zero and so have no size
+GATE_SIZE = 0.02  # taken for that of weights that start at zero
 
 
 def parameter_groups(model: Any, config: MethodConfig) -> list[dict[str, Any]]:
@@ -181,8 +181,8 @@ def parameter_groups(model: Any, config: MethodConfig) -> list[dict[str, Any]]:
 def _rate_of(name: str, parameter: torch.Tensor, config: MethodConfig) -> float:
     size = float(parameter.detach().float().pow(2).mean().sqrt())
     if "mops_gate" in name:
-        return config.gate_lr if config.gate_lr is not None else GATE_SHARE * max(size, 0.02)
+        return config.gate_lr if config.gate_lr is not None else config.relative_gate_lr * (size or GATE_SIZE)
     if "mops_head_weight" in name:
-        return HEAD_RATE
+        return config.head_lr
     relative = config.prompt_lr is None and ("mops_prompts" in name or "mops_shared." in name)
     return config.rate * size if relative else config.rate

@@ -155,6 +155,7 @@ def _data_say(config: TaskConfig) -> Iterator[str]:
                              columns=config.columns)  # fmt: skip
     if config.hold_out is not None:
         check_hold_out(config.hold_out, {example.category for example in train})
+    check_parts(config.data, len(train), len(test))
     if not isinstance(config, FederateConfig):
         check_split(config, len(train), len(test), 1)
     elif config.shares_data_out and config.clients > len(train):
@@ -195,13 +196,22 @@ def check_split(config: Any, train: int, test: int, world: int) -> None:
     Raises:
         ValueError: a batch is larger than the training split, or there is nothing to train on or to test on.
     """
-    if not train or not test:
-        raise ValueError(f"--data {config.data}: {train} training and {test} test examples. Every category is split by "
-                         "itself, and one with a single example has none to test on: give two or more")  # fmt: skip
+    check_parts(config.data, train, test)
     if config.batch_size * world > train:
         who = f" in each of {world} processes" if world > 1 else ""
         raise ValueError(f"--batch-size {config.batch_size}{who}, but there are {train} training examples: choose 1 to "
                          f"{max(1, train // world)}")  # fmt: skip
+
+
+def check_parts(data: str, train: int, test: int) -> None:
+    """Whether so many training and test examples are enough to train on and to test on.
+
+    Raises:
+        ValueError: there are none of either.
+    """
+    if not train or not test:
+        raise ValueError(f"--data {data}: {train} training and {test} test examples. Every category is split by "
+                         "itself, and one with a single example has none to test on: give two or more")  # fmt: skip
 
 
 def check_hold_out(category: str, found: set[str]) -> None:

@@ -69,7 +69,7 @@ def evaluate(
         ValueError: `rows` is empty.
     """
     if not rows:
-        raise ValueError("0 examples to evaluate: give more data, or a larger share for the test split")
+        raise ValueError("0 examples to evaluate: give one at least")
     was_training = model.training
     model.eval()
     nats: dict[str, float] = defaultdict(float)

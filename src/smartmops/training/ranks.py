@@ -5,6 +5,7 @@ Knows processes. Knows no loop and no files. In one process, each of these does 
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import sys
@@ -42,11 +43,21 @@ def on_cpu() -> bool:
 
 
 def join() -> None:
-    """Meet the other processes, if there are any. From here on only the first one speaks; errors all do."""
+    """Meet the other processes, if there are any. From here on only the first one speaks; errors all do.
+
+    A process that made the group itself leaves it as it ends, by an error too: one that just goes can abort others.
+    """
     if launched() > 1 and not dist.is_initialized():
         PartialState(cpu=on_cpu(), timeout=PATIENCE)
+        atexit.register(leave)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+
+
+def leave() -> None:
+    """Close the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world() -> int:

@@ -5,7 +5,8 @@ Knows how base, examples, cache and a fresh adapter belong together. Knows no lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from smartmops.base import load_base, local
-from smartmops.data.batches import Collator, Encoded, encode_all, packed
+from smartmops.data.batches import Collator, Encoded, Encoding, NoneFits, encode_all, packed
 from smartmops.data.example import Example
 from smartmops.data.frames import gate_frame
 from smartmops.data.stored import take
@@ -33,7 +34,7 @@ from . import gating, ranks
 from .activations import ActivationCache, free_memory
 from .answer_states import AnswerStates
 from .baselines import build
-from .early import check_base, check_hold_out, check_split, warn_of_calibration
+from .early import check_base, check_hold_out, check_parts, check_split, warn_of_calibration
 from .evaluate import Evaluation, evaluate
 from .pretrain import (
     Embedder,
@@ -45,6 +46,7 @@ from .pretrain import (
     train_recovery,
 )
 from .selection import level, told, wire
+from .unfit import Limit
 from .validation import hold_out
 
 console = Console()
@@ -69,6 +71,9 @@ class Task:
     validation: Sequence[Encoded] = ()  # of the training split, not trained on
     caches: dict[Any, ActivationCache | AnswerStates | None] = field(default_factory=dict)
     found: dict[Any, Any] = field(default_factory=dict)  # what was worked out about base and data, once for all
+    limit: Limit = field(default_factory=lambda: Limit(0))  # of a row's length
+    held_out: Mapping[str, int] = field(default_factory=dict)  # training examples left out by `hold_out`, by source
+    too_long: Sequence[tuple[str, int]] = ()  # sources and tokens of the training examples left out for it
 
     @classmethod
     def load(cls, config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
@@ -85,6 +90,7 @@ class Task:
             check_hold_out(config.hold_out, {example.category for example in train})
         warn_of_calibration(config, local(config.model), console)
         check_template(config.template)
+        check_parts(config.data, len(train), len(test))
         if base is None:
             check_base(config, local(config.model))
             check_split(config, len(train), len(test), ranks.world())
@@ -104,30 +110,36 @@ class Task:
 
         Examples of the category `hold_out` are left out of the training part only.
         """
+        held_out = Counter[str]()
         if config.hold_out is not None:
+            held_out.update(example.source for example in train if example.category == config.hold_out)
             train = take(train, (i for i, example in enumerate(train) if example.category != config.hold_out))
         held: Sequence[Example] = []
         if isinstance(config, ValidationConfig):
             train, held = hold_out(train, config, config.data_seed)
-        limit = min(config.max_length, getattr(base.config, "max_position_embeddings", config.max_length))
-        if limit < config.max_length:
-            console.print(f"--max-length {config.max_length}: this base has {limit} positions, so that is the limit")
+        limit = Limit(config.max_length, getattr(base.config, "max_position_embeddings", None))
+        if limit.tokens < config.max_length:
+            console.print(f"--max-length {config.max_length}: this base has {limit.tokens} positions, so that is the "
+                          "limit")  # fmt: skip
         template = Template.of(config.template, tokenizer)
         collator = Collator(tokenizer)
         embedder = Embedder(config.embedder) if config.embedder else None
         rows: list[Sequence[Encoded]] = []
         kept: list[Sequence[Example]] = []
+        too_long: Sequence[tuple[str, int]] = ()
         for name, part in (("train", train), ("test", test), ("validation", held)):
             if not part:
                 rows.append([])
                 kept.append([])
                 continue
-            encoding = encode_all(part, tokenizer, limit, embedder, config.folder, template)
-            console.print(f"{name}: {len(encoding.rows)} examples; {encoding.truncation}")
+            encoding = _encoded(name, part, tokenizer, limit, embedder, config.folder, template)
             kept.append(take(part, encoding.kept))
             rows.append(encoding.rows)
+            if name == "train":
+                too_long = [(part[index].source, tokens) for index, tokens in encoding.too_long.items()]
         return cls(base, tokenizer, rows[0], rows[1], kept[0], kept[1], collator, template, None, embedder,
-                   config.activations, rows[2])  # fmt: skip
+                   config.activations, rows[2], limit=limit, held_out=held_out,
+                   too_long=too_long)  # fmt: skip
 
     def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
         """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""
@@ -350,6 +362,20 @@ class Task:
     def _by_task(self, values: Float[Tensor, "test ..."]) -> dict[str, Float[Tensor, "some ..."]]:
         tasks = sorted({row.category for row in self.test})
         return {task: values[[row.category == task for row in self.test]] for task in tasks}
+
+
+def _encoded(name: str, part: Sequence[Example], tokenizer: Any, limit: Limit, *how: Any) -> Encoding:
+    """`encode_all` of one part of the data, called `name`; says what was cut.
+
+    Raises:
+        ValueError: as `encode_all`; where nothing fits, with the option and what would help.
+    """
+    try:
+        encoding = encode_all(part, tokenizer, limit.tokens, *how)
+    except NoneFits as error:
+        raise ValueError(f"{name}: {limit.cause(error.lengths, len(part))}: {limit.way_out(error.lengths)}") from error
+    console.print(f"{name}: {len(encoding.rows)} examples; {encoding.truncation}")
+    return encoding
 
 
 def _read_at(model: Any) -> int | None:

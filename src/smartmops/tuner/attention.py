@@ -30,9 +30,8 @@ SUPPORTED = ("sdpa", "eager")
 def _additive(mask: Tensor | None, query: Tensor, keys: int) -> Float[Tensor, "rows heads queries keys"]:
     """Any mask transformers hands out, as numbers added to logits."""
     hide, queries = torch.finfo(query.dtype).min, query.shape[-2]
-    if (
-        mask is None
-    ):  # left implicit: one decoding step, or an empty cache, whose columns behind the text are not filled
+    if mask is None:
+        # Left implicit: one decoding step, or an empty cache, whose columns behind the text are not filled.
         full = query.new_zeros(1, keys) if queries == 1 else query.new_full((queries, keys), hide).triu(1)
         return full[None, None]
     if mask.dtype == torch.bool:

@@ -59,6 +59,7 @@ class MoPsConfig(PeftConfig):
     embedder: str | None = None  # who computes that embedding: a folder or hub id (paper, footnote 3)
     expert_names: list[str] | None = None  # what each expert is meant for
     experts: str = "hidden_states"  # of one layer, as in the paper; "keys_values": of every layer from there up
+    freeze_first_column: bool = False  # the first column of every expert stays as it starts (Cartridges do so)
     shared_prompts: int = 0  # columns beside the experts that every row sees at full strength
     prefix_attention: str = "joint"  # with the text in one softmax; "separate": in one of its own, weighted per head
     # from zero (LLaMA-Adapter); "linear": without softmax, values from zero (PrefixMemory-Tuning). The latter two need
@@ -89,6 +90,9 @@ class MoPsConfig(PeftConfig):
         for name in ("num_experts", "prompts_per_expert", "gate_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        if self.freeze_first_column and self.prompts_per_expert < 2:
+            raise ValueError(f"freeze_first_column with prompts_per_expert={self.prompts_per_expert} leaves no "
+                             "prompt to train: choose 2 prompts or more")  # fmt: skip
         self._check_key_values()
         if self.gate_input == "sequence":
             warnings.warn("gate_input='sequence': in training the gate also reads the response, which does not exist "

@@ -212,11 +212,8 @@ class Engine:
         if wrapper.mops_gate_in[adapter].is_meta and not any(p.is_meta for p in wrapper.base_layer.parameters()):
             raise ValueError(f"adapter {adapter!r} was made with low_cpu_mem_usage=True and its weights were not "
                              "loaded: load them, or leave that unset")  # fmt: skip
-        passage, ids, labels = (
-            Passage(adapter, wrapper.index),
-            self._ids(kwargs, config, mask),
-            self._labels(kwargs, real),
-        )
+        passage, ids = Passage(adapter, wrapper.index), self._ids(kwargs, config, mask)
+        labels = self._labels(kwargs, real)
         real = self._before_answer(real)
         if labels is not None:
             packing.refuse(real, ids, labels, wrapper.training)

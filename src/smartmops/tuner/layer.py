@@ -100,6 +100,15 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         found: Tensor = getattr(self, name)[adapter].to(torch.float32)
         return found
 
+    def _trained(self, name: str, adapter: str) -> Float[Tensor, "prompts ..."]:
+        """Columns of all experts; no gradient reaches those that stay as they start."""
+        config = self.configs[adapter]
+        found: Tensor = getattr(self, name)[adapter]
+        if not config.freeze_first_column:
+            return found
+        first = torch.arange(len(found), device=found.device) % config.prompts_per_expert == 0
+        return torch.where(first.view(-1, *[1] * (found.dim() - 1)), found.detach(), found)
+
     def standardised(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch inputs"]:
         """Pooled inputs by the mean and scale of the training instructions."""
         return (pooled - self._float("mops_gate_mean", adapter)) / self._float("mops_gate_scale", adapter)
@@ -177,7 +186,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
             self._put_keys_values(passage, torch.cat([columns, shared], -1), lost)
             return
         isolated = config.expert_attention == "isolated"
-        prompts, backbone = self.mops_prompts[adapter], self.engine.backbone
+        prompts, backbone = self._trained("mops_prompts", adapter), self.engine.backbone
 
         passage.put(experts.prefix(backbone, self.index, prompts, config.num_experts, isolated, scale), columns)
         if config.shared_prompts:
@@ -185,7 +194,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
 
     def _put_keys_values(self, passage: Passage, bias: Float[Tensor, "batch columns"], lost: Tensor | None) -> None:
         adapter, config = passage.adapter, self.configs[passage.adapter]
-        keys, values = self.mops_keys[adapter], self.mops_values[adapter]
+        keys, values = (self._trained(name, adapter) for name in ("mops_keys", "mops_values"))
         if config.shared_prompts:
             keys = torch.cat([keys, self.mops_shared_keys[adapter]])
             values = torch.cat([values, self.mops_shared_values[adapter]])

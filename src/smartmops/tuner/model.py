@@ -159,8 +159,9 @@ class MoPsModel(BaseTuner):
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        own = {name: value for name, value in model.state_dict().items() if f".{cls.prefix}" in name}
-        stored.check({n: v for n, v in own.items() if n.endswith(f".{adapter_name}")}, found, model.state_dict())
+        known = model.state_dict()
+        own = {n: v for n, v in known.items() if f".{cls.prefix}" in n and n.endswith(f".{adapter_name}")}
+        stored.check(own, found, known)
         return found
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:

@@ -35,8 +35,9 @@ class Beside:
     """Prompt columns that text attends to outside the softmax over text; their output is added to the text's.
 
     With a weight per head, in a softmax of their own: `tanh(w_h) * strength * softmax(q k + bias) v`, where `w` starts
-    at zero (LLaMA-Adapter, Zhang et al. 2023). Without one, linearly: `sum_n phi(q) phi(k_n) / d * exp(bias_n) v_n`
-    with phi = elu + 1, where `v` starts at zero (PrefixMemory-Tuning, arXiv 2506.13674).
+    at zero (LLaMA-Adapter, Zhang et al. 2023). Without one, linearly: `strength * sum_n b_n phi(q) phi(k_n) / d v_n`
+    with b = softmax(bias), phi(x) = elu(x / rms(x)) + 1, where `v` starts at zero (PrefixMemory-Tuning, arXiv
+    2506.13674, where phi(x) = elu(x) + 1 and b_n = 1: a rate would be as large as a model's own queries and keys are).
     """
 
     key: Float[Tensor, "1 kv_heads prompts key"]
@@ -55,8 +56,8 @@ class Beside:
         if segment is not None:
             bias, strength = self.bias[segment][None, None], self.strength[segment][None, None, :, None]
         if self.weight is None:
-            alike = (F.elu(query) + 1) @ (F.elu(key) + 1).transpose(-1, -2) / query.shape[-1]
-            return ((alike * bias.exp().to(query.dtype)) @ value).transpose(1, 2)
+            alike = _features(query) @ _features(key).transpose(-1, -2) / query.shape[-1]
+            return ((alike * (bias.float().softmax(-1) * strength)).to(query.dtype) @ value).transpose(1, 2)
         logits = (query @ key.transpose(-1, -2)).float() * scale + bias.float()
         heads = self.weight.float().tanh()[None, :, None, None] * strength.float()
         return ((logits.softmax(-1) * heads).to(query.dtype) @ value).transpose(1, 2)
@@ -133,6 +134,10 @@ class Part:
 
     rows: Int[Tensor, " own"]
     passage: Passage
+
+
+def _features(x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+    return F.elu(F.rms_norm(x.float(), x.shape[-1:])) + 1
 
 
 def _join(left: Tensor, right: Tensor) -> Tensor:
