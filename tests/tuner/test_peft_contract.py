@@ -124,7 +124,7 @@ def test_several_adapters_at_different_layers_take_turns(three):
 def test_deleting_one_adapter_leaves_the_others(three):
     _, model, want = three
     model.delete_adapter("twin")
-    assert not [name for name, _ in model.named_parameters() if name.endswith("twin")]
+    assert not [name for name, _ in model.state_dict().items() if name.endswith("twin")]
     assert agrees(model, want["default"])
     model.set_adapter("late")
     model.delete_adapter("default")
@@ -274,11 +274,14 @@ def test_only_prompts_and_gate_are_trained_and_they_are_few():
     _, model = adapt(num_recovery_prompts=2)
     assert trainable(model) == TRAINED
     assert model.get_nb_trainable_parameters()[0] == 12 * WIDTH + 8 * WIDTH + 3 * 8
+    assert {name.split(".")[-2] for name, _ in model.named_parameters() if "mops_" in name} == TRAINED
+    assert {name.split(".")[-2] for name, _ in model.named_buffers() if "mops_" in name} == {
+        "mops_recovery", "mops_gate_mean", "mops_gate_scale"}  # fmt: skip
 
 
 def test_a_bf16_base_trains_float32_adapters():
     model = get_peft_model(build().bfloat16(), MoPsConfig(**ADAPTER, num_recovery_prompts=2))
-    assert {p.dtype for name, p in model.named_parameters() if "mops_" in name} == {torch.float32}
+    assert {value.dtype for name, value in model.state_dict().items() if "mops_" in name} == {torch.float32}
     assert {p.dtype for name, p in model.named_parameters() if "mops_" not in name} == {torch.bfloat16}
     model(**rows_of_training()[0]).loss.backward()
     gradient = prompts_of(model).experts.grad

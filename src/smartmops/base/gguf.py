@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from . import gguf_header
 from .cache import cache, once
 
 console = Console()
@@ -64,7 +66,12 @@ def check(file: Path) -> Any:
     parts = _value(reader, "split.count")
     if parts and int(parts) > 1:
         raise ValueError(f"{file.name} is one of {parts} parts: join them with llama-gguf-split --merge, or {WAY_OUT}")
-    _config(file, str(_value(reader, "general.architecture")))
+    architecture = str(_value(reader, "general.architecture"))
+    blocks = _value(reader, f"{architecture}.block_count")
+    if isinstance(blocks, int) and blocks > len(reader.tensors):
+        raise ValueError(f"{file.name} counts {blocks} layers, but holds {len(reader.tensors)} tensors, so it is "
+                         "damaged: fetch it again")  # fmt: skip
+    _config(file, architecture)
     return reader
 
 
@@ -86,12 +93,23 @@ def convert(file: Path, folder: Path, reader: Any = None) -> None:
     counts: Counter[Kind] = Counter()
     for tensor in reader.tensors:
         counts[Kind(tensor.tensor_type)] += int(tensor.n_elements)
+    _fits(file, sum(counts.values()))
     model = _plain(file, KEPT.get(counts.most_common(1)[0][0], torch.bfloat16))
     ends = {tokenizer.eos_token_id, _value(reader, "tokenizer.ggml.eot_token_id")} - {None}
     if ends:
         model.generation_config.eos_token_id = sorted(int(end) for end in ends)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _fits(file: Path, elements: int) -> None:
+    """Whether a model of this config is about as large as the weights of the file, before it is made."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+    asked = sum(parameter.numel() for parameter in model.parameters())
+    if asked > 2 * elements:
+        raise ValueError(f"{file.name} holds {elements:,} weights, but its header describes a model of {asked:,}, so "
+                         f"it is damaged: fetch it again, or {WAY_OUT}")  # fmt: skip
 
 
 def _plain(file: Path, dtype: torch.dtype) -> Any:
@@ -124,8 +142,9 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _reader(file: Path) -> Any:
     try:
+        gguf_header.walk(file)
         return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(
             f"{file} ({file.stat().st_size} bytes) is no whole GGUF that gguf {_version()} can read ({_line(error)}): "
             "fetch it again, or pip install --upgrade gguf"
@@ -138,7 +157,7 @@ def _config(file: Path, architecture: str) -> None:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"{type(config).__name__} is no causal language model")
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # of whatever kind: configs raise what they meet
         raise ValueError(
             f"{file.name} is of the architecture {architecture!r}, which transformers {transformers.__version__} "
             f"cannot read from a GGUF ({_line(error)}): {WAY_OUT}"

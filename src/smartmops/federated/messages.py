@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from smartmops.tuner import typed
+
 VERSION = 1  # of these messages; both sides must speak the same
 
 
@@ -131,6 +133,17 @@ def pack(message: Message) -> bytes:
     return blob
 
 
+def _of(kind: type[Any], words: Mapping[str, Any]) -> Any:
+    """Fields by name.
+
+    Raises:
+        TypeError: one is unknown, missing, or not of its type.
+    """
+    if (said := typed.wrong(words, kind)) is not None:
+        raise TypeError(said)
+    return kind(**words)
+
+
 def unpack(blob: bytes) -> Message:
     """The message in a blob.
 
@@ -151,9 +164,10 @@ def unpack(blob: bytes) -> Message:
         raise ValueError(f"a message of kind {kind!r}: choose {', '.join(KINDS)}")
     try:
         if kind == "Job":
-            words["local"] = Local(**words["local"])
+            words["local"] = _of(Local, words["local"])
         if kind in ("Job", "Reply"):
             words["arrays"] = arrays
-        return KINDS[kind](**words)
-    except TypeError as error:
+        made: Message = _of(KINDS[kind], words)
+        return made
+    except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"a {kind} does not have the fields of version {VERSION} ({error})") from error

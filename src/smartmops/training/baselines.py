@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 
 from smartmops.base import load_base
 from smartmops.data.template import FILE, read_template
@@ -17,6 +17,7 @@ from smartmops.tuner.config import default_injection_layer
 from smartmops.tuner.engine import Engine
 
 from . import targets
+from .adapters import check_config, load_adapter
 from .runs import Run, check_adapter
 
 
@@ -86,12 +87,13 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
         ValueError: the adapter file is damaged, or belongs to another base model.
     """
     run = Run.open(path)
-    check_adapter(run.adapter_dir)
+    check_adapter(run.adapter_dir)  # before the base, which may be large
+    check_config(run.adapter_dir / "adapter_config.json")
     dtype = run.config["arguments"].get("dtype", "float32")
     base, tokenizer = load_base(base_of(run), dtype)
     if (run.adapter_dir / FILE).is_file():
         tokenizer.chat_template = read_template(run.adapter_dir / FILE)
-    return PeftModel.from_pretrained(base, run.adapter_dir).eval(), tokenizer, run
+    return load_adapter(base, run.adapter_dir), tokenizer, run
 
 
 def base_of(run: Run) -> str:

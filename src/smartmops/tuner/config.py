@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from . import stored, typed
 from .registry import member
 
 CHOICES = {
@@ -79,6 +81,9 @@ class MoPsConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = member("MOPS")
+        own = {name: getattr(self, name) for name in type(self).__annotations__}
+        if (said := typed.wrong(own, MoPsConfig)) is not None:
+            raise ValueError(f"{said}: give one that is")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, allowed))}")
@@ -103,6 +108,9 @@ class MoPsConfig(PeftConfig):
             raise ValueError(f"{len(self.expert_names)} expert_names for num_experts={self.num_experts}: give one each")
 
     def _check_key_values(self) -> None:
+        shape = self.key_value_shape
+        if shape is not None and (len(shape) != 4 or min(shape) < 1):
+            raise ValueError(f"key_value_shape={shape!r:.80}: it is filled in, with 4 numbers from 1")
         if self.shared_prompts < 0:
             raise ValueError(f"shared_prompts={self.shared_prompts}: choose 0 or more")
         if self.experts == "keys_values":
@@ -118,6 +126,42 @@ class MoPsConfig(PeftConfig):
             if getattr(self, name) != only:
                 raise ValueError(f"{name}={getattr(self, name)!r} needs experts='keys_values': choose that, or "
                                  f"{name}={only!r}")  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The config in a folder, as PEFT reads it.
+
+        Raises:
+            ValueError: it has a wrong option, or asks for other sizes than the tensors beside it have; before anything
+                of those sizes is made.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(str(pretrained_model_name_or_path)) / (subfolder or "")
+        if isinstance(config, MoPsConfig):
+            stored.check_sizes(folder / "adapter_model.safetensors", config.shapes())
+        return config
+
+    def shapes(self) -> dict[str, list[int | None]]:
+        """Sizes of what this config makes, by name, as far as they follow from it alone (None: from the base)."""
+        columns: list[int | None] = list(self.key_value_shape or [None] * 4)  # type: ignore[list-item]
+        width = self.embedding_size
+        found: dict[str, list[int | None]] = {
+            "mops_recovery": [self.num_recovery_prompts, None],
+            "mops_gate_in": [self.gate_hidden_size, width],
+            "mops_gate_out": [self.num_groups, self.gate_hidden_size],
+            "mops_gate_mean": [width],
+            "mops_gate_scale": [width],
+        }
+        if self.gate_bias:
+            found["mops_gate_bias"] = [self.num_groups]
+        shared = {"shared_": self.shared_prompts} if self.shared_prompts else {}
+        for name, count in ({"": self.num_prompts} | shared).items():
+            if self.experts == "keys_values":
+                found[f"mops_{name}keys"] = [count, *columns[:3]]
+                found[f"mops_{name}values"] = [count, *columns[:2], columns[3]]
+            else:
+                found["mops_shared" if name else "mops_prompts"] = [count, None]
+        return found
 
     @property
     def reads_ahead(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -25,8 +26,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     they are keys and values: `mops_keys` [K, layers, kv_heads, key], `mops_values`, and `mops_shared_keys`,
     `mops_shared_values` with S for K, all in units of `mops_key_size`, `mops_value_size` [layers];
     `mops_head_weight` [layers, heads]. The gate: `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
-    `mops_gate_bias` [groups]. Frozen: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean` and `mops_gate_scale`
-    [inputs], which standardise the gate's input, and the null expert's `mops_null_*`.
+    `mops_gate_bias` [groups]. Buffers, for they never train: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean`
+    and `mops_gate_scale` [inputs], which standardise the gate's input, and the null expert's `mops_null_*`.
     """
 
     adapter_layer_names = (
@@ -44,8 +45,10 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         self.index = index
         self.__dict__["engine"] = engine
         self.configs: dict[str, MoPsConfig] = {}
-        for name in (*self.adapter_layer_names, *self.other_param_names):
+        for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        for name in self.other_param_names:
+            setattr(self, name, BufferDict(persistent=True))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -63,7 +66,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         for name, value in trained.items():
             getattr(self, name)[adapter] = nn.Parameter(value)
         for name, value in frozen.items():
-            getattr(self, name)[adapter] = nn.Parameter(value, requires_grad=False)
+            getattr(self, name)[adapter] = value
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference)
 

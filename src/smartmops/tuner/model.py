@@ -164,13 +164,6 @@ class MoPsModel(BaseTuner):
         stored.check(own, found, known)
         return found
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for module in self.model.modules():  # PEFT's casts make new parameters, which are trainable
-            for name in MoPsLayer.other_param_names if isinstance(module, MoPsLayer) else ():
-                if adapter_name in getattr(module, name):
-                    getattr(module, name)[adapter_name].requires_grad_(False)
-
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for module in self.model.modules():
             if isinstance(module, MoPsLayer | AuxiliaryTrainingWrapper):
