@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .data import render
     from .tuner import MoPsConfig, MoPsModel
 
-# peft imports these two where they are installed, and each then reports the optional kernels it has not got.
-for _name in ("bitsandbytes", "torchao"):
+# peft imports the first two where they are installed, and each then reports the optional kernels it has not got; torch
+# the third, to say that torchao registers what newer versions of torch know by themselves.
+for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
     if logging.getLogger(_name).level == logging.NOTSET:
         logging.getLogger(_name).setLevel(logging.ERROR)
 

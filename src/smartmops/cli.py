@@ -24,7 +24,7 @@ from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
 from smartmops.options.limits import Options, check
 from smartmops.options.method import TOLD, Method
-from smartmops.options.reading import EvaluateConfig, InspectConfig, ReportConfig
+from smartmops.options.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
 
@@ -158,6 +158,19 @@ def bench_command(config: BenchConfig) -> dict[str, Any]:
     return bench(config)
 
 
+def data_command(config: DataConfig) -> dict[str, Any]:
+    """Show what `train` would read of DATA: counts, lengths in tokens, what is cut, what stands twice, examples.
+
+    Name a model for all that concerns tokens; no weights of it are loaded.
+    """
+    _ready(config)
+    from smartmops.analysis.preview import preview
+
+    found = preview(config)
+    _print_data(found)
+    return found
+
+
 def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a run; the numbers are also written to RUN/evaluation.json."""
     _ready(config)
@@ -269,6 +282,36 @@ def _ready(config: Options) -> None:
     quiet()
 
 
+def _print_data(found: dict[str, Any]) -> None:
+    """Two tables with a line for each task; then repeated texts, and examples with what is trained on in brackets."""
+    table = Table("examples", *found["examples"])
+    for task, counts in found["tasks"].items():
+        table.add_row(escape(task) or "no task", *map(str, counts.values()))
+    table.add_section()
+    table.add_row("all", *map(str, found["examples"].values()))
+    console.print(table)
+    if "tokens" in found:
+        table = Table("tokens", "row", "longest", "answer", "longest", "shortened", "dropped")
+        for task, own in found["tokens"].items():
+            table.add_row(escape(task) or "no task", *(f"{value:g}" for value in own.values()))
+        console.print(table)
+        console.print(f"row and answer: median numbers of tokens; a row may have {found['max_length']}. A longer one "
+                      "loses the end of its context, and is dropped where that does not do.")  # fmt: skip
+    if found["sources"]:
+        console.print(f"sources: {found['sources']}")
+    again = found["repeated"]
+    console.print(f"training examples that stand twice: {again['train']}; with another answer: {again['answers']}; "
+                  f"questions also trained on: {again['test']} of the test split, {again['validation']} of the "
+                  "validation part")  # fmt: skip
+    for each in again["shown"]:
+        console.print(f"  {each['part']}: {each['text'][:100]!r}", markup=False)
+    for each in found.get("rendered", []):
+        console.rule(escape(each["task"]) or "no task")
+        console.print(f"{each['prompt']}⟦{each['answer']}⟧", markup=False, highlight=False)
+    if found.get("rendered"):
+        console.rule("trained on is what stands in ⟦ ⟧")
+
+
 def _print_comparison(metrics: dict[str, Any]) -> None:
     found = {name: {"overall": metrics["perplexity"][name], "per_task": metrics["per_task"][name]}
              for name in metrics["perplexity"]}  # fmt: skip
@@ -307,6 +350,7 @@ COMMANDS: dict[str, Any] = {
     "federate-keys": federate_keys_command,
     "federate-server": federate_server_command,
     "federate-client": federate_client_command,
+    "data": data_command,
     "evaluate": evaluate_command,
     "inspect": inspect_command,
     "report": report_command,

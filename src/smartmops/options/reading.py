@@ -1,4 +1,4 @@
-"""Options of the commands that read finished runs: `evaluate`, `inspect` and `report`."""
+"""Options of the commands that only read: `data`, and of finished runs `evaluate`, `inspect` and `report`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from .folders import OutFile, near
-from .limits import Count, Options, Text, Whole
-from .training import Data
+from .limits import Count, Options, Seed, Share, Text, Whole
+from .training import Columns, Data, Model, Template, ValidationConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,22 @@ class RunFolder:
 
 
 FinishedRun = Annotated[Path, RunFolder()]
+
+
+@dataclass(kw_only=True)
+class DataConfig(Options, ValidationConfig):
+    """What `train` would read of DATA."""
+
+    data: Annotated[Data, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]  # as `train --data`
+    model: Model | None = None  # whose tokenizer and chat template are used; None: texts are not tokenised
+    columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
+    template: Template = "auto"
+    """chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one"""
+    max_length: Count = 512  # tokens; longer examples lose the end of their context
+    limit: Count | None = None  # use only so many examples, drawn at random
+    test_share: Share = 0.1  # of each category
+    data_seed: Seed = 0  # of the draw and the split
+    shown: Whole = 3  # examples shown as they are rendered, one of each task first
 
 
 @dataclass

@@ -22,7 +22,7 @@ from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_
 from smartmops.options.federation import ClientConfig, FederateConfig
 from smartmops.options.limits import Options
 from smartmops.options.method import OURS, unmet_by_shape
-from smartmops.options.reading import EvaluateConfig
+from smartmops.options.reading import DataConfig, EvaluateConfig
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import TaskConfig
 
@@ -44,7 +44,7 @@ def look_at(config: Options) -> None:
         look_at_compression(config)
     elif isinstance(config, EvaluateConfig | BenchConfig) and config.data and at_hand(config.data):
         splits(config.data)
-    elif isinstance(config, ReproduceConfig | ClientConfig):
+    elif isinstance(config, ReproduceConfig | ClientConfig | DataConfig) and config.model is not None:
         look_at_model(config.model)
 
 
