@@ -36,5 +36,6 @@ class FieldsOfColumns:
         try:
             chosen_columns(value)
         except ValueError as error:
-            return f": {str(error).removeprefix('--columns ')}"
+            said = str(error).removeprefix("--columns ")  # which of several it is
+            return f": {said.removeprefix(f'{value[0]}: ') if len(value) == 1 else said}"
         return None
