@@ -61,7 +61,7 @@ class Lab:
 
     def __init__(self, config: BenchConfig) -> None:
         self.config, self.tokenizer = config, AutoTokenizer.from_pretrained(resolve("tiny"))
-        self.examples = list(splits(config.data)[0])
+        self.examples = list(splits(config.data, columns=config.columns)[0])
         random.Random(0).shuffle(self.examples)
         count = config.batches * config.batch_size
         found = encode_all(self.examples[: 2 * count + 100], self.tokenizer, config.max_length).rows

@@ -295,3 +295,9 @@ def test_a_folder_without_clients_is_refused(tmp_path: Path) -> None:
         read_clients(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no column `response`"):
         read_clients(tmp_path)
+
+
+def test_clients_may_have_columns_of_other_names(tmp_path: Path) -> None:
+    (tmp_path / "berlin.jsonl").write_text('{"question": "How many?", "response": "Two."}\n')
+    (found,) = read_clients(tmp_path, ("instruction=question",))
+    assert (found.instruction, found.response, found.source) == ("How many?", "Two.", "berlin")

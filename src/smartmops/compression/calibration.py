@@ -9,7 +9,7 @@ from __future__ import annotations
 import lzma
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,10 @@ class Text:
     name: str
 
 
-def load(data: str, limit: int | None = None, test_share: float = 0.1, seed: int = 0, base: str = "") -> Text:
+def load(
+    data: str, limit: int | None = None, test_share: float = 0.1, seed: int = 0, base: str = "",
+    columns: Sequence[str] = (),
+) -> Text:  # fmt: skip
     """Read DATA or a plain text file (.txt, .raw, .md, or any .xz); documents end at `<|endoftext|>`.
 
     Args:
@@ -47,6 +50,7 @@ def load(data: str, limit: int | None = None, test_share: float = 0.1, seed: int
         test_share: As in `train`: of each category.
         seed: As in `train`, where it draws the split.
         base: MODEL, which decides whether `data` may be empty.
+        columns: As in `train`: `FIELD=COLUMN`.
 
     Raises:
         ValueError: there is none, or it cannot be read.
@@ -55,7 +59,7 @@ def load(data: str, limit: int | None = None, test_share: float = 0.1, seed: int
         raise ValueError(f"no calibration text for {base}: give --calibration a text file, or the DATA it will serve")
     if data.endswith(TEXT_ENDINGS):
         return plain(data)
-    train, test = splits(data or "office", limit, test_share, seed)
+    train, test = splits(data or "office", limit, test_share, seed, columns=columns)
     return Text([_written(example) for example in train], list(test), data or "office")
 
 

@@ -135,7 +135,8 @@ def _text(config: CompressConfig, model: Any, tokenizer: Any, pattern: Pattern |
     most = min(2048, getattr(model.config, "max_position_embeddings", 2048))
     if not needed and config.calibration is None and config.model != "tiny":
         return _Rows([], [], 0)
-    text = calibration.load(config.calibration or "", config.limit, config.test_share, config.data_seed, config.model)
+    text = calibration.load(config.calibration or "", config.limit, config.test_share, config.data_seed, config.model,
+                            config.columns)  # fmt: skip
     held_out = calibration.held_out_batches(text, tokenizer, config.sequence_length or most, config.batch_size)
     if not needed:
         return _Rows([], held_out, 0)

@@ -81,7 +81,7 @@ def partition(examples: Sequence[Example], config: PartitionConfig, seed: int) -
     return Partition(holdings, [f"client {number:0{width}}" for number in range(config.clients)])
 
 
-def read_clients(folder: str | Path) -> list[Example]:
+def read_clients(folder: str | Path, columns: Sequence[str] = ()) -> list[Example]:
     """One client a JSONL file: the examples of all of them, `source` being the file's name without `.jsonl`.
 
     Files are read in the order of their names; hidden files and folders within the folder are not.
@@ -97,7 +97,7 @@ def read_clients(folder: str | Path) -> list[Example]:
     if not files:
         raise ValueError(f"clients={str(folder)!r} holds no file ending in .jsonl: write one for each client, such as "
                          "berlin.jsonl")  # fmt: skip
-    return [replace(example, source=file.stem) for file in files for example in read_jsonl(file)]
+    return [replace(example, source=file.stem) for file in files for example in read_jsonl(file, columns)]
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes

@@ -108,14 +108,14 @@ def read_dolly(file: str | Path, *, keep_general_qa: bool = False) -> list[Examp
     return list(_dolly(read_jsonl(file), str(file), keep_general_qa))
 
 
-def read_jsonl(file: str | Path) -> list[Example]:
-    """One row a line, in one of the forms that `read` takes.
+def read_jsonl(file: str | Path, columns: Sequence[str] = ()) -> list[Example]:
+    """One row a line, in one of the forms that `read` takes, and with its `columns`.
 
     Raises:
         ValueError: Broken lines, a missing column (`category` may be missing only from all lines), a value that is no
             text, an empty response, no examples at all. The message names the file and up to ten lines.
     """
-    return list(_file(Path(file), ()))
+    return list(_file(Path(file), columns))
 
 
 def read_hub(name: str, *, tasks: Collection[str] | None = None, columns: Sequence[str] = ()) -> list[Example]:

@@ -78,7 +78,7 @@ def worker_of_file(config: ClientConfig) -> Worker:
     """The frozen base and the rows of one file."""
     known = {f.name for f in fields(TaskConfig)}
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in known}
-    examples = read_jsonl(config.data)
+    examples = read_jsonl(config.data, config.columns)
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
     task = client_task(TaskConfig(**given | {"data": str(config.data)}), base, tokenizer, examples)

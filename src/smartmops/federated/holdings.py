@@ -33,7 +33,7 @@ def holdings_of(config: FederateConfig, task: Task) -> Holdings:
         ValueError: a client has nothing to train on; the message names one, the cause and the way out.
     """
     if config.clients_data is not None:
-        given = read_clients(config.clients_data)
+        given = read_clients(config.clients_data, config.columns)
         task = client_task(config, task.base, task.tokenizer, given)
         names, rows = _by_source(task, {example.source for example in given})
     elif config.partition == "source":

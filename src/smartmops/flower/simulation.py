@@ -105,7 +105,7 @@ def simulate(config: FederateConfig) -> dict[str, Any]:
 def clients_of(config: FederateConfig) -> int:
     """How many clients a config names, those without examples included."""
     if config.clients_data is not None:
-        return len({example.source for example in read_clients(config.clients_data)})
+        return len({example.source for example in read_clients(config.clients_data, config.columns)})
     if config.partition != "source":
         return config.clients
     seed = config.seed if config.data_seed is None else config.data_seed

@@ -10,7 +10,7 @@ import tyro
 
 from .folders import OutFolder, refused
 from .limits import Count, Number, OneOf, Options, Several, Whole
-from .training import Data
+from .training import Columns, Data
 
 RATIOS = (
     "train_vs_prompt_tuning", "train_vs_lora", "train_vs_padded", "first_epoch_vs_prompt_tuning",
@@ -31,6 +31,7 @@ class BenchConfig(Options):
 
     out: OutFolder  # run folder
     data: Data = "office"  # whose examples give the lengths: office, dolly, superni, a JSONL file, a folder or a hub id
+    columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
     only: Annotated[tuple[Ratio, ...], tyro.conf.arg(metavar="NAME...")] = ()  # ratios to measure; none named: all
     repeats: Count = 5  # of each side, taking turns; the median counts
     threads: Threads = 2  # of torch

@@ -12,7 +12,7 @@ import tyro
 
 from .folders import OutFolder, held_by, missing, near
 from .limits import LARGEST, Count, NotNegative, Number, OneOf, Options, Seed, Share, Text
-from .training import Base, Zeros
+from .training import Base, Columns, Zeros
 
 Method = Literal["sparsegpt", "wanda", "magnitude"]
 Quantisation = Literal["int8", "nf4", "int8-torchao"]
@@ -72,6 +72,7 @@ class CompressConfig(Options):
     nf4: bool = False  # 4-bit NormalFloat of bitsandbytes, after pruning
     calibration: Calibration | None = None
     """DATA or a text file to calibrate and measure on; None: office, for tiny only"""
+    columns: Columns = ()  # FIELD=COLUMN where columns of DATA have names of their own: response=answer
     sequences: Count = 128  # calibration sequences
     sequence_length: Length | None = None  # tokens; None: as text and positions of the model allow, at most 2048
     block_size: Count = 128  # columns SparseGPT solves at once

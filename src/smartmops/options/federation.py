@@ -12,7 +12,7 @@ import tyro
 
 from .folders import Existing, OutFolder, refused
 from .limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole
-from .training import Activations, Base, TaskConfig, Template
+from .training import Activations, Base, Columns, TaskConfig, Template
 
 CENTRAL = {"mops": "mops", "fedprompt": "prompt-tuning", "fedlora": "lora"}  # what trains centrally under another name
 METHODS = "mops; fedprompt: the same prompts in one group, without a gate; fedlora: LoRA"
@@ -188,6 +188,7 @@ class ClientConfig(Options):
     server: Annotated[str, Address()]  # HOST:PORT
     keys: Annotated[Path, Existing("the folder that `smartmops federate-keys` made for this client", folder=True)]
     """the folder that `smartmops federate-keys` made for this client"""
+    columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
     model: Base  # the same as the server's
     name: Annotated[str, Text("a name")] | None = None  # None: the data's file name without its ending
     template: Template = "auto"  # as the server's

@@ -55,6 +55,7 @@ class EvaluateConfig(Options):
 
     run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
     data: Data | None = None  # None: the test split of the data the run was trained on
+    columns: Columns = ()  # of --data: FIELD=COLUMN where they have names of their own, response=answer
     max_length: Count | None = None  # tokens; None: as in training
     batch_size: Count = 32  # examples
     answers: Whole = 0  # examples of each task answered, frozen and adapted, and scored: ROUGE-L and exact match

@@ -43,7 +43,7 @@ def look_at(config: Options) -> None:
     elif isinstance(config, CompressConfig):
         look_at_compression(config)
     elif isinstance(config, EvaluateConfig | BenchConfig) and config.data and at_hand(config.data):
-        splits(config.data)
+        splits(config.data, columns=config.columns)
     elif isinstance(config, ReproduceConfig | ClientConfig | DataConfig) and config.model is not None:
         look_at_model(config.model)
 
@@ -106,7 +106,7 @@ def look_at_compression(config: CompressConfig) -> None:
         if config.method == "sparsegpt" and config.block_size % pair[1]:
             raise ValueError(f"--block-size {config.block_size}: choose a positive multiple of {pair[1]}")
     if config.calibration and not config.calibration.endswith(TEXT_ENDINGS) and at_hand(config.calibration):
-        splits(config.calibration, config.limit, config.test_share, config.data_seed)
+        splits(config.calibration, config.limit, config.test_share, config.data_seed, columns=config.columns)
 
 
 def shape_of(folder: Path) -> dict[str, Any]:
