@@ -245,7 +245,7 @@ def test_only_the_embedded_base_needs_no_text(tokenizer) -> None:
 def test_columns_of_other_names_are_read_as_in_training(marked_data: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in marked_data.read_text().splitlines()]
     renamed = tmp_path / "renamed.jsonl"
-    renamed.write_text("".join(json.dumps({**row, "reply_text": row.pop("response")}) + "\n" for row in rows))
+    renamed.write_text("".join(json.dumps({"reply_text": row.pop("response"), **row}) + "\n" for row in rows))
     with pytest.raises(ValueError, match="reply_text"):
         load(str(renamed))
     assert load(str(renamed), columns=("response=reply_text",)).pieces == load(str(marked_data)).pieces
