@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,22 @@ def test_a_parser_that_gives_up_without_a_word_keeps_its_status() -> None:
     with pytest.raises(SystemExit) as stopped:
         parsed(lambda: (_ for _ in ()).throw(SystemExit(0)))
     assert stopped.value.code == 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["data", "office"]])
+def test_a_command_whose_reader_has_gone_ends_without_a_word(words: list[str]) -> None:
+    """`smartmops --help | head` closes the pipe while there is more to say."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = "from smartmops.cli import main; main()"
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", program, *words], stdout=writer, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(writer)
+    assert ended.stderr == b"" and ended.returncode in (1, 141), "141 as SIGPIPE would have it; rich says 1"
+
+
+def test_another_broken_pipe_is_an_error_like_others(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(config, raises(BrokenPipeError("a client hung up")), capsys) == (2, "error: a client hung up\n")

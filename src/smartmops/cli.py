@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from smartmops.ending import ending, parsed, quiet
+from smartmops.ending import ending, parsed, quiet, unread
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
@@ -374,10 +374,11 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     # Which form the data have, and what was left out of them.
     logging.getLogger("smartmops.data").setLevel(logging.INFO)
-    call = parsed(lambda: tyro.extras.subcommand_cli_from_dict(
-        {name: _later(command) for name, command in COMMANDS.items()}, prog="smartmops",
-        description="Mixture of Prompts: one frozen model, many tasks.",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    ))  # fmt: skip
-    with ending(next(iter([*call.args, *call.keywords.values()]), None)):
-        call()
+    with unread():
+        call = parsed(lambda: tyro.extras.subcommand_cli_from_dict(
+            {name: _later(command) for name, command in COMMANDS.items()}, prog="smartmops",
+            description="Mixture of Prompts: one frozen model, many tasks.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        ))  # fmt: skip
+        with ending(next(iter([*call.args, *call.keywords.values()]), None)):
+            call()

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import select
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +26,7 @@ from smartmops.federated.quorum import QuorumLost
 from smartmops.options.compression import CompressConfig, beside
 from smartmops.options.limits import typed
 
-WRONG, NO_MEMORY, QUORUM, CTRL_C, KILLED = 2, 1, 3, 130, 143  # exit statuses
+WRONG, NO_MEMORY, QUORUM, CTRL_C, UNREAD, KILLED = 2, 1, 3, 130, 141, 143  # exit statuses
 SIZES = ("batch_size", "max_length", "sequences", "sequence_length", "actors", "experts", "prompt_tokens")
 FULL = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "alloc_failed")
 FRAME = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]+|^\s*[|+]-*|\|\s*$", re.MULTILINE)  # what tyro draws around its words
@@ -80,6 +83,8 @@ def ending(config: Any = None) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, ImportError) as error:
+            if isinstance(error, BrokenPipeError) and _reader_gone():
+                raise
             said("error", str(error) or type(error).__name__)
             _leave(WRONG, error)
         except QuorumLost as error:
@@ -94,6 +99,33 @@ def ending(config: Any = None) -> Iterator[None]:
                 raise
             said("error", lower(config, error))
             _leave(NO_MEMORY, error)
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Where whoever read the output has gone (`| head`), the process ends without a word, as SIGPIPE would end it.
+
+    Raises:
+        SystemExit: that is so.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        raise SystemExit(UNREAD) from None
+
+
+def _reader_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more: other pipes break for reasons of their own."""
+    try:
+        asked = select.poll()
+        asked.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):  # no such call on this system, or no file behind it
+        return False
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def _leave(status: int, error: BaseException) -> NoReturn:
