@@ -6,21 +6,37 @@ import json
 import re
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def snippets(file: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), flags=re.S)
+
+
 @pytest.mark.slow
 def test_the_ten_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    (code,) = snippets("README.md")
     assert len(code.strip().splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)
-    assert (tmp_path / "runs/adapter/adapter_model.safetensors").exists()
-    assert scope["model"].base_model.last_gate.shape == (1, 7)  # type: ignore[attr-defined]
+    assert (tmp_path / "runs/office/adapter/adapter_model.safetensors").exists()
+    found = scope["found"]
+    assert found["perplexity"]["overall"] < found["perplexity_frozen"]["overall"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(2))
+def test_what_the_page_on_python_shows_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = snippets("docs/python.md")
+    assert len(found) == 2
+    monkeypatch.chdir(tmp_path)
+    exec(compile(found[number], "docs/python.md", "exec"), {"__name__": "shown"})
+    assert list(tmp_path.rglob("adapter_model.safetensors"))
 
 
 def test_the_numbers_are_those_of_the_results() -> None:

@@ -26,6 +26,7 @@ ROOMS = (
     "reproduce",
     "bench_sides",
     "bench",
+    "door",
     "serve",
     "ending",
     "cli",

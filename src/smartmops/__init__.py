@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .base import load_base
     from .data import render
+    from .data.example import Example
+    from .data.tasks import read
+    from .door import compare, compress, evaluate, federate, inspect, preview, train
+    from .options.compression import CompressConfig
+    from .options.federation import FederateConfig
+    from .options.reading import DataConfig, EvaluateConfig, InspectConfig
+    from .options.training import CompareConfig, TrainConfig
+    from .training.prepare import Prepared, prepare
     from .tuner import MoPsConfig, MoPsModel
 
 # peft imports the first two where they are installed, and each then reports the optional kernels it has not got; torch
@@ -23,20 +33,53 @@ for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(_name).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
-__all__ = ["MoPsConfig", "MoPsModel", "__version__", "render"]
+# Each public name and the module it is imported from when it is first asked for.
+_FROM = {
+    "MoPsConfig": "tuner", "MoPsModel": "tuner", "render": "data", "Example": "data.example", "read": "data.tasks",
+    "load_base": "base", "prepare": "training.prepare", "Prepared": "training.prepare",
+    "TrainConfig": "options.training", "CompareConfig": "options.training", "CompressConfig": "options.compression",
+    "FederateConfig": "options.federation", "DataConfig": "options.reading", "EvaluateConfig": "options.reading",
+    "InspectConfig": "options.reading",
+    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "preview"), "door"),
+}  # fmt: skip
+__all__ = [
+    "CompareConfig",
+    "CompressConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "Example",
+    "FederateConfig",
+    "InspectConfig",
+    "MoPsConfig",
+    "MoPsModel",
+    "Prepared",
+    "TrainConfig",
+    "__version__",
+    "compare",
+    "compress",
+    "evaluate",
+    "federate",
+    "inspect",
+    "load_base",
+    "prepare",
+    "preview",
+    "read",
+    "render",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     """The public names, each imported when it is first asked for."""
-    if name in ("MoPsConfig", "MoPsModel"):
-        from . import tuner
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{_FROM[name]}", __name__), name)
+    globals()[name] = found
+    return found
 
-        return getattr(tuner, name)
-    if name == "render":
-        from .data import render
 
-        return render
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 class _AfterPeft(MetaPathFinder):

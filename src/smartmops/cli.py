@@ -23,7 +23,7 @@ from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
 from smartmops.options.limits import Options, check
-from smartmops.options.method import TOLD, Method
+from smartmops.options.method import Method
 from smartmops.options.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
@@ -174,41 +174,12 @@ def data_command(config: DataConfig) -> dict[str, Any]:
 def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a run; the numbers are also written to RUN/evaluation.json."""
     _ready(config)
-    from smartmops.training.answers import questions, score
-    from smartmops.training.baselines import base_of, load_run, template_of
-    from smartmops.training.evaluate import evaluate
-    from smartmops.training.task import Task
+    from smartmops.analysis.finished import evaluate
 
-    model, tokenizer, run = load_run(config.run)
-    arguments = run.config["arguments"]
-    if arguments.get("method") in TOLD:
-        raise ValueError(f"method {arguments['method']!r} is told which expert to use: it is a mark for tables, "
-                         f"and its perplexity is in {config.run / 'metrics.json'}")  # fmt: skip
-    again = TrainConfig(
-        model=base_of(run), out=config.run, data=config.data or arguments["data"],
-        data_seed=arguments.get("data_seed", arguments["seed"]),
-        limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
-        max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
-        validation_share=0.0, template=template_of(run),
-        columns=() if config.data else tuple(arguments.get("columns", ())),
-    )  # fmt: skip
-    task = Task.load(again, model, tokenizer)
-    rows = [*task.train, *task.test] if config.data else task.test
-    examples = [*task.train_examples, *task.test_examples] if config.data else task.test_examples
-    metrics = evaluate(model, rows, task.collator, config.batch_size, progress=True).metrics()
+    metrics = evaluate(config)
     _print_perplexity({"adapted": metrics["perplexity"]})
-    if config.answers:
-        asked = questions(model, tokenizer, examples, config.answers, config.answer_tokens, task.template)
-        metrics["answers"] = score(
-            model,
-            tokenizer,
-            [examples[i] for i in asked],
-            [rows[i] for i in asked],
-            config.answer_tokens,
-            task.template,
-        )
+    if "answers" in metrics:
         _print_answers(metrics["answers"])
-    run.write_evaluation(metrics | {"data": again.data})
     return metrics
 
 
@@ -216,47 +187,20 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
     """Show gate weights and the frozen and adapted answers for one instruction.
 
     Weights sum to one, together with what a null expert leaves to the base.
-
-    Raises:
-        ValueError: the run's method has no gate.
     """
     _ready(config)
-    import torch
+    from smartmops.analysis.finished import inspect
 
-    from smartmops.data.example import Example
-    from smartmops.data.template import Template
-    from smartmops.training.baselines import load_run, template_of
-    from smartmops.training.evaluate import answer
-    from smartmops.training.pretrain import Embedder
-    from smartmops.tuner.gate import by_expert
-
-    model, tokenizer, run = load_run(config.run)
-    if not hasattr(model.base_model, "last_gate"):
-        raise ValueError(f"{config.run} was trained with method {run.config.get('method')!r}, which has no gate: "
-                         "inspect a run of --method mops")  # fmt: skip
-    mops = model.peft_config["default"]
-    example = Example(config.text, config.context, "")
-    template = Template.of(template_of(run), tokenizer)
-    inputs = {}
-    if mops.embedder:
-        inputs["gate_embedding"] = torch.tensor(Embedder(mops.embedder)([config.text]))
-    adapted = answer(model, tokenizer, [example], config.max_new_tokens, template, **inputs)[0]
-    weights = by_expert(model.base_model.last_gate, mops.num_experts)[0].tolist()
-    lost = model.base_model.last_null
-    with model.disable_adapter():
-        frozen = answer(model, tokenizer, [example], config.max_new_tokens, template)[0]
-    names = mops.expert_names or [f"expert {i}" for i in range(mops.num_experts)]
+    found = inspect(config)
+    rows = sorted(found["gate"].items(), key=lambda pair: -pair[1])
+    rows += [] if found["left_to_base"] is None else [("left to the base", found["left_to_base"])]
     table = Table("expert", "gate weight", "")
-    rows = sorted(zip(names, weights, strict=True), key=lambda pair: -pair[1])
-    left = 0.0 if lost is None else float(lost[0])
-    rows += [] if lost is None else [("left to the base", left)]
     for name, weight in rows:
-        table.add_row(name, f"{weight:.3f}", "█" * round(30 * weight))
+        table.add_row(escape(name), f"{weight:.3f}", "█" * round(30 * weight))
     console.print(table)
-    console.print("[bold]frozen[/bold] ", escape(frozen))  # an answer's own [brackets] are no markup
-    console.print("[bold]adapted[/bold]", escape(adapted))
-    gate = dict(zip(names, weights, strict=True))
-    return {"gate": gate, "left_to_base": left, "frozen": frozen, "adapted": adapted}
+    console.print("[bold]frozen[/bold] ", escape(found["frozen"]))  # an answer's own [brackets] are no markup
+    console.print("[bold]adapted[/bold]", escape(found["adapted"]))
+    return found
 
 
 def report_command(config: ReportConfig) -> Path:

@@ -119,7 +119,7 @@ def _encoded(part: Sequence[Example], tokenizer: Any, limit: Limit, template: Te
         raise ValueError(f"{limit.cause(error.lengths, len(part))}: {limit.way_out(error.lengths)}") from error
 
 
-def _numbers(rows: Sequence[Encoded], dropped: int) -> dict[str, float]:
+def _numbers(rows: Sequence[Encoded], dropped: int) -> dict[str, int | float]:
     """Of one task: tokens of whole rows and of answers, and how many examples were shortened or left out."""
     whole = [len(row.input_ids) for row in rows]
     answers = [len(row.labels) - row.labels.count(IGNORED) for row in rows]

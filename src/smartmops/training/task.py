@@ -145,11 +145,15 @@ class Task:
         """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""
         set_seed(seed)
         width = self.embedder.width if self.embedder and method.method in ("mops", "uniform-gate", "top-1") else None
-        method = self._placed(method, gate, width)
-        words = self._words(method)
+        method = self.placed(method, gate, width)
+        words = self.words(method)
         model = build(self.base, method, self.recovery, method.experts if method.method in TOLD else width, words)
-        if method.method not in OURS:
-            return model, [], None
+        return (model, [], None) if method.method not in OURS else (model, *self.start(model, method, gate, seed))
+
+    def start(
+        self, model: Any, method: MethodConfig, gate: GatePretraining, seed: int
+    ) -> tuple[list[str], float | None]:
+        """Fit the gate and initialise the experts of a fresh adapter; expert names and the gate's accuracy."""
         config = model.base_model.layer().configs["default"]
         names, accuracy, rows, expert_of = ["all"], None, self.train, [0] * len(self.train)
         if config.num_experts > 1 and config.experts == "keys_values" and method.method not in TOLD:
@@ -158,15 +162,15 @@ class Task:
             expert_of, names, accuracy = self._gate(model, method, gate, seed)
         if method.init == "hidden_states":
             initialise(model, rows, self.collator, expert_of, seed)
-        return model, names, accuracy
+        return names, accuracy
 
-    def _words(self, method: MethodConfig) -> dict[str, Any]:
+    def words(self, method: MethodConfig) -> dict[str, Any]:
         """What an adapter must know of the template; with a plain frame, hidden states are read as they always were."""
         own = method.expert_kind == "keys_values" or self.template.source is not None
         return {"answer_header": self.template.header_ids, "gate_frame": gate_frame(self.template),
                 "gate_reads": "own" if own else "all"}  # fmt: skip
 
-    def _placed(self, method: MethodConfig, gate: GatePretraining, width: int | None) -> MethodConfig:
+    def placed(self, method: MethodConfig, gate: GatePretraining, width: int | None) -> MethodConfig:
         """With the layer that the gate reads, where that is to be found out."""
         free = method.gate_layer is None and width is None and method.method in GATED and method.answers_alone
         if not free:

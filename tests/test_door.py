@@ -1,0 +1,130 @@
+"""What the command line can do, one import can do: the same results, the same checks, names that stay."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+
+import smartmops as sm
+from smartmops import cli, door
+from smartmops.options.method import GatePretraining
+from smartmops.training.task import Task
+
+API = Path(__file__).with_name("api.txt")
+OPTIONS: dict[str, Any] = {
+    "model": "tiny", "data": "office", "limit": 140, "steps": 4, "batch_size": 4, "dtype": "float32",
+    "samples_per_task": 0,
+}  # fmt: skip
+
+
+def api() -> Iterator[str]:
+    """Each public name with its signature, or as what it is."""
+    for name in sm.__all__:
+        found = getattr(sm, name)
+        if inspect.isfunction(found):
+            yield f"{name}{inspect.signature(found)}"
+        else:
+            yield f"{name}: {'class' if inspect.isclass(found) else type(found).__name__}"
+
+
+def test_public_names_and_signatures_are_those_that_were_promised() -> None:
+    found = "\n".join(api()) + "\n"
+    assert found == API.read_text(), f"a promise to users changes; if that is meant, write this to {API}:\n{found}"
+
+
+def test_every_name_is_there_and_no_other() -> None:
+    assert set(sm.__all__) <= set(dir(sm))
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        sm.trian  # noqa: B018
+
+
+def test_to_import_it_brings_no_torch() -> None:
+    program = "import sys, smartmops; smartmops.TrainConfig; print([n for n in ('torch', 'peft') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_python_trains_what_the_command_line_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items() if name != "model"]
+    monkeypatch.setattr(sys, "argv", ["smartmops", "train", "tiny", *words, "--out", str(tmp_path / "shell")])
+    cli.main()
+    found = sm.train(**OPTIONS, out=str(tmp_path / "python"))
+    runs = [tmp_path / name for name in ("shell", "python")]
+    one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    told = [json.loads((run / "metrics.json").read_text()) for run in runs]
+    assert told[0]["perplexity"] == told[1]["perplexity"] == found["perplexity"]
+    assert sm.evaluate(run=runs[1])["perplexity"]["overall"] == pytest.approx(found["perplexity"]["overall"], rel=1e-5)
+    seen = sm.inspect(run=str(runs[1]), text="What is the capital of France?", max_new_tokens=2)
+    assert sum(seen["gate"].values()) + seen["left_to_base"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"batch_size": 0}, r"^batch_size 0: choose 1 or more$"),
+    ({"experts": 2}, "^experts 2, but there are 7 tasks: choose 7, or gate_pretraining clusters"),
+    ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+])  # fmt: skip
+def test_wrong_options_are_told_by_their_names_in_python(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        sm.train(**OPTIONS | options, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_options_name_the_nearest_known_one(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="'step' is no option of TrainConfig: 'steps' is meant, perhaps"):
+        sm.train(**OPTIONS, step=3, out=tmp_path)
+    with pytest.raises(TypeError, match="a config and steps: give one or the other"):
+        sm.train(sm.TrainConfig(**OPTIONS, out=tmp_path), steps=3)
+
+
+def test_every_command_that_returns_results_has_its_function() -> None:
+    names = {"data": "preview"}
+    other = {"quickstart", "federate-keys", "federate-server", "federate-client", "report", "reproduce", "bench"}
+    missing = [name for name in cli.COMMANDS if name not in other and not hasattr(door, names.get(name, name))]
+    assert not missing, f"{missing} can be done on the command line alone"
+
+
+@pytest.mark.parametrize("kind", ["keys_values", "hidden_states"])
+def test_an_adapter_of_ones_own_is_prepared_as_train_prepares_its_own(kind: str) -> None:
+    examples = sm.read("office")[::14]
+    base, tokenizer = sm.load_base("tiny", "float32")
+    own: dict[str, Any] = {"gate_bias": True, "null_expert": True} if kind == "keys_values" else {}
+    visible = "answers" if kind == "keys_values" else "all"
+    config = sm.TrainConfig(model="tiny", data="office", out=Path("unused"), expert_kind=kind, recovery_prompts=0,
+                            validation_share=0.0)  # fmt: skip
+    task = Task.of(base, tokenizer, examples, [], config)
+    wanted, names, accuracy = task.adapt(config, GatePretraining(), 0)
+    expected = {name: value.clone() for name, value in wanted.base_model.layer().state_dict().items()}
+    base = wanted.base_model.unload()
+    torch.manual_seed(0)
+    model = get_peft_model(base, sm.MoPsConfig(
+        task_type="CAUSAL_LM", num_experts=7, experts=kind, visible_to=visible, **own))  # fmt: skip
+    found = sm.prepare(model, tokenizer, examples)
+    assert (found.expert_names, found.gate_accuracy) == (names, accuracy) and len(found.rows) == len(task.train)
+    prepared = model.base_model.layer().state_dict()
+    for name in ("mops_keys.default", "mops_values.default", "mops_prompts.default", "mops_gate_mean.default"):
+        assert (name in expected) == (name in prepared)
+        assert name not in expected or torch.equal(expected[name], prepared[name]), name
+    batch = found.collator(list(found.rows[:4]))
+    loss = model(**batch).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_what_cannot_be_prepared_is_refused() -> None:
+    base, tokenizer = sm.load_base("tiny", "float32")
+    with pytest.raises(ValueError, match=r"has no experts to prepare: give get_peft_model\(base, MoPsConfig"):
+        sm.prepare(base, tokenizer, [])
+    model = get_peft_model(base, sm.MoPsConfig(task_type="CAUSAL_LM", num_recovery_prompts=2))
+    with pytest.raises(ValueError, match=r"num_recovery_prompts=2: .* choose 0"):
+        sm.prepare(model, tokenizer, sm.read("office")[:10])
