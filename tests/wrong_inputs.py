@@ -11,6 +11,7 @@ from pathlib import Path
 TRAIN = "train tiny --data DIR/doc.jsonl --batch-size 4 --experts 3 --steps 2 --out NEW"
 COMPARE = "compare tiny --data DIR/doc.jsonl --steps 2 --experts 3 --batch-size 4 --out NEW"
 FEDERATE = "federate tiny --data DIR/doc.jsonl --clients 4 --clients-per-round 2 --out NEW"
+GENERATE = "generate DIR/done"
 COMPRESS = "compress tiny --out NEW --sparsity 0.5"
 WRONG: list[tuple[str, str]] = [
     # sizes, rates and shares of training
@@ -143,6 +144,33 @@ WRONG: list[tuple[str, str]] = [
     ("evaluate DIR/nowhere", "nowhere does not exist: give a run folder"),
     ("evaluate DIR/begun", "begun is unfinished"),
     ("inspect DIR/notes --text x", "has no config.json, so it is no run folder"),
+    (f"{GENERATE}", "neither TEXT nor --file is given: give one of them"),
+    (f"{GENERATE} hello --file DIR/doc.jsonl", "doc.jsonl are both given: give one of them"),
+    (f"{GENERATE} --file DIR/missing.jsonl", "missing.jsonl does not exist: give a JSONL file"),
+    (f"{GENERATE} --file DIR/doc.jsonl --context x", "--context goes with TEXT"),
+    (f"{GENERATE} hello --out NEW", "is for the answers of --file: give that, or leave --out away"),
+    (f"{GENERATE} --file DIR/doc.jsonl --out DIR/notes", "notes is a folder: name a file in it"),
+    (f"{GENERATE} --file DIR/torn.jsonl", "torn.jsonl, line 2: not JSON"),
+    (f"{GENERATE} --file DIR/silent.jsonl", "silent.jsonl, lines 1 and 3: `instruction` is null: give a text"),
+    (f"{GENERATE} hello --expert c", "--expert c is no expert of"),
+    (f"{GENERATE} hello --expert c", "done: choose a or b"),
+    (f"{GENERATE} hello --expert a --base", "--expert a and --base are both asked for: choose one"),
+    (f"{GENERATE} hello --temperature -1", "--temperature -1.0: choose a finite number of 0 or more"),
+    (f"{GENERATE} hello --top-p 0", "--top-p 0.0: choose a share above 0 and at most 1"),
+    (f"{GENERATE} hello --top-p 1.5", "--top-p 1.5: choose a share above 0 and at most 1"),
+    (f"{GENERATE} hello --max-new-tokens 0", "--max-new-tokens 0: choose 1 or more"),
+    (f"{GENERATE} hello --seed -1", "--seed -1: choose 0 to 4294967295"),
+    (f"{GENERATE} --file DIR/doc.jsonl --batch-size 0", "--batch-size 0: choose 1 or more"),
+    ("generate DIR/begun hello", "begun is unfinished"),
+    ("chat DIR/nowhere", "nowhere does not exist: give a run folder"),
+    ("chat DIR/done --temperature nan", "--temperature nan: choose a finite number"),
+    ("serve DIR/notes", "has no config.json, so it is no run folder"),
+    ("serve DIR/done --port 70000", "--port 70000: choose 0 to 65535"),
+    ("serve DIR/done --queue 0", "--queue 0: choose 1 or more"),
+    ("serve DIR/done --max-tokens 0", "--max-tokens 0: choose 1 or more"),
+    ("serve DIR/done --api-key-file DIR/nowhere", "nowhere does not exist: give a file with one key a line"),
+    ("serve DIR/done --api-key-file DIR/empty.txt", "empty.txt holds no key: give a file with one key a line"),
+    ("serve DIR/done --host 203.0.113.7", "--host 203.0.113.7 --port 8000 cannot be had"),
     ("report DIR/nowhere", "nowhere does not exist"),
     ("report", "0 run folders given"),
     ("reproduce table2 --bases tiny% --out NEW", "--bases tiny%: choose dense"),
@@ -155,7 +183,7 @@ WRONG: list[tuple[str, str]] = [
 
 
 def prepare(folder: Path) -> None:
-    """Good and bad data, a run that was killed, and a folder of something else."""
+    """Good and bad data, a run that was killed, the outside of a finished one, and a folder of something else."""
 
     def rows(*categories: str) -> str:
         return "".join(json.dumps({"instruction": f"Say {i}.", "response": f"It is {i}."}
@@ -166,9 +194,13 @@ def prepare(folder: Path) -> None:
     (folder / "single.jsonl").write_text(rows(*"abcde"))
     (folder / "bare.jsonl").write_text(rows(*[""] * 60))
     (folder / "torn.jsonl").write_text(rows("a") + '{"instruction": "x", "resp\n' + rows("a"))
-    for name, file in (("begun", "config.json"), ("notes", "thesis.tex")):
-        (folder / name).mkdir()
+    (folder / "silent.jsonl").write_text('{"instruction": null}\n{"instruction": "x"}\n{}\n')
+    (folder / "empty.txt").write_text("\n")
+    for name, file in (("begun", "config.json"), ("notes", "thesis.tex"), ("done", "config.json"),
+                       ("done", "metrics.json"), ("done/adapter", "adapter_config.json")):  # fmt: skip
+        (folder / name).mkdir(exist_ok=True)
         (folder / name / file).write_text("{}")
+    (folder / "done/adapter/adapter_config.json").write_text('{"expert_names": ["a", "b"]}')
 
 
 def words(line: str, folder: Path) -> list[str]:

@@ -26,6 +26,7 @@ from smartmops.options.limits import Options, check
 from smartmops.options.method import Method
 from smartmops.options.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.reproduce import ReproduceConfig
+from smartmops.options.serving import ChatConfig, GenerateConfig, ServeConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
 
 console = Console()
@@ -203,6 +204,30 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
     return found
 
 
+def generate_command(config: GenerateConfig) -> list[dict[str, Any]]:
+    """Answer one instruction, or each row of a JSONL file."""
+    _ready(config)
+    from smartmops.serving.terminal import generate
+
+    return generate(config)
+
+
+def chat_command(config: ChatConfig) -> None:
+    """Talk with a run: several turns, as they come; /expert NAME, /auto, /base, /new, /quit."""
+    _ready(config)
+    from smartmops.serving.terminal import chat
+
+    chat(config)
+
+
+def serve_command(config: ServeConfig) -> None:
+    """Answer HTTP requests in OpenAI's form; tasks of all kinds in one batch."""
+    _ready(config)
+    from smartmops.serving.server import serve
+
+    serve(config, lambda words: print(words, flush=True))
+
+
 def report_command(config: ReportConfig) -> Path:
     """Write the report and say where it is."""
     _ready(config)
@@ -297,6 +322,9 @@ COMMANDS: dict[str, Any] = {
     "data": data_command,
     "evaluate": evaluate_command,
     "inspect": inspect_command,
+    "generate": generate_command,
+    "chat": chat_command,
+    "serve": serve_command,
     "report": report_command,
     "reproduce": reproduce_command,
     "bench": bench_command,

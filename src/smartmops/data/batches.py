@@ -226,8 +226,11 @@ def prompts(
             for row, example in zip(rows, examples, strict=True)
         ]
     ids, masks = [row.input_ids for row in rows], [row.gate_mask for row in rows if row.gate_mask is not None]
-    batch = {"input_ids": _pad(ids, pad, "left"), "attention_mask": _pad([[1] * len(row) for row in ids], 0, "left")}
-    return batch | {"gate_mask": _pad(masks, 0, "left")} if masks else batch
+    batch = {
+        "input_ids": padded(ids, pad, "left"),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0, "left"),
+    }
+    return batch | {"gate_mask": padded(masks, 0, "left")} if masks else batch
 
 
 def pack(
@@ -298,12 +301,12 @@ class Collator:
         """`input_ids`, `attention_mask` and `labels`; `gate_embedding` where the rows carry one."""
         ids, side, multiple = [row.input_ids for row in rows], self.padding_side, self.pad_to_multiple_of or 1
         batch = {
-            "input_ids": _pad(ids, self.pad_id, side, multiple),
-            "attention_mask": _pad([[1] * len(row) for row in ids], 0, side, multiple),
-            "labels": _pad([row.labels for row in rows], IGNORED, side, multiple),
+            "input_ids": padded(ids, self.pad_id, side, multiple),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0, side, multiple),
+            "labels": padded([row.labels for row in rows], IGNORED, side, multiple),
         }
         if self.gate_mask and (masks := _masks(rows)):
-            batch["gate_mask"] = _pad(masks, 0, side, multiple)
+            batch["gate_mask"] = padded(masks, 0, side, multiple)
         embeddings = _embeddings(rows)
         return batch if embeddings is None else batch | {"gate_embedding": embeddings}
 
@@ -389,7 +392,8 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(pad)
 
 
-def _pad(rows: Sequence[list[int]], fill: int, side: str, multiple: int = 1) -> Int[Tensor, "batch length"]:
+def padded(rows: Sequence[list[int]], fill: int, side: str, multiple: int = 1) -> Int[Tensor, "batch length"]:
+    """Rows as one tensor, filled up on one side to the longest of them."""
     length = -(-max(map(len, rows)) // multiple) * multiple
     gaps = [[fill] * (length - len(row)) for row in rows]
     pairs = zip(rows, gaps, strict=True)

@@ -48,6 +48,7 @@ class Call:
     engine: Any
     gate_mask: Tensor | None
     gate_embedding: Tensor | None
+    gate_weights: Tensor | None
     attended: Tensor | None  # as the caller gave it: `generate` may turn it into a 4-D mask before we see it
     ids: Tensor | None  # the same, also where embeddings stand for them
     texts: list[Text] = field(default_factory=list)
@@ -57,13 +58,13 @@ class Call:
         self.now = self.texts[0]
 
     @classmethod
-    def of(cls, engine: Any, given: Mapping[str, Any], gate_mask: Any, gate_embedding: Any) -> Call:
-        """By what `generate` was called with, by name."""
+    def of(cls, engine: Any, given: Mapping[str, Any], mask: Any, embedding: Any, weights: Any) -> Call:
+        """By what `generate` was called with, by name, and what the gate is told."""
         ids = next((each for each in (given.get("inputs"), given.get("input_ids")) if isinstance(each, Tensor)), None)
         embeddings, other = given.get("inputs_embeds"), given.get("negative_prompt_ids")
         prompt = next((each for each in (embeddings, ids) if isinstance(each, Tensor) and each.dim() > 1), None)
         texts = [Text(prompt, True)] + ([] if other is None else [Text(other, False)])
-        return cls(engine, gate_mask, gate_embedding, given.get("attention_mask"), ids, texts)
+        return cls(engine, mask, embedding, weights, given.get("attention_mask"), ids, texts)
 
     def begin(self, inputs: Tensor) -> Text:
         """The text of a pass that has no cache of an earlier one; the first pass is over the caller's own."""

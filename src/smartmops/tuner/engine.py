@@ -106,11 +106,13 @@ class Engine:
         """The latest pass of text, as long as an adapter is on."""
         return None if self.active() is None else self.last
 
-    def _generate(self, *args: Any, gate_mask: Any = None, gate_embedding: Any = None, **kwargs: Any) -> Any:
+    def _generate(
+        self, *args: Any, gate_mask: Any = None, gate_embedding: Any = None, gate_weights: Any = None, **kwargs: Any
+    ) -> Any:
         given = call.named(self.model, args, kwargs)
         if self.active() is not None:
             call.refuse(given, self.model)
-        token = call.running.set(call.Call.of(self, given, gate_mask, gate_embedding))
+        token = call.running.set(call.Call.of(self, given, gate_mask, gate_embedding, gate_weights))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
@@ -120,7 +122,7 @@ class Engine:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         if "packed" in kwargs:
             raise ValueError("a packed batch reached the base model: make the adapter with task_type='CAUSAL_LM'")
-        explicit, embedding = kwargs.pop("gate_mask", None), kwargs.pop("gate_embedding", None)
+        told = [kwargs.pop(name, None) for name in ("gate_mask", "gate_embedding", "gate_weights")]
         self.last = None
         if (wrapper := self.active()) is None:
             return (), kwargs
@@ -145,7 +147,7 @@ class Engine:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
         if fresh := passage is None:
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
-            passage = self._begun(wrapper, names, kwargs, real, *self._given(explicit, embedding))
+            passage = self._begun(wrapper, names, kwargs, real, *self._given(*told))
         elif passage.gate is not None and len(passage.gate) != rows:
             raise ValueError(
                 f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
@@ -160,18 +162,18 @@ class Engine:
         return (), kwargs
 
     def _begun(
-        self, wrapper: Any, names: list[str] | None, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any
+        self, wrapper: Any, names: list[str] | None, kwargs: dict[str, Any], real: Tensor, *told: Any
     ) -> Passage:
         """The passage of a text that was not read before, by one adapter or by several."""
         if self.call is not None:
             growing.make_room(kwargs.get("past_key_values"))
         if names is None:
-            return self._fresh(wrapper, wrapper.current, kwargs, real, mask, embedding)
+            return self._fresh(wrapper, wrapper.current, kwargs, real, *told)
         if len(set(names)) == 1 and names[0] != mixed.BASE:
             wrapper = next(each for each in self.wrappers.values() if names[0] in each.configs)
-            return self._fresh(wrapper, names[0], kwargs, real, mask, embedding)
-        mask, embedding = (None if each is None else _rows(each, len(real)) for each in (mask, embedding))
-        return mixed.begin(self, names, kwargs, real, mask, embedding)
+            return self._fresh(wrapper, names[0], kwargs, real, *told)
+        each_row = [None if each is None else _rows(each, len(real)) for each in told]
+        return mixed.begin(self, names, kwargs, real, *each_row)
 
     def _flat(self, mask: Any, rows: int, length: int) -> Any:
         """[rows, seq]: which tokens are real, from a 2-D, 4-D or per-layer-type mask."""
@@ -197,15 +199,15 @@ class Engine:
                              "or an empty cache")  # fmt: skip
         return found
 
-    def _given(self, mask: Any, embedding: Any) -> tuple[Any, Any]:
-        """What the caller of the pass gave for the gate to read, else that of `generate`."""
-        if self.call is not None and self.call.now.own:
-            mask = self.call.gate_mask if mask is None else mask
-            embedding = self.call.gate_embedding if embedding is None else embedding
-        return mask, embedding
+    def _given(self, *told: Any) -> tuple[Any, ...]:
+        """What the caller of the pass told the gate (mask, embedding, weights), else that of `generate`."""
+        if self.call is None or not self.call.now.own:
+            return told
+        own = (self.call.gate_mask, self.call.gate_embedding, self.call.gate_weights)
+        return tuple(call if each is None else each for each, call in zip(told, own, strict=True))
 
     def _fresh(
-        self, wrapper: Any, adapter: str, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any
+        self, wrapper: Any, adapter: str, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any, weights: Any
     ) -> Passage:
         """What is known of a text before its first layer: what the gate may read, and who sees experts."""
         config, rows = wrapper.configs[adapter], len(real)
@@ -213,6 +215,8 @@ class Engine:
             raise ValueError(f"adapter {adapter!r} was made with low_cpu_mem_usage=True and its weights were not "
                              "loaded: load them, or leave that unset")  # fmt: skip
         passage, ids = Passage(adapter, wrapper.index), self._ids(kwargs, config, mask)
+        if weights is not None:
+            passage.gate_weights = gate.checked(_rows(weights, rows), config.num_experts).to(real.device)
         labels = self._labels(kwargs, real)
         real = self._before_answer(real)
         if labels is not None:
@@ -336,7 +340,9 @@ class Engine:
 def _rows(tensor: Tensor, rows: int) -> Tensor:
     """Repeat for beams: `generate` lays the copies of one row side by side."""
     if rows % len(tensor):
-        raise ValueError(f"gate_mask or gate_embedding has {len(tensor)} rows for a batch of {rows}: give one per row")
+        raise ValueError(
+            f"gate_mask, gate_embedding or gate_weights has {len(tensor)} rows for a batch of {rows}: give one per row"
+        )
     return tensor.repeat_interleave(rows // len(tensor), 0)
 
 
@@ -355,7 +361,7 @@ def _refuse_unread(kwargs: dict[str, Any]) -> None:
         raise ValueError("is_causal=False lets tokens see later ones, and the gate would read the answer: leave it "
                          "unset, or switch the adapter off with disable_adapter()")  # fmt: skip
     if unknown := sorted(name for name in kwargs if name.startswith("gate_")):
-        raise ValueError(f"{unknown[0]} is no argument of the gate: choose gate_mask or gate_embedding")
+        raise ValueError(f"{unknown[0]} is no argument of the gate: choose gate_mask, gate_embedding or gate_weights")
     bounds, examples = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
     several = examples is not None and bool((examples != examples.reshape(-1)[0]).any())
     if several or (bounds is not None and bounds.numel() > 2):

@@ -49,6 +49,33 @@ def log_gate(
     return torch.log_softmax(scores, -1)
 
 
+def checked(weights: Float[Tensor, "rows any"], experts: int) -> Float[Tensor, "rows any"]:
+    """Weights that a caller tells: of each expert, or NaN in a whole row that the gate is to decide.
+
+    Raises:
+        ValueError: they are of another shape, negative, or do not sum to one.
+    """
+    if weights.dim() != 2 or weights.shape[1] != experts:
+        raise ValueError(f"gate_weights is of shape {list(weights.shape)}: give a row for each text, with {experts} "
+                         "weights")  # fmt: skip
+    given = weights[~weights.isnan().all(-1)].float()
+    if not bool((given >= 0).all()) or not torch.allclose(given.sum(-1), torch.ones(len(given)).to(given), atol=1e-4):
+        raise ValueError("gate_weights are no shares: give weights of 0 or more that sum to one in each row, or NaN in "
+                         "a whole row that the gate is to decide")  # fmt: skip
+    return weights
+
+
+def told(
+    log_g: Float[Tensor, "batch groups"], lost: Float[Tensor, " batch"] | None, weights: Float[Tensor, "batch experts"]
+) -> tuple[Float[Tensor, "batch groups"], Float[Tensor, " batch"] | None]:
+    """Log gate and null weight, in rows that are told their weights replaced by those; nothing is left to the base."""
+    each, weights = log_g.shape[1] // weights.shape[1], weights.to(log_g)
+    decided = weights.isnan().any(-1)
+    logs = (weights / each).log().clamp(min=torch.finfo(log_g.dtype).min).repeat_interleave(each, -1)
+    log_g = torch.where(decided[:, None], log_g, logs)
+    return log_g, None if lost is None else torch.where(decided, lost, torch.zeros_like(lost))
+
+
 def by_expert(gate: Float[Tensor, "batch groups"], experts: int) -> Float[Tensor, "batch experts"]:
     """Weight of each expert: the gate's own, or the sum over an expert's prompts where each prompt has a weight."""
     return gate.unflatten(-1, (experts, -1)).sum(-1)  # type: ignore[no-untyped-call, no-any-return]

@@ -169,7 +169,10 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         adapter, config = passage.adapter, self.configs[passage.adapter]
         with torch.autocast(pooled.device.type, enabled=False):
             log_g = self.log_gate(pooled, adapter)
-            passage.lost = lost = self.null_weight(pooled, adapter)
+            lost = self.null_weight(pooled, adapter)
+            if passage.gate_weights is not None:
+                log_g, lost = gate.told(log_g, lost, passage.gate_weights)
+            passage.lost = lost
         passage.gate = log_g.exp() if lost is None else log_g.exp() * (1 - lost)[:, None]
         columns, scale = gate.bias(log_g, config.num_prompts), None
         shared = columns.new_zeros(len(columns), config.shared_prompts)

@@ -101,7 +101,7 @@ def saved_modules(engine: Any, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor, mask: Any, embedding: Any) -> Passage:
+def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor, *told: Any) -> Passage:
     """What is known of such a batch before its first layer."""
     rows, whole = len(names), Passage("", len(engine.layers), names=names)
     starts = torch.zeros(rows, dtype=torch.long, device=real.device)
@@ -110,7 +110,7 @@ def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor
         at = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=real.device)
         own = {name: _own(value, at, rows) for name, value in kwargs.items()}
         with asked(engine, [adapter]):
-            part = engine._fresh(wrapper, adapter, own, real[at], _own(mask, at, rows), _own(embedding, at, rows))
+            part = engine._fresh(wrapper, adapter, own, real[at], *(_own(each, at, rows) for each in told))
         whole.parts.append(Part(at, part))
         whole.first = min(whole.first, part.first)
         if part.start is not None:

@@ -91,6 +91,7 @@ class Passage:
     taken: dict[int, KeyValue] | None = None  # where layers leave the keys and values of segments, if wanted
     start: Int[Tensor, " rows"] | None = None  # column from which on text sees prompts; None: all of it does
     sees: Bool[Tensor, "rows seq"] | None = None  # the same for the tokens of this very pass; None: all
+    gate_weights: Float[Tensor, "rows experts"] | None = None  # told; NaN: the gate decides
     closed: Bool[Tensor, " rows"] | None = None  # rows that see no prompts at all; None: all see some
     names: list[str] | None = None  # the adapter of each row, where not all are served by `adapter`
     parts: list[Part] = field(default_factory=list)  # those adapters' rows (see mixed.py)

@@ -1,0 +1,278 @@
+"""The server over a real socket, asked by OpenAI's own client and by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+
+from patient import Patient  # noqa: E402
+from served import APPLE, Served, serving  # noqa: E402
+
+from smartmops import cli  # noqa: E402
+from smartmops.data.example import Example  # noqa: E402
+from smartmops.serving.answering import Answerer, Settings  # noqa: E402
+from smartmops.serving.server import BODY  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def real(answerer: Answerer) -> Iterator[Served]:
+    with serving(answerer) as found:
+        yield found
+
+
+@pytest.fixture
+def client(real: Served) -> Any:
+    return openai.OpenAI(base_url=f"{real.url}/v1", api_key="none", max_retries=0)
+
+
+def alone(answerer: Answerer, **who: Any) -> str:
+    return answerer.answer([answerer.ask(Example(APPLE[0]["content"], "", ""), Settings(8), **who)])[0].text
+
+
+@pytest.mark.parametrize("model", ["auto", "base", "apple", "banana"])
+def test_a_chat_is_answered_by_whom_it_names(client: Any, answerer: Answerer, model: str) -> None:
+    found = client.chat.completions.create(model=model, messages=APPLE, max_tokens=8)
+    who = {"auto": {}, "base": {"base": True}}.get(model, {"expert": model})
+    (choice,) = found.choices
+    assert choice.message.content == alone(answerer, **who) and found.model == model
+    assert choice.finish_reason in ("length", "stop") and found.usage.completion_tokens <= 8
+    assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+    told = choice.experts
+    assert sum(told["weights"].values()) + told["left_to_base"] == pytest.approx(1, abs=1e-3)
+    if model in answerer.experts:
+        assert told["weights"][model] == 1.0
+
+
+def test_a_stream_is_the_whole_answer_and_counts_it(client: Any, answerer: Answerer) -> None:
+    chunks = list(client.chat.completions.create(model="auto", messages=APPLE, max_tokens=8, stream=True,
+                                                 stream_options={"include_usage": True}))  # fmt: skip
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == alone(answerer)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason in ("length", "stop") and chunks[-2].choices[0].experts["weights"]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 0
+
+
+def test_a_stream_ends_as_openai_ends_it(real: Served) -> None:
+    asked = {"model": "auto", "prompt": ["apple", "banana is"], "max_tokens": 3, "stream": True}
+    lines = [line for line in httpx.post(f"{real.url}/v1/completions", json=asked, timeout=60).text.split("\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert {chunk["choices"][0]["index"] for chunk in chunks} == {0, 1}
+    assert sum(chunk["choices"][0]["finish_reason"] is not None for chunk in chunks) == 2
+
+
+def test_completions_go_on_with_several_prompts_and_choices(client: Any, answerer: Answerer) -> None:
+    found = client.completions.create(model="auto", prompt=["apple is", "banana"], max_tokens=6, n=2, seed=3,
+                                      temperature=1.2)  # fmt: skip
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    again = [answerer.answer([answerer.complete(text, Settings(6, 1.2, seed=3 + number))])[0].text
+             for number, text in enumerate(["apple is", "apple is", "banana", "banana"])]  # fmt: skip
+    assert [choice.text for choice in found.choices] == again
+    greedy = client.completions.create(model="auto", prompt="apple is", max_tokens=12)
+    stop = greedy.choices[0].text[2:4]
+    cut = client.completions.create(model="auto", prompt="apple is", max_tokens=12, stop=stop)
+    assert cut.choices[0].text == greedy.choices[0].text.partition(stop)[0]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+def test_models_health_and_metrics(client: Any, real: Served) -> None:
+    assert [model.id for model in client.models.list()] == ["auto", "base", "apple", "banana"]
+    assert httpx.get(f"{real.url}/health").json() == {"status": "ok"}
+    client.chat.completions.create(model="auto", messages=APPLE, max_tokens=1)
+    text = httpx.get(f"{real.url}/metrics").text
+    assert 'smartmops_requests_total{path="/v1/chat/completions",status="200"}' in text
+    assert f"smartmops_batches_total {real.batcher.counts.batches}\n" in text and "smartmops_waiting 0\n" in text
+
+
+BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({"model": "pear"}, 404, "there is no model \"pear\": choose one of auto, base, apple, banana", "model"),
+    ({"model": None}, 400, "model is null: choose one of auto", "model"),
+    ({"messages": []}, 400, "messages is []: give a list", "messages"),
+    ({"messages": "hello"}, 400, "messages is \"hello\": give a list", "messages"),
+    ({"messages": [*APPLE, {"role": "assistant", "content": "x"}]}, 400, "end with one of the user", "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "choose one of system, user, assistant", "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "parts that are no text", "messages"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half a character", "messages"),
+    ({"messages": [{"role": "user", "content": "x " * 300}]}, 400, "of the model's 256 positions none", "messages"),
+    ({"max_tokens": 33}, 400, "max_tokens is 33: choose a whole number from 1 to 32", "max_tokens"),
+    ({"max_tokens": 0}, 400, "max_tokens is 0: choose a whole number", "max_tokens"),
+    ({"max_tokens": True}, 400, "max_tokens is true: choose a whole number", "max_tokens"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "both given: choose one", "max_tokens"),
+    ({"temperature": 3}, 400, "temperature is 3: choose a number from 0 to 2", "temperature"),
+    ({"temperature": "hot"}, 400, "temperature is \"hot\": choose a number", "temperature"),
+    ({"top_p": 0}, 400, "top_p is 0: choose a number above 0", "top_p"),
+    ({"seed": -1}, 400, "seed is -1: choose a whole number from 0", "seed"),
+    ({"n": 17}, 400, "n is 17: choose a whole number from 1 to 16", "n"),
+    ({"stop": ["a", ""]}, 400, "stop is [\"a\", \"\"]: give a text", "stop"),
+    ({"stream": "yes"}, 400, "stream is \"yes\": choose true or false", "stream"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty is 0.5, and is not supported: leave it out", "frequency_penalty"),
+    ({"tools": [{"type": "function"}]}, 400, "is not supported: leave it out", "tools"),
+    ({"logprobs": True}, 400, "logprobs is true, and is not supported", "logprobs"),
+    ({"temprature": 1}, 400, "\"temprature\" is no field that is known here: leave it out", "temprature"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "status", "said", "param"), BAD, ids=[str(each[0])[:50] for each in BAD])
+def test_what_cannot_be_answered_is_said_in_openais_form(
+    real: Served, changes: dict[str, Any], status: int, said: str, param: str | None
+) -> None:
+    found = httpx.post(
+        f"{real.url}/v1/chat/completions", content=json.dumps({"model": "auto", "messages": APPLE} | changes)
+    )
+    assert found.status_code == status, found.text
+    error = found.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["param"] == param
+    assert said in error["message"] and "\n" not in error["message"]
+
+
+def test_what_changes_nothing_may_be_said(client: Any) -> None:
+    client.chat.completions.create(model="auto", messages=APPLE, max_tokens=1, user="me", presence_penalty=0, n=1,
+                                   logprobs=False, response_format={"type": "text"})  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "said"), [
+    (b"{", 400, "the body is no JSON"), (b"\xff", 400, "the body is no JSON"), (b"[1]", 400, "send a JSON object"),
+    (b"[" * 100_000, 400, "the body is no JSON"), (b" " * (BODY + 1), 413, f"more than {BODY} bytes"),
+])  # fmt: skip
+def test_a_body_that_is_no_request_is_refused(real: Served, body: bytes, status: int, said: str) -> None:
+    for content in (body, iter([body])):  # with its length told, and without
+        found = httpx.post(f"{real.url}/v1/chat/completions", content=content)
+        assert found.status_code == status and said in found.json()["error"]["message"]
+
+
+def test_unknown_paths_and_methods_are_told_in_the_same_form(real: Served) -> None:
+    assert httpx.get(f"{real.url}/v2").json()["error"]["message"] == "GET /v2: Not Found"
+    assert httpx.get(f"{real.url}/v1/completions").status_code == 405
+
+
+def test_only_a_key_of_the_file_opens(patient: Patient) -> None:
+    with serving(patient, keys=("one", "zwei-é")) as served:
+        asked = {"model": "auto", "messages": APPLE}
+        for header in ({}, {"Authorization": "Bearer on"}, {"Authorization": "Basic one"}):
+            found = httpx.post(f"{served.url}/v1/chat/completions", json=asked, headers=header)
+            assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
+            assert httpx.get(f"{served.url}/v1/models", headers=header).status_code == 401
+        assert httpx.get(f"{served.url}/v1/models", headers={"Authorization": "Bearer one"}).status_code == 200
+        spelt = {"Authorization": "Bearer zwei-é".encode()}
+        assert httpx.get(f"{served.url}/v1/models", headers=spelt).status_code == 200
+        assert httpx.get(f"{served.url}/health").status_code == 200
+    assert patient.batches == []
+
+
+def test_a_full_queue_says_when_to_come_back(patient: Patient) -> None:
+    with serving(patient, room=2, started=False) as served:
+        many = {"model": "auto", "messages": APPLE, "n": 3}
+        assert httpx.post(f"{served.url}/v1/chat/completions", json=many).status_code == 400
+        served.batcher.submit([patient.ask(), patient.ask()])
+        found = httpx.post(f"{served.url}/v1/chat/completions", json=many | {"n": 1})
+        assert found.status_code == 429 and int(found.headers["retry-after"]) > 0
+        assert found.json()["error"]["code"] == "queue_full"
+        served.batcher.start()
+        served.batcher.cancel()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_is_answered_no_longer(patient: Patient, stream: bool) -> None:
+    with serving(patient) as served:
+        ended = threading.Event()
+        batch = threading.Event()
+        inner = patient.answer
+
+        def answer(questions: Any) -> Any:
+            batch.set()
+            found = inner(questions)
+            ended.set()
+            return found
+
+        patient.answer = answer  # type: ignore[method-assign]
+        body = json.dumps({"model": "auto", "messages": APPLE, "stream": stream}).encode()
+        with socket.create_connection(served.socket.getsockname()) as raw:
+            raw.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            assert batch.wait(60)
+        assert ended.wait(60), "it ends without being let go"
+        assert all(question.cancelled for question in patient.batches[0])
+
+
+def test_told_to_end_it_answers_what_it_has_and_takes_no_more(patient: Patient) -> None:
+    with serving(patient) as served, httpx.Client(base_url=served.url, timeout=60) as kept:
+        asked = {"model": "auto", "messages": APPLE}
+        with kept.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as under_way:
+            lines = under_way.iter_lines()
+            assert "one" in next(line for line in lines if '"one"' in line)
+            served.batcher.close()
+            refused = httpx.post(f"{served.url}/v1/chat/completions", json=asked)
+            assert refused.status_code == 503 and "retry-after" in refused.headers
+            assert httpx.get(f"{served.url}/health").status_code == 503
+            served.server.handle_exit(signal.SIGTERM, None)
+            patient.let_go = True
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        served.thread.join(60)
+        assert not served.thread.is_alive()
+
+
+def test_told_to_end_twice_it_gives_up(patient: Patient) -> None:
+    with serving(patient) as served, httpx.Client(base_url=served.url, timeout=60) as kept:
+        asked = {"model": "auto", "messages": APPLE, "stream": True}
+        with kept.stream("POST", "/v1/chat/completions", json=asked) as under_way:
+            lines = under_way.iter_lines()
+            assert next(line for line in lines if '"one"' in line)
+            for _ in range(2):
+                served.server.handle_exit(signal.SIGTERM, None)
+        served.thread.join(60)
+        assert not served.thread.is_alive() and patient.batches[0][0].cancelled
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    source = str(Path(cli.__file__).parents[1])
+    return subprocess.Popen([sys.executable, "-c", "from smartmops.cli import main; main()", *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"PYTHONPATH": source})  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("secret\n")
+    with command("serve", str(run), "--port", "0", "--api-key-file", str(tmp_path / "keys")) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.endswith("serves auto, base, apple, banana\n"), line
+        client = openai.OpenAI(base_url=line.split()[0], api_key="secret")
+        assert client.chat.completions.create(model="auto", messages=APPLE, max_tokens=2).choices
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def test_an_address_that_cannot_be_had_is_told_before_a_model_is_loaded(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("sys.argv", ["smartmops", "serve", str(run), "--port", str(port)])
+        with pytest.raises(SystemExit):
+            cli.main()
+    error = capsys.readouterr().err
+    assert f"--host 127.0.0.1 --port {port} cannot be had (Address already in use)" in error and error.count("\n") == 1
+
+
+def test_without_the_extra_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "smartmops.serving.server")
+    with pytest.raises(ImportError, match=r'pip install "smartmops\[serve\]"'):
+        import smartmops.serving.server  # noqa: F401

@@ -1,0 +1,104 @@
+"""`generate` and `chat` as they are typed, on a run of two tasks."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from smartmops import cli
+from smartmops.data.example import Example
+from smartmops.options.serving import ChatConfig, GenerateConfig
+from smartmops.serving.answering import Answer, Answerer, Settings
+from smartmops.serving.terminal import by, chat, generate
+
+ROWS = [{"instruction": "apple number 3.", "id": 7}, {"instruction": "banana number 4.", "context": "A long text."},
+        {"instruction": "Something else, which is much longer than the others."}]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def loaded(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is loaded once for all tests."""
+    monkeypatch.setattr(Answerer, "open", lambda path: answerer)
+
+
+def typed(line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr("sys.argv", ["smartmops", *line])
+    cli.main()
+    return capsys.readouterr().out
+
+
+def alone(answerer: Answerer, row: dict[str, str], **who: object) -> str:
+    example = Example(row["instruction"], row.get("context", ""), "")
+    return answerer.answer([answerer.ask(example, Settings(6), **who)])[0].text
+
+
+def test_one_answer_is_followed_by_who_gave_it(
+    run: Path, answerer: Answerer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["generate", str(run), ROWS[0]["instruction"], "--max-new-tokens", "6"]
+    for more, who, said in ((["--expert", "banana"], {"expert": "banana"}, "[banana 1.00]"),
+                            (["--base"], {"base": True}, "[left to the base 1.00]")):  # fmt: skip
+        printed = typed([*line, *more], monkeypatch, capsys)
+        assert printed == f"{alone(answerer, ROWS[0], **who)}\n{said}\n"
+    printed = typed(line, monkeypatch, capsys)
+    assert printed.startswith(alone(answerer, ROWS[0])) and printed.count("[") >= 1
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_a_file_is_answered_row_by_row_whatever_the_batch(
+    run: Path, answerer: Answerer, tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    line = ["generate", str(run), "--file", str(file), "--max-new-tokens", "6", "--batch-size", str(batch)]
+    found = [json.loads(each) for each in typed(line, monkeypatch, capsys).splitlines()]
+    assert [row["answer"] for row in found] == [alone(answerer, row) for row in ROWS]
+    assert [{name: row[name] for name in own} for row, own in zip(found, ROWS, strict=True)] == ROWS
+    assert all(sum(row["experts"].values()) + row["left_to_base"] == pytest.approx(1, abs=1e-3) for row in found)
+    assert typed([*line, "--out", str(tmp_path / "out.jsonl")], monkeypatch, capsys) == ""
+    assert [json.loads(each) for each in (tmp_path / "out.jsonl").read_text().splitlines()] == found
+
+
+def test_it_is_one_importable_function(run: Path) -> None:
+    out = io.StringIO()
+    (found,) = generate(GenerateConfig(run=run, text="apple", max_new_tokens=3), out.write)
+    assert out.getvalue().startswith(found["answer"]) and set(found["experts"]) == {"apple", "banana"}
+
+
+def test_a_chat_remembers_its_turns_and_changes_who_answers(run: Path, answerer: Answerer) -> None:
+    lines = ["apple number 3.", "And more?", "/expert banana", "And more?", "/new", "apple number 3.", "/base",
+             "apple number 3.", "/auto", "/expert pear", "/what", "", "/quit", "never heard"]  # fmt: skip
+    out = io.StringIO()
+    chat(ChatConfig(run=run, max_new_tokens=6), io.StringIO("\n".join(lines) + "\n"), out.write)
+    said = out.getvalue()
+
+    def told(text: str, history: tuple[tuple[str, str], ...] = (), **who: object) -> str:
+        asked = answerer.ask(Example(text, "", "", history=history), Settings(6), **who)
+        return answerer.answer([asked])[0].text
+
+    first = told(lines[0])
+    second = told(lines[1], ((lines[0], first),))
+    third = told(lines[3], ((lines[0], first), (lines[1], second)), expert="banana")
+    after = told(lines[5], expert="banana")
+    for text in (first, second, third, after):
+        assert f"{text}\n[" in said
+    assert said.count("[banana 1.00]") == 2 and said.count("[left to the base 1.00]") == 1
+    assert "[pear is no expert of this run: choose apple, banana]" in said and "[/what is no command:" in said
+    assert said.startswith("[experts: apple, banana; /expert NAME, /auto, /base, /new, /quit]\n")
+
+
+def test_a_chat_ends_with_its_input_and_a_turn_too_long_is_told(run: Path) -> None:
+    out = io.StringIO()
+    chat(ChatConfig(run=run, max_new_tokens=2), io.StringIO("word " * 300 + "\n/new\napple"), out.write)
+    assert "positions none is left to answer: shorten it; or begin anew with /new]" in out.getvalue()
+    assert out.getvalue().rstrip().splitlines()[-1].startswith("[")
+
+
+def test_who_answered_is_said_strongest_first_without_trifles() -> None:
+    answer = Answer("", 1, "stop", {"a": 0.2, "b": 0.7, "c": 0.001}, 0.1)
+    assert by(answer) == "b 0.70, a 0.20, left to the base 0.10"
+    assert by(Answer("", 1, "stop", {}, 1.0)) == "left to the base 1.00"
