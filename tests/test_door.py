@@ -70,8 +70,9 @@ def test_python_trains_what_the_command_line_trains(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"batch_size": 0}, r"^batch_size 0: choose 1 or more$"),
-    ({"experts": 2}, "^experts 2, but there are 7 tasks: choose 7, or gate_pretraining clusters"),
+    ({"batch_size": 0}, r"^batch_size=0: choose 1 or more$"),
+    ({"prompt_lr": -1.0}, r"^prompt_lr=-1\.0: choose"),
+    ({"experts": 2}, "^experts=2, but there are 7 tasks: choose 7, or gate_pretraining clusters"),
     ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
 ])  # fmt: skip
 def test_wrong_options_are_told_by_their_names_in_python(options: dict[str, Any], said: str, tmp_path: Path) -> None:
