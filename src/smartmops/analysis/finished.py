@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,32 +174,11 @@ class LoadedRun:
         inputs = {}
         if self._embedder is not None:
             inputs["gate_embedding"] = torch.tensor(self._embedder([example.instruction]))
-        with self._alone(expert):
-            return answer(self.model, self.tokenizer, [example], max_new_tokens, self._template, **inputs)[0]
-
-    @contextmanager
-    def _alone(self, expert: str | None) -> Iterator[None]:
-        """All weight on one expert within the block, and none left to the base."""
-        if expert is None:
-            yield
-            return
-        if expert not in self.experts:
-            raise ValueError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts) or 'none'}")
-        layer, number = self.model.base_model.layer(), self.experts.index(expert)
-        own = layer.log_gate
-
-        def pinned(pooled: torch.Tensor, adapter: str) -> torch.Tensor:
-            logs = own(pooled, adapter)
-            each = logs.shape[-1] // len(self.experts)
-            found = torch.full_like(logs, torch.finfo(logs.dtype).min)
-            found[:, number * each : (number + 1) * each] = -math.log(each)
-            return found
-
-        layer.log_gate, layer.null_weight = pinned, lambda pooled, adapter: None
-        try:
-            yield
-        finally:
-            del layer.log_gate, layer.null_weight
+        if expert is not None:
+            if expert not in self.experts:
+                raise ValueError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts)}")
+            inputs["gate_weights"] = torch.tensor([[float(name == expert) for name in self.experts]])
+        return answer(self.model, self.tokenizer, [example], max_new_tokens, self._template, **inputs)[0]
 
     def _measured(self, config: EvaluateConfig, progress: bool = False) -> dict[str, Any]:
         again = _again(config, self._run)
