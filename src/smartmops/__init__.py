@@ -14,11 +14,12 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.finished import LoadedRun
     from .base import load_base
     from .data import render
     from .data.example import Example
     from .data.tasks import read
-    from .door import compare, compress, evaluate, federate, inspect, preview, train
+    from .door import compare, compress, evaluate, federate, inspect, load_run, preview, train
     from .options.compression import CompressConfig
     from .options.federation import FederateConfig
     from .options.reading import DataConfig, EvaluateConfig, InspectConfig
@@ -39,8 +40,9 @@ _FROM = {
     "load_base": "base", "prepare": "training.prepare", "Prepared": "training.prepare",
     "TrainConfig": "options.training", "CompareConfig": "options.training", "CompressConfig": "options.compression",
     "FederateConfig": "options.federation", "DataConfig": "options.reading", "EvaluateConfig": "options.reading",
-    "InspectConfig": "options.reading",
-    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "preview"), "door"),
+    "InspectConfig": "options.reading", "LoadedRun": "analysis.finished",
+    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "load_run",
+                     "preview"), "door"),
 }  # fmt: skip
 __all__ = [
     "CompareConfig",
@@ -50,6 +52,7 @@ __all__ = [
     "Example",
     "FederateConfig",
     "InspectConfig",
+    "LoadedRun",
     "MoPsConfig",
     "MoPsModel",
     "Prepared",
@@ -61,6 +64,7 @@ __all__ = [
     "federate",
     "inspect",
     "load_base",
+    "load_run",
     "prepare",
     "preview",
     "read",

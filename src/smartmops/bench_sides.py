@@ -86,7 +86,7 @@ class Lab:
         c = self.config
         return MethodConfig(method=METHODS[name], experts=experts or c.experts, prompt_lr=1e-3, gate_lr=1e-3,
                             prompts_per_expert=per_expert or c.prompts_per_expert,
-                            injection_layer=c.injection_layer, expert_kind="hidden_states")  # fmt: skip
+                            injection_layer=c.injection_layer, expert_kind="hidden_states", init="random")  # fmt: skip
 
     def adapted(self, method: MethodConfig) -> Any:
         """The random base with a fresh adapter. LoRA goes without dropout, which would only slow it down."""

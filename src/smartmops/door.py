@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
-from smartmops.options.limits import Options, check, hints_of
+from smartmops.options.limits import Options, check_named, hints_of, in_python
 from smartmops.options.reading import DataConfig, EvaluateConfig, InspectConfig
 from smartmops.options.training import CompareConfig, TrainConfig
 
+if TYPE_CHECKING:
+    from smartmops.analysis.finished import LoadedRun
+
 C = TypeVar("C", bound=Options)
-FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 
 
 def train(config: TrainConfig | None = None, **options: Any) -> dict[str, Any]:
@@ -111,6 +112,18 @@ def preview(config: DataConfig | None = None, **options: Any) -> dict[str, Any]:
     return _run("analysis.preview", "preview", _made(DataConfig, config, options))
 
 
+def load_run(path: str | Path) -> LoadedRun:
+    """A finished run, loaded once: it answers, says which experts fire, and is measured.
+
+    Raises:
+        FileNotFoundError: there is no finished run.
+        ValueError: its adapter is damaged, or belongs to another base.
+    """
+    finished = import_module("smartmops.analysis.finished")
+    found: LoadedRun = finished.LoadedRun.open(Path(path))
+    return found
+
+
 def _made(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
     """The config, checked.
 
@@ -125,10 +138,7 @@ def _made(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
         if unknown := [name for name in options if name not in names]:
             raise TypeError(f"{unknown[0]!r} is no option of {kind.__name__}{_near(unknown[0], names)}")
         config = kind(**{name: _as_path(kind, name, value) for name, value in options.items()})
-    try:
-        check(config)
-    except ValueError as error:
-        raise ValueError(_in_python(str(error))) from None
+    check_named(config)
     return config
 
 
@@ -148,11 +158,6 @@ def _near(name: str, names: set[str]) -> str:
     return f": {found[0]!r} is meant, perhaps" if found else f": choose from {', '.join(sorted(names))}"
 
 
-def _in_python(message: str) -> str:
-    """Options as Python writes them: `--batch-size 0` is `batch_size 0`."""
-    return FLAG.sub(lambda found: found[1].replace("-", "_"), message)
-
-
 def _run(module: str, name: str, config: Options) -> dict[str, Any]:
     """The function behind a command, imported now: it brings torch along."""
     early = import_module("smartmops.training.early")
@@ -160,5 +165,5 @@ def _run(module: str, name: str, config: Options) -> dict[str, Any]:
     try:
         early.look_at(config)
     except ValueError as error:
-        raise ValueError(_in_python(str(error))) from None
+        raise ValueError(in_python(str(error))) from None
     return run(config)

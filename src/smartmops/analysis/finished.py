@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from smartmops.data.example import Example
+from smartmops.data.example import Example, opened
 from smartmops.data.template import Template
+from smartmops.options.limits import check_named
 from smartmops.options.method import TOLD
 from smartmops.options.reading import EvaluateConfig, InspectConfig
 from smartmops.options.training import TrainConfig
@@ -18,6 +21,7 @@ from smartmops.training.evaluate import evaluate as measured
 from smartmops.training.pretrain import Embedder
 from smartmops.training.runs import Run
 from smartmops.training.task import Task
+from smartmops.tuner import MoPsModel
 from smartmops.tuner.gate import by_expert
 
 
@@ -32,19 +36,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         FileNotFoundError: there is no finished run.
         ValueError: its method is told which expert to use, or the data cannot be read.
     """
-    run = Run.open(config.run)
-    again = _again(config, run)  # before the base, which may be large
-    model, tokenizer, _ = load_run(config.run)
-    task = Task.load(again, model, tokenizer)
-    rows = [*task.train, *task.test] if config.data else task.test
-    examples = [*task.train_examples, *task.test_examples] if config.data else task.test_examples
-    metrics = measured(model, rows, task.collator, config.batch_size, progress=True).metrics()
-    if config.answers:
-        asked = questions(model, tokenizer, examples, config.answers, config.answer_tokens, task.template)
-        metrics["answers"] = score(model, tokenizer, [examples[i] for i in asked], [rows[i] for i in asked],
-                                   config.answer_tokens, task.template)  # fmt: skip
-    run.write_evaluation(metrics | {"data": again.data})
-    return metrics
+    _again(config, Run.open(config.run))  # before the base, which may be large
+    return LoadedRun.open(config.run)._measured(config, progress=True)
 
 
 def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
@@ -74,21 +67,129 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         FileNotFoundError: there is no finished run.
         ValueError: the run's method has no gate.
     """
-    model, tokenizer, run = load_run(config.run)
-    if not hasattr(model.base_model, "last_gate"):
-        raise ValueError(f"{config.run} was trained with method {run.config.get('method')!r}, which has no gate: "
-                         "inspect a run of --method mops")  # fmt: skip
-    mops = model.peft_config["default"]
-    example = Example(config.text, config.context, "")
-    template = Template.of(template_of(run), tokenizer)
-    inputs = {}
-    if mops.embedder:
-        inputs["gate_embedding"] = torch.tensor(Embedder(mops.embedder)([config.text]))
-    adapted = answer(model, tokenizer, [example], config.max_new_tokens, template, **inputs)[0]
-    weights = by_expert(model.base_model.last_gate, mops.num_experts)[0].tolist()
-    lost = model.base_model.last_null
-    with model.disable_adapter():
-        frozen = answer(model, tokenizer, [example], config.max_new_tokens, template)[0]
-    names = mops.expert_names or [f"expert {i}" for i in range(mops.num_experts)]
-    return {"gate": dict(zip(names, weights, strict=True)), "left_to_base": None if lost is None else float(lost[0]),
-            "frozen": frozen, "adapted": adapted}  # fmt: skip
+    run = LoadedRun.open(config.run)
+    run.check_gated()
+    adapted = run.generate(config.text, config.context, max_new_tokens=config.max_new_tokens)
+    gate, left = run.latest()
+    with run.model.disable_adapter():
+        frozen = run.generate(config.text, config.context, max_new_tokens=config.max_new_tokens)
+    return {"gate": gate, "left_to_base": left, "frozen": frozen, "adapted": adapted}
+
+
+class LoadedRun:
+    """A finished run in memory, made by `load_run`: it answers, says which experts fire, and is measured.
+
+    Attributes:
+        model: The adapted model, a `PeftModel` in eval mode.
+        tokenizer: Its own, with the chat template that the run was trained with.
+        path: The run folder.
+        experts: What each expert is meant for, in order; empty where the method has none.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, run: Run) -> None:
+        self.model, self.tokenizer, self.path, self._run = model, tokenizer, run.path, run
+        self._template = Template.of(template_of(run), tokenizer)
+        config = model.peft_config["default"]
+        self._embedder = Embedder(config.embedder) if getattr(config, "embedder", None) else None
+        self.experts: list[str] = []
+        if isinstance(model.base_model, MoPsModel):
+            self.experts = list(config.expert_names or (f"expert {i}" for i in range(config.num_experts)))
+
+    @classmethod
+    def open(cls, path: Path) -> LoadedRun:
+        """The run in a folder; errors as `load_run`."""
+        return cls(*load_run(path))
+
+    def generate(self, text: str, context: str = "", *, expert: str | None = None, max_new_tokens: int = 48) -> str:
+        """The greedy answer to one instruction.
+
+        Args:
+            text: The instruction.
+            context: Text that it is about.
+            expert: Who answers alone, by its name in `experts`; None: the gate decides.
+            max_new_tokens: At which the answer ends that has not ended itself.
+
+        Raises:
+            ValueError: there is no such expert.
+        """
+        return self._answer(Example(text, context, ""), expert, max_new_tokens)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, expert: str | None = None, max_new_tokens: int = 48
+    ) -> str:
+        """The greedy answer to the user's last message, `role` and `content` of each as chat templates take them.
+
+        Raises:
+            ValueError: turns are out of order, the last is not the user's, or there is no such expert.
+        """
+        system, history, question = opened(messages)
+        if question is None:
+            raise ValueError(f"the conversation of {len(messages)} messages ends with the assistant: add what the "
+                             "user says next")  # fmt: skip
+        return self._answer(Example(question, "", "", system=system, history=history), expert, max_new_tokens)
+
+    def gate(self, text: str, context: str = "") -> dict[str, float]:
+        """Weight of each expert for one instruction; they sum to one, less what a null expert leaves to the base.
+
+        Raises:
+            ValueError: the run's method has no gate.
+        """
+        self.check_gated()
+        self.generate(text, context, max_new_tokens=1)
+        return self.latest()[0]
+
+    def latest(self) -> tuple[dict[str, float], float | None]:
+        """Of the latest answer, the weight of each expert, and of the null expert (None: there is none)."""
+        weights, lost = self.model.base_model.last_gate, self.model.base_model.last_null
+        named = zip(self.experts, by_expert(weights, len(self.experts))[0].tolist(), strict=True)
+        return dict(named), None if lost is None else float(lost[0])
+
+    def evaluate(self, data: str | None = None, **options: Any) -> dict[str, Any]:
+        """Perplexity over response tokens, with the options of `smartmops.evaluate`; nothing is loaded again.
+
+        Raises:
+            TypeError: an option is unknown.
+            ValueError: an option is outside its limits, or the data cannot be read.
+        """
+        config = EvaluateConfig(run=self.path, data=data, **options)
+        check_named(config)
+        return self._measured(config)
+
+    def save(self, folder: str | Path) -> None:
+        """Write adapter and tokenizer into a folder that `PeftModel.from_pretrained` loads on the same base."""
+        self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+    def check_gated(self) -> None:
+        """Whether there are experts to weigh.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.experts:
+            raise ValueError(f"{self.path} was trained with method {self._run.config.get('method')!r}, which has no "
+                             "gate: inspect a run of method mops")  # fmt: skip
+
+    def _answer(self, example: Example, expert: str | None, max_new_tokens: int) -> str:
+        inputs = {}
+        if self._embedder is not None:
+            inputs["gate_embedding"] = torch.tensor(self._embedder([example.instruction]))
+        if expert is not None:
+            if expert not in self.experts:
+                raise ValueError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts)}")
+            inputs["gate_weights"] = torch.tensor([[float(name == expert) for name in self.experts]])
+        return answer(self.model, self.tokenizer, [example], max_new_tokens, self._template, **inputs)[0]
+
+    def _measured(self, config: EvaluateConfig, progress: bool = False) -> dict[str, Any]:
+        again = _again(config, self._run)
+        task = Task.load(again, self.model, self.tokenizer)
+        rows = [*task.train, *task.test] if config.data else task.test
+        examples = [*task.train_examples, *task.test_examples] if config.data else task.test_examples
+        metrics = measured(self.model, rows, task.collator, config.batch_size, progress=progress).metrics()
+        if config.answers:
+            size = config.answer_tokens
+            asked = questions(self.model, self.tokenizer, examples, config.answers, size, task.template)
+            metrics["answers"] = score(self.model, self.tokenizer, [examples[i] for i in asked],
+                                       [rows[i] for i in asked], size, task.template)  # fmt: skip
+        self._run.write_evaluation(metrics | {"data": again.data})
+        return metrics

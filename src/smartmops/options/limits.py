@@ -8,6 +8,7 @@ and how options are typed; knows no option.
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -17,6 +18,8 @@ from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origi
 
 import tyro
 
+FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
+GIVEN = re.compile(rf"^{FLAG.pattern} ([^\s:,]+)(?=[:,])", re.MULTILINE)  # a line that opens with a value
 LARGEST = 2**31 - 1  # of a count: what every library takes
 
 
@@ -133,6 +136,24 @@ def check(config: Options) -> None:
         found = [*found, *([str(place)] if not any(line.startswith("--out ") for line in found) else [])]
     if found:
         raise ValueError("\n".join(found))
+
+
+def check_named(config: Options) -> None:
+    """`check` for options that were given in Python.
+
+    Raises:
+        ValueError: as `check`, with the options as Python writes them.
+    """
+    try:
+        check(config)
+    except ValueError as error:
+        raise ValueError(in_python(str(error))) from None
+
+
+def in_python(message: str) -> str:
+    """A message with the options as Python writes them: `--batch-size 0: ...` is `batch_size=0: ...`."""
+    named = GIVEN.sub(lambda found: f"{found[1].replace('-', '_')}={found[2]}", message)
+    return FLAG.sub(lambda found: found[1].replace("-", "_"), named)
 
 
 @cache

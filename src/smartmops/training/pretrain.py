@@ -118,6 +118,7 @@ def initialise(model: Any, rows: Sequence[Encoded], collator: Collator, expert_o
     """
     layer = model.base_model.layer()
     config = layer.configs["default"]
+    config.initialised = True
     generator = torch.Generator().manual_seed(seed)
     members = [[i for i, e in enumerate(expert_of) if e == expert] for expert in range(config.num_experts)]
     if config.experts == "keys_values":

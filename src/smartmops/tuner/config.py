@@ -72,6 +72,7 @@ class MoPsConfig(PeftConfig):
     gate_bias: bool = False  # whether the gate adds a constant to each score (a closed-form start needs one)
     null_expert: bool = False  # whether text unlike all training instructions is left to the base (see null.py)
     null_threshold: float = 0.5  # null weight from which on no column is seen at all; 0: always, above 1: never
+    initialised: bool = False  # filled in: whether experts started from text, or were loaded
     key_value_shape: list[int] | None = None  # filled in: layers, key heads, width of keys, width of values
     modules_to_save: list[str] | None = None
     base_hidden_size: int | None = field(default=None, metadata={"help": "filled in: hidden size of the base model"})

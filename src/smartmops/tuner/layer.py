@@ -5,6 +5,7 @@ Knows PEFT's layers and parameters. Knows no model, no text, no tasks.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         self.index = index
         self.__dict__["engine"] = engine
         self.configs: dict[str, MoPsConfig] = {}
+        self.warned: set[str] = set()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         for name in self.other_param_names:
@@ -167,6 +169,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     def enter(self, passage: Passage, pooled: Float[Tensor, "batch inputs"]) -> None:
         """Read the gate from pooled inputs, and put the experts in front of this and all later layers."""
         adapter, config = passage.adapter, self.configs[passage.adapter]
+        if self.training and not config.initialised:
+            self._warn(adapter, config)
         with torch.autocast(pooled.device.type, enabled=False):
             log_g = self.log_gate(pooled, adapter)
             lost = self.null_weight(pooled, adapter)
@@ -194,6 +198,14 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         passage.put(experts.prefix(backbone, self.index, prompts, config.num_experts, isolated, scale), columns)
         if config.shared_prompts:
             passage.put(experts.prefix(backbone, self.index, self.mops_shared[adapter], 1, False), shared)
+
+    def _warn(self, adapter: str, config: MoPsConfig) -> None:
+        """Once for each adapter that is trained from random experts though it asks for others."""
+        if config.init == "random" or adapter in self.warned:
+            return
+        self.warned.add(adapter)
+        warnings.warn(f"the experts of adapter {adapter!r} are random: call smartmops.prepare(model, tokenizer, "
+                      "examples) to start them from text, or choose init='random'", stacklevel=2)  # fmt: skip
 
     def _put_keys_values(self, passage: Passage, bias: Float[Tensor, "batch columns"], lost: Tensor | None) -> None:
         adapter, config = passage.adapter, self.configs[passage.adapter]

@@ -162,6 +162,7 @@ class MoPsModel(BaseTuner):
         known = model.state_dict()
         own = {n: v for n, v in known.items() if f".{cls.prefix}" in n and n.endswith(f".{adapter_name}")}
         stored.check(own, found, known)
+        model.peft_config[adapter_name].initialised = True
         return found
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:

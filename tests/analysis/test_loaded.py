@@ -1,0 +1,65 @@
+"""A finished run in memory: what it answers, which experts fire, what it measures and saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+import smartmops as sm
+
+TEXT = "What is the capital of France?"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("runs") / "office"
+    found = sm.train(model="tiny", data="office", limit=140, steps=4, batch_size=4, dtype="float32",
+                     samples_per_task=0, out=out)  # fmt: skip
+    return out, found
+
+
+@pytest.fixture(scope="module")
+def run(trained: tuple[Path, dict[str, Any]]) -> sm.LoadedRun:
+    return sm.load_run(str(trained[0]))
+
+
+def test_it_measures_what_training_measured(trained: tuple[Path, dict[str, Any]], run: sm.LoadedRun) -> None:
+    assert run.evaluate()["perplexity"]["overall"] == pytest.approx(trained[1]["perplexity"]["overall"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"^batch_size=0: choose 1 or more$"):
+        run.evaluate(batch_size=0)
+
+
+def test_it_answers_and_weighs_as_inspect_does(trained: tuple[Path, dict[str, Any]], run: sm.LoadedRun) -> None:
+    seen = sm.inspect(run=trained[0], text=TEXT, max_new_tokens=6)
+    assert run.generate(TEXT, max_new_tokens=6) == seen["adapted"]
+    assert run.gate(TEXT) == pytest.approx(seen["gate"], abs=1e-6) and list(run.gate(TEXT)) == run.experts
+
+
+def test_one_expert_answers_alone_when_it_is_named(run: sm.LoadedRun) -> None:
+    before = run.gate(TEXT)
+    run.generate(TEXT, expert=run.experts[2], max_new_tokens=2)
+    alone = run.latest()[0]
+    assert alone[run.experts[2]] == pytest.approx(1) and sum(alone.values()) == pytest.approx(1)
+    assert run.gate(TEXT) == before
+    with pytest.raises(ValueError, match=r"'cook' is no expert of this run: choose one of "):
+        run.generate(TEXT, expert="cook")
+
+
+def test_a_chat_of_one_turn_is_an_instruction(run: sm.LoadedRun) -> None:
+    said = [{"role": "user", "content": TEXT}]
+    assert run.chat(said, max_new_tokens=6) == run.generate(TEXT, max_new_tokens=6)
+    answered = [*said, {"role": "assistant", "content": "Paris."}]
+    run.chat([*answered, {"role": "user", "content": "And of Spain?"}], max_new_tokens=2)
+    with pytest.raises(ValueError, match="ends with the assistant: add what the user says next"):
+        run.chat(answered)
+
+
+def test_what_it_saves_is_loaded_by_peft(tmp_path: Path, run: sm.LoadedRun) -> None:
+    run.save(tmp_path / "own")
+    base, _ = sm.load_base("tiny", "float32")
+    again = PeftModel.from_pretrained(base, tmp_path / "own").eval()
+    assert again.peft_config["default"].expert_names == run.experts
+    assert (tmp_path / "own" / "tokenizer.json").is_file()
