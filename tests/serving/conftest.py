@@ -7,24 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from patient import Patient
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from smartmops.serving.answering import Answerer
 from smartmops.training.trainer import TrainConfig, train
+from stored import narrow
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     folder = tmp_path_factory.mktemp("serving")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    narrow(folder / "base", tokenizer)
     rows = [
         {"instruction": f"{word} number {i}.", "response": word[0].upper() * 4, "category": word}
         for i in range(20)

@@ -36,8 +36,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         FileNotFoundError: there is no finished run.
         ValueError: its method is told which expert to use, or the data cannot be read.
     """
-    _again(config, Run.open(config.run))  # before the base, which may be large
-    return LoadedRun.open(config.run)._measured(config, progress=True)
+    again = _again(config, Run.open(config.run))  # before the base, which may be large
+    return LoadedRun.open(config.run)._measured(config, again, progress=True)
 
 
 def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
@@ -93,7 +93,7 @@ class LoadedRun:
         self._embedder = Embedder(config.embedder) if getattr(config, "embedder", None) else None
         self.experts: list[str] = []
         if isinstance(model.base_model, MoPsModel):
-            self.experts = list(config.expert_names or (f"expert {i}" for i in range(config.num_experts)))
+            self.experts = config.named_experts
 
     @classmethod
     def open(cls, path: Path) -> LoadedRun:
@@ -153,7 +153,7 @@ class LoadedRun:
         """
         config = EvaluateConfig(run=self.path, data=data, **options)
         check_named(config)
-        return self._measured(config)
+        return self._measured(config, _again(config, self._run))
 
     def save(self, folder: str | Path) -> None:
         """Write adapter and tokenizer into a folder that `PeftModel.from_pretrained` loads on the same base."""
@@ -180,8 +180,7 @@ class LoadedRun:
             inputs["gate_weights"] = torch.tensor([[float(name == expert) for name in self.experts]])
         return answer(self.model, self.tokenizer, [example], max_new_tokens, self._template, **inputs)[0]
 
-    def _measured(self, config: EvaluateConfig, progress: bool = False) -> dict[str, Any]:
-        again = _again(config, self._run)
+    def _measured(self, config: EvaluateConfig, again: TrainConfig, progress: bool = False) -> dict[str, Any]:
         task = Task.load(again, self.model, self.tokenizer)
         rows = [*task.train, *task.test] if config.data else task.test
         examples = [*task.train_examples, *task.test_examples] if config.data else task.test_examples

@@ -46,10 +46,10 @@ def preview(config: DataConfig) -> dict[str, Any]:
     parts: Parts = {"train": train, "validation": held, "test": test}
     every = [example for part in parts.values() for example in part]
     names = sorted({example.category for example in every})
+    counts = {name: Counter(example.category for example in part) for name, part in parts.items()}
     found: dict[str, Any] = {
         "examples": {name: len(part) for name, part in parts.items()},
-        "tasks": {task: {name: sum(example.category == task for example in part) for name, part in parts.items()}
-                  for task in names},
+        "tasks": {task: {name: own[task] for name, own in counts.items()} for task in names},
         "sources": len({example.source for example in every} - {""}),
         "repeated": repeated(parts),
     }  # fmt: skip
@@ -102,10 +102,12 @@ def tokens(config: DataConfig, parts: Parts) -> dict[str, Any]:
         encoding = _encoded(part, tokenizer, limit, template)
         rows += encoding.rows
         dropped.update(part[index].category for index in encoding.too_long)
-    tasks = sorted({row.category for row in rows} | set(dropped))
+    by_task: dict[str, list[Encoded]] = {task: [] for task in sorted({row.category for row in rows} | set(dropped))}
+    for row in rows:
+        by_task[row.category].append(row)
     return {
         "max_length": limit.tokens,
-        "tokens": {task: _numbers([row for row in rows if row.category == task], dropped[task]) for task in tasks},
+        "tokens": {task: _numbers(own, dropped[task]) for task, own in by_task.items()},
         "rendered": _rendered(rows, tokenizer, config.shown),
     }
 
@@ -116,7 +118,7 @@ def _encoded(part: Sequence[Example], tokenizer: Any, limit: Limit, template: Te
     try:
         return encode_all(part, tokenizer, limit.tokens, template=template)
     except NoneFits as error:
-        raise ValueError(f"{limit.cause(error.lengths, len(part))}: {limit.way_out(error.lengths)}") from error
+        raise ValueError(limit.none_fits(error.lengths, len(part))) from error
 
 
 def _numbers(rows: Sequence[Encoded], dropped: int) -> dict[str, int | float]:

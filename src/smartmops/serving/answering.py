@@ -89,9 +89,7 @@ class Answerer:
     def __init__(self, model: Any, tokenizer: Any, template: Template) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self._config = model.peft_config["default"]
-        self.experts: Sequence[str] = list(
-            self._config.expert_names or [f"expert {i}" for i in range(self._config.num_experts)]
-        )
+        self.experts: Sequence[str] = self._config.named_experts
         self._embedder = Embedder(self._config.embedder) if self._config.embedder else None
         self._stops = template.stops(model)
         self._turn = threading.Lock()

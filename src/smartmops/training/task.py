@@ -377,7 +377,7 @@ def _encoded(name: str, part: Sequence[Example], tokenizer: Any, limit: Limit, *
     try:
         encoding = encode_all(part, tokenizer, limit.tokens, *how)
     except NoneFits as error:
-        raise ValueError(f"{name}: {limit.cause(error.lengths, len(part))}: {limit.way_out(error.lengths)}") from error
+        raise ValueError(f"{name}: {limit.none_fits(error.lengths, len(part))}") from error
     console.print(f"{name}: {len(encoding.rows)} examples; {encoding.truncation}")
     return encoding
 

@@ -34,6 +34,10 @@ class Limit:
         return (f"{len(lengths)} of {of} rows are too long for {what} (without its context the shortest of them takes "
                 f"{min(lengths)} tokens)")  # fmt: skip
 
+    def none_fits(self, lengths: Sequence[int], of: int) -> str:
+        """Cause and way out, where all of them are too long."""
+        return f"{self.cause(lengths, of)}: {self.way_out(lengths)}"
+
     def way_out(self, lengths: Sequence[int]) -> str:
         """What would make the shortest of these rows fit."""
         if self.positions is not None and min(lengths) > self.positions:

@@ -165,6 +165,11 @@ class MoPsConfig(PeftConfig):
         return found
 
     @property
+    def named_experts(self) -> list[str]:
+        """What each expert is meant for, or its number where that is not known."""
+        return list(self.expert_names or (f"expert {i}" for i in range(self.num_experts)))
+
+    @property
     def reads_ahead(self) -> bool:
         """Whether the gate reads another layer than the injection layer, in a pass of its own over the bare base."""
         return self.embedding_size is None and self.gate_layer not in (None, self.injection_layer)
