@@ -104,9 +104,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         model, names, accuracy = task.adapt(config, config, config.seed)
     if shared:
         with phases("evaluate"), gating.closed(model):
-            frozen, marks = (
-                task.evaluate(model, True, rows) if rows else None for rows in (task.test, task.validation)
-            )
+            frozen, marks = (task.evaluate(model, True, p) if p else None for p in (task.test, task.validation))
     assert frozen is not None
     with phases("prepare"):
         before = task.gates(model) if len(names) > 1 else {}
@@ -118,26 +116,14 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         run.write_gates(stages)
 
     middle = (lambda: ranks.first_does(halfway)) if before else None
-    try:
-        with phases("train"):
-            write = ranks.only_first(run.append_curve)
-            said = learn(task, model, config, run.checkpoints, write, marks, checkpoint, middle)
-    except Diverged as error:
-        ranks.first_does(lambda: keep(run, model, task.template))
-        raise Diverged(f"{error}; the last good adapter is in {run.adapter_dir}") from None
-    ranks.first_does(lambda: keep(run, model, task.template))
+    with phases("train"):
+        said = _learned(run, task, model, config, marks, checkpoint, middle)
     with phases("evaluate"):
         after = task.evaluate(model, True) if shared else _whole(task, model, task.test)
     assert after is not None
     assert math.isfinite(after.overall)
-    metrics = after.metrics() | said
-    metrics |= {
-        "perplexity_frozen": frozen.metrics()["perplexity"],
-        "gained": said.get("gained", after.overall < frozen.overall),
-        "gate_pretraining_accuracy": accuracy,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "examples": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
-    }
+    metrics = after.metrics() | said | _beside(task, model, frozen, said.get("gained", after.overall < frozen.overall))
+    metrics["gate_pretraining_accuracy"] = accuracy
 
     def finish() -> dict[str, Any]:
         with phases("evaluate"):
@@ -154,6 +140,29 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         return found
 
     return ranks.first_does(finish)
+
+
+def _learned(run: Run, task: Task, model: Any, config: TrainConfig, marks: Evaluation | None, checkpoint: Path | None,
+             halfway: Callable[[], None] | None) -> dict[str, Any]:  # fmt: skip
+    """`learn`; its curve and the adapter it ends with are written into the run folder, even where the loss diverges."""
+    try:
+        write = ranks.only_first(run.append_curve)
+        said = learn(task, model, config, run.checkpoints, write, marks, checkpoint, halfway)
+    except Diverged as error:
+        ranks.first_does(lambda: keep(run, model, task.template))
+        raise Diverged(f"{error}; the last good adapter is in {run.adapter_dir}") from None
+    ranks.first_does(lambda: keep(run, model, task.template))
+    return said
+
+
+def _beside(task: Task, model: Any, frozen: Evaluation, gained: bool) -> dict[str, Any]:
+    """What a run's perplexity is to be read beside: the frozen base's, and how much was trained on how much."""
+    return {
+        "perplexity_frozen": frozen.metrics()["perplexity"],
+        "gained": gained,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "examples": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
+    }
 
 
 def _whole(task: Task, model: Any, rows: Sequence[Any]) -> Evaluation | None:
