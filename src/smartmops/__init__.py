@@ -14,6 +14,17 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smartmops.checks.errors import (
+        AdapterError,
+        BaseModelError,
+        ConfigError,
+        DataError,
+        FederationError,
+        MissingExtra,
+        ResourceError,
+        RunError,
+        SmartmopsError,
+    )
     from smartmops.flow.prepare import Prepared, prepare
     from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
     from smartmops.rows.example import Example
@@ -41,22 +52,33 @@ _FROM = {
     "load_base": "base", "prepare": "flow.prepare", "Prepared": "flow.prepare",
     "TrainConfig": "options.training", "CompareConfig": "options.training", "CompressConfig": "options.compression",
     "FederateConfig": "options.federation", "LoadedRun": "analysis.finished",
+    **dict.fromkeys(("SmartmopsError", "ConfigError", "DataError", "BaseModelError", "AdapterError", "RunError",
+                     "FederationError", "MissingExtra", "ResourceError"), "checks.errors"),
     **dict.fromkeys(("DataConfig", "EvaluateConfig", "InspectConfig"), "options.finished.reading"),
     **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "load_run",
                      "preview"), "door"),
 }  # fmt: skip
 __all__ = [
+    "AdapterError",
+    "BaseModelError",
     "CompareConfig",
     "CompressConfig",
+    "ConfigError",
     "DataConfig",
+    "DataError",
     "EvaluateConfig",
     "Example",
     "FederateConfig",
+    "FederationError",
     "InspectConfig",
     "LoadedRun",
+    "MissingExtra",
     "MoPsConfig",
     "MoPsModel",
     "Prepared",
+    "ResourceError",
+    "RunError",
+    "SmartmopsError",
     "TrainConfig",
     "__version__",
     "compare",

@@ -8,7 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from smartmops.checks.limits import Options, check_named, hints_of, in_python
+from smartmops.checks.errors import UnknownOption
+from smartmops.checks.limits import Options, check_named, hints_of, named_in_python
+from smartmops.checks.resources import translated
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
@@ -31,8 +33,10 @@ def train(config: TrainConfig | None = None, **options: Any) -> dict[str, Any]:
         What `metrics.json` holds: `perplexity`, `perplexity_frozen` {`overall`, `per_task`} and more.
 
     Raises:
-        ValueError: options, data or base do not fit; one line for each, with value, limit and way out.
-        FileExistsError: `out` holds a run already and `resume` is off.
+        ConfigError, DataError, BaseModelError: options, data or base do not fit; one line for each fault, with value,
+            limit and way out.
+        RunExists: `out` holds a run already and `resume` is off.
+        ResourceError: memory or disk space was not enough.
     """
     return _run("flow.trainer", "train", _made(TrainConfig, config, options))
 
@@ -44,7 +48,7 @@ def compare(config: CompareConfig | None = None, **options: Any) -> dict[str, An
         What `metrics.json` holds: `perplexity` {method: mean over seeds} and `per_task` {method: {task: value}}.
 
     Raises:
-        ValueError, FileExistsError: as `train`.
+        SmartmopsError: as `train`.
     """
     return _run("flow.compare", "compare", _made(CompareConfig, config, options))
 
@@ -56,7 +60,7 @@ def federate(config: FederateConfig | None = None, **options: Any) -> dict[str, 
         What `metrics.json` holds: as `train`, and `rounds`, a list.
 
     Raises:
-        ValueError, FileExistsError: as `train`.
+        SmartmopsError: as `train`.
         QuorumLost: too few clients answered, again and again.
     """
     made = _made(FederateConfig, config, options)
@@ -71,7 +75,7 @@ def compress(config: CompressConfig | None = None, **options: Any) -> dict[str, 
         `sparsity`, `perplexity_before`, `perplexity_after`, `bytes_before`, `bytes_after` and `seconds`.
 
     Raises:
-        ValueError, FileExistsError: as `train`.
+        SmartmopsError: as `train`.
     """
     return _run("compression.compress", "compress", _made(CompressConfig, config, options))
 
@@ -83,7 +87,7 @@ def evaluate(config: EvaluateConfig | None = None, **options: Any) -> dict[str, 
         `perplexity` {`overall`, `per_task`}; also `answers` where some are asked for.
 
     Raises:
-        ValueError: there is no such run, or the data do not fit.
+        SmartmopsError: there is no such run, or the data do not fit.
     """
     return _run("analysis.finished", "evaluate", _made(EvaluateConfig, config, options))
 
@@ -95,7 +99,7 @@ def inspect(config: InspectConfig | None = None, **options: Any) -> dict[str, An
         `gate` {expert: weight}, `left_to_base`, `frozen` and `adapted`.
 
     Raises:
-        ValueError: there is no such run, or its method has no gate.
+        SmartmopsError: there is no such run, or its method has no gate.
     """
     return _run("analysis.finished", "inspect", _made(InspectConfig, config, options))
 
@@ -107,7 +111,7 @@ def preview(config: DataConfig | None = None, **options: Any) -> dict[str, Any]:
         As `smartmops.analysis.preview.preview`.
 
     Raises:
-        ValueError: the data cannot be read.
+        DataError, BaseModelError: data or tokenizer cannot be read.
     """
     return _run("analysis.preview", "preview", _made(DataConfig, config, options))
 
@@ -116,8 +120,8 @@ def load_run(path: str | Path) -> LoadedRun:
     """A finished run, loaded once: it answers, says which experts fire, and is measured.
 
     Raises:
-        FileNotFoundError: there is no finished run.
-        ValueError: its adapter is damaged, or belongs to another base.
+        RunNotFound: there is no finished run.
+        AdapterError: its adapter is damaged, or belongs to another base.
     """
     finished = import_module("smartmops.analysis.finished")
     found: LoadedRun = finished.LoadedRun.open(Path(path))
@@ -128,15 +132,15 @@ def _made(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
     """The config, checked.
 
     Raises:
-        TypeError: a config and options, or an option that is unknown or missing.
-        ValueError: a value is outside its limits.
+        UnknownOption: a config and options, or an option that is unknown or missing.
+        ConfigError: a value is outside its limits.
     """
     if config is not None and options:
-        raise TypeError(f"a config and {', '.join(options)}: give one or the other")
+        raise UnknownOption(f"a config and {', '.join(options)}: give one or the other")
     if config is None:
         names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
         if unknown := [name for name in options if name not in names]:
-            raise TypeError(f"{unknown[0]!r} is no option of {kind.__name__}{_near(unknown[0], names)}")
+            raise UnknownOption(f"{unknown[0]!r} is no option of {kind.__name__}{_near(unknown[0], names)}")
         config = kind(**{name: _as_path(kind, name, value) for name, value in options.items()})
     check_named(config)
     return config
@@ -162,8 +166,6 @@ def _run(module: str, name: str, config: Options) -> dict[str, Any]:
     """The function behind a command, imported now: it brings torch along."""
     early = import_module("smartmops.flow.early")
     run: Callable[[Options], dict[str, Any]] = getattr(import_module(f"smartmops.{module}"), name)
-    try:
+    with named_in_python(config), translated(config):
         early.look_at(config)
-    except ValueError as error:
-        raise ValueError(in_python(str(error))) from None
-    return run(config)
+        return run(config)

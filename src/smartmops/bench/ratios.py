@@ -71,8 +71,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run.
 
     Raises:
-        FileExistsError: `out` holds something already.
-        ValueError: `only` names no ratio, or the data has too few examples; the message names the way out.
+        RunExists: `out` holds something already.
+        ConfigError: `only` names no ratio, or the data has too few examples; the message names the way out.
     """
     check(config)
     run = Run.create(config.out, {"command": "bench", "arguments": asdict(config), "seed": 0, "base": "random Llama",

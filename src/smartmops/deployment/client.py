@@ -24,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from smartmops.base import load_base
+from smartmops.checks.errors import MissingExtra
 from smartmops.checks.limits import check
 from smartmops.clients.holdings import client_task
 from smartmops.clients.messages import Job, Reply, unpack
@@ -55,8 +56,8 @@ def federate_client(config: ClientConfig) -> int:
     Returns an exit status.
 
     Raises:
-        ValueError: the address, the keys or the data are wrong.
-        ImportError: Flower is not installed.
+        FederationError: the address, the keys or the data are wrong.
+        MissingExtra: Flower is not installed.
     """
     _check(config)
     worker = worker_of_file(config)
@@ -70,7 +71,7 @@ def _check(config: ClientConfig) -> None:
     from importlib.util import find_spec
 
     if not find_spec("flwr"):
-        raise ImportError("a real federation needs Flower: pip install 'smartmops[federated]'")
+        raise MissingExtra("a real federation needs Flower: pip install 'smartmops[federated]'")
     check(config)
 
 
@@ -184,7 +185,7 @@ def knock(config: ClientConfig) -> Welcome:
     Nobody there is no answer: that node waits for a server by itself.
 
     Raises:
-        ValueError: `client.key` holds no client's key.
+        FederationError: `client.key` holds no client's key.
     """
     host, port = address_of(config.server)
     try:

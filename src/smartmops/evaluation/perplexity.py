@@ -14,6 +14,7 @@ from jaxtyping import Float
 from rich.progress import track
 
 from smartmops.attention.packed import IGNORED
+from smartmops.checks.errors import DataError
 from smartmops.rows.example import Example
 from smartmops.states.activations import ActivationCache
 from smartmops.states.answer_states import AnswerStates
@@ -65,10 +66,10 @@ def evaluate(
     With a `cache` of these very rows, a MoPs model starts from the injection layer.
 
     Raises:
-        ValueError: `rows` is empty.
+        DataError: `rows` is empty.
     """
     if not rows:
-        raise ValueError("0 examples to evaluate: give one at least")
+        raise DataError("0 examples to evaluate: give one at least")
     was_training = model.training
     model.eval()
     nats: dict[str, float] = defaultdict(float)

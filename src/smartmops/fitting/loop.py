@@ -14,6 +14,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from smartmops.attention.packed import Packed
+from smartmops.checks.errors import Diverged
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.methods.baselines import parameter_groups
 from smartmops.options.method import MethodConfig
@@ -24,10 +25,6 @@ from . import ranks
 from .kept import Kept, put_state
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-
-
-class Diverged(ValueError):
-    """The loss is no longer a finite number; the model holds the last state whose loss was."""
 
 
 class _Trainer(Trainer):

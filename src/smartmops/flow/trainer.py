@@ -11,13 +11,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import Diverged
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import Evaluation, samples
 from smartmops.fitting import ranks
 from smartmops.fitting.kept import Kept, state_of
-from smartmops.fitting.loop import Diverged, fit
+from smartmops.fitting.loop import fit
 from smartmops.fitting.validation import settle, spacing
 from smartmops.options.method import OURS, TOLD
 from smartmops.options.training import Schedule, TrainConfig

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from smartmops.checks.errors import ConfigError, RunError, RunExists
 from smartmops.checks.folders import OutFolder, held_by, missing, near
 from smartmops.checks.limits import LARGEST, Count, NotNegative, Number, OneOf, Options, Seed, Share, Text
 
@@ -97,11 +98,11 @@ class CompressConfig(Options):
         """Whether a model of so many positions (None: it does not say) takes sequences of the length asked for.
 
         Raises:
-            ValueError: it does not.
+            ConfigError: it does not.
         """
         if isinstance(positions, int) and self.sequence_length and self.sequence_length > positions:
-            raise ValueError(f"--sequence-length {self.sequence_length}, but the model has {positions} positions: "
-                             "choose that at most")  # fmt: skip
+            raise ConfigError(f"--sequence-length {self.sequence_length}, but the model has {positions} positions: "
+                              "choose that at most")  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         """What options have to do with each other."""
@@ -115,13 +116,13 @@ class CompressConfig(Options):
         if pruned and self.calibration is None and self.method != "magnitude" and self.model != "tiny":
             yield f"no calibration text for {self.model}: give --calibration a text file, or the DATA it will serve"
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         partial, held = beside(self.out), held_by(self.out)
         if held and not (self.resume and "compression.json" in held):
-            return FileExistsError(f"--out {self.out} exists and is not empty: choose another folder")
+            return RunExists(f"--out {self.out} exists and is not empty: choose another folder")
         if partial.exists() and not self.resume:
-            return FileExistsError(f"{partial} holds an unfinished compression: go on with --resume, or delete it")
+            return RunExists(f"{partial} holds an unfinished compression: go on with --resume, or delete it")
         if self.resume and not self.out.exists() and not partial.exists():
             return missing(self.out, near(self.out, "compression.json"))
         return None

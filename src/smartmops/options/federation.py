@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
 from smartmops.checks.limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole
 
@@ -129,7 +130,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
             yield ("--aggregation expert-weighted needs at least 2 experts, but this adapter has none: choose --method "
                    "mops, or another aggregation")  # fmt: skip
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         return refused(self.out, self.resume)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from smartmops.checks.columns import FieldsOfColumns
+from smartmops.checks.errors import RunError
 from smartmops.checks.folders import OutFolder, WordOrFile, WordOrFolder, refused
 from smartmops.checks.limits import Count, Number, Options, Positive, Rate, Seed, Several, Share, Text, Whole, typed
 
@@ -139,7 +140,7 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
             yield (f"--patience {self.patience} waits for evaluations on validation data, and there are none with "
                    "--validation-share 0: choose a share above 0, or leave --patience away")  # fmt: skip
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         return refused(self.out, self.resume)
 

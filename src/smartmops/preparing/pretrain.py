@@ -17,6 +17,7 @@ from rich.progress import track
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from smartmops.checks.errors import ConfigError, DataError
 from smartmops.evaluation.perplexity import batch_for
 from smartmops.options.method import GatePretraining
 from smartmops.tokens.batches import Collator, Encoded
@@ -59,24 +60,24 @@ def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: in
     """The expert each example is meant for (task labels 1:1, or k-means clusters), and the experts' names.
 
     Raises:
-        ValueError: labels are asked for, but there are none, more tasks than experts, or a task that no expert in
-            `given` is meant for.
+        ConfigError, DataError: labels are asked for, but there are none, more tasks than experts, or a task that no
+            expert in `given` is meant for.
     """
     tasks = sorted({row.category for row in rows})
     if how == "labels":
         if tasks == [""]:
-            raise ValueError("gate_pretraining='labels', but no example has a category: add one, or choose 'clusters'")
+            raise ConfigError("gate_pretraining='labels', but no example has a category: add one, or choose 'clusters'")
         if given is not None and (unknown := [task for task in tasks if task not in given]):
-            raise ValueError(f"category {unknown[0]!r} is none of the expert_names {list(given)}: name an expert for "
-                             "it, leave its examples out, or choose gate_pretraining='clusters'")  # fmt: skip
+            raise ConfigError(f"category {unknown[0]!r} is none of the expert_names {list(given)}: name an expert for "
+                              "it, leave its examples out, or choose gate_pretraining='clusters'")  # fmt: skip
         if len(tasks) > experts:
-            raise ValueError(f"{len(tasks)} tasks for experts={experts}: choose experts={len(tasks)}, or "
-                             "gate_pretraining='clusters'")  # fmt: skip
+            raise ConfigError(f"{len(tasks)} tasks for experts={experts}: choose experts={len(tasks)}, or "
+                              "gate_pretraining='clusters'")  # fmt: skip
         names = list(given) if given is not None else tasks
         names += [f"expert {i}" for i in range(len(names), experts)]
         return [names.index(row.category) for row in rows], names
     if len(rows) < experts:
-        raise ValueError(f"{len(rows)} examples cannot form {experts} clusters: give more data, or fewer experts")
+        raise DataError(f"{len(rows)} examples cannot form {experts} clusters: give more data, or fewer experts")
     standard = (pooled - pooled.mean(0)) / pooled.std(0).clamp(min=1e-6)
     found = KMeans(experts, n_init=4, random_state=seed).fit(standard.cpu().numpy()).labels_.tolist()
     return found, [f"cluster {i}" for i in range(experts)]

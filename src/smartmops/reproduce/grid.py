@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from smartmops.checks.errors import ConfigError
 from smartmops.compression.compress import compress
 from smartmops.federated.federate import federate
 from smartmops.flow.trainer import train
@@ -56,7 +57,7 @@ class Base:
         """Settings for `CompressConfig`; empty for the dense base.
 
         Raises:
-            ValueError: the name is none of these.
+            ConfigError: the name is none of these.
         """
         settings: dict[str, Any] = {}
         for part in [] if self.name == "dense" else self.name.split("+"):
@@ -67,8 +68,8 @@ class Base:
             elif re.fullmatch(r"\d+(\.\d+)?%", part):
                 settings["sparsity"] = float(part[:-1]) / 100
             else:
-                raise ValueError(f"base {self.name!r}: choose dense, a sparsity such as 75%, a pattern such as 7:8, "
-                                 "int8, or int8+75%")  # fmt: skip
+                raise ConfigError(f"base {self.name!r}: choose dense, a sparsity such as 75%, a pattern such as 7:8, "
+                                  "int8, or int8+75%")  # fmt: skip
         return settings
 
 

@@ -26,7 +26,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     """Run the missing cells, write Markdown and pictures; returns how many cells there are and how many are missing.
 
     Raises:
-        ValueError: data, base or method is unknown; the message names the way out.
+        SmartmopsError: data, base or method is unknown; the message names the way out.
     """
     check(config)
     out = config.out or Path("runs/reproduce")
@@ -71,7 +71,7 @@ def plan_of(config: ReproduceConfig, name: str) -> Plan:
     """The cells of one table on this config's model and data.
 
     Raises:
-        ValueError: a method is none of the table's.
+        ConfigError: a method is none of the table's.
     """
     study = STUDIES[name]
     grid = Grid(config.out or Path("runs/reproduce"), config.model, config.limit or None, config.calibration)

@@ -51,7 +51,7 @@ def keep(run: Run, model: Any, template: Template) -> None:
     """Save an adapter into its run, with the template and a card.
 
     Raises:
-        ValueError: as `Run.save_adapter`.
+        AdapterError: as `Run.save_adapter`.
     """
     run.save_adapter(lambda folder: _save(model, folder, template, run.config))
 

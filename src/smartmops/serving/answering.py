@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from smartmops.calls.mixed import BASE
+from smartmops.checks.errors import ConfigError, DataError, RunError
 from smartmops.evaluation.perplexity import room
 from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import load_run, template_of
@@ -99,20 +100,20 @@ class Answerer:
         """The answerer of a run folder.
 
         Raises:
-            ValueError: the run has no experts, or is told which of them to use.
+            RunError: the run has no experts, or is told which of them to use.
         """
         model, tokenizer, run = load_run(path)
         method = run.config["arguments"].get("method")
         if method in TOLD or not isinstance(model.base_model, MoPsModel):
             why = "is told which expert to use" if method in TOLD else "has no experts"
-            raise ValueError(f"{path} was trained with method {method!r}, which {why}: give a run of --method mops")
+            raise RunError(f"{path} was trained with method {method!r}, which {why}: give a run of --method mops")
         return cls(model, tokenizer, Template.of(template_of(run), tokenizer))
 
     def ask(self, example: Example, settings: Settings, **who: Any) -> Question:
         """A question in the run's template, with the turns before it.
 
         Raises:
-            ValueError: it does not fit into the model's positions, or there is no such expert.
+            DataError: it does not fit into the model's positions, or there is no such expert.
         """
         (prompt,) = self.template.prompts([example.turns()])
         return self._question(prompt, example.instruction, settings, who)
@@ -121,22 +122,22 @@ class Answerer:
         """A text to go on with as it stands.
 
         Raises:
-            ValueError: as `ask`, or the text is empty.
+            DataError: as `ask`, or the text is empty.
         """
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         if ids and ids[-1] == self.tokenizer.eos_token_id:
             ids.pop()  # some tokenizers end every text with it
         if not text or not ids:
-            raise ValueError("the prompt is empty: give a text to go on with")
+            raise DataError("the prompt is empty: give a text to go on with")
         return self._question(Prompt(ids, [1] * len(ids), 0), text, settings, {"whole": True, **who})
 
     def _question(self, prompt: Prompt, read: str, settings: Settings, who: dict[str, Any]) -> Question:
         left = room(self.model, len(prompt.input_ids))
         if left < 1:
-            raise ValueError(f"the prompt takes {len(prompt.input_ids)} tokens, and of the model's "
-                             f"{room(self.model, 0)} positions none is left to answer: shorten it")  # fmt: skip
+            raise DataError(f"the prompt takes {len(prompt.input_ids)} tokens, and of the model's "
+                            f"{room(self.model, 0)} positions none is left to answer: shorten it")  # fmt: skip
         if (expert := who.get("expert")) is not None and expert not in self.experts:
-            raise ValueError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts)}")
+            raise ConfigError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts)}")
         return Question(prompt, read, settings, **who)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from smartmops.checks.errors import DataError
 from smartmops.rows.example import Example, opened
 from smartmops.rows.faults import shown
 
@@ -176,7 +177,7 @@ def _example(messages: Any) -> Example:
     try:
         system, history, question = opened([_message(number, each) for number, each in enumerate(messages, 1)])
         if question is None:
-            raise ValueError("the last message is the assistant's: end with one of the user")
+            raise DataError("the last message is the assistant's: end with one of the user")
         return Example(question, "", "", system=system, history=history)
     except ValueError as error:
         raise Refused(400, str(error), "messages") from error
@@ -184,18 +185,18 @@ def _example(messages: Any) -> Example:
 
 def _message(number: int, message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise ValueError(f"message {number} is {shown(message)}: give an object with role and content")
+        raise DataError(f"message {number} is {shown(message)}: give an object with role and content")
     if unknown := sorted(
         str(name) for name in message if name not in ("role", "content") and message[name] is not None
     ):
-        raise ValueError(f"message {number} has {unknown[0]}, which is not supported: leave it out")
+        raise DataError(f"message {number} has {unknown[0]}, which is not supported: leave it out")
     role, content = message.get("role"), message.get("content")
     if isinstance(content, list):
         parts = [
             each.get("text") if isinstance(each, dict) and each.get("type") == "text" else None for each in content
         ]
         if not parts or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"message {number} holds parts that are no text: give parts of type text alone")
+            raise DataError(f"message {number} holds parts that are no text: give parts of type text alone")
         content = "".join(str(part) for part in parts)
     return {"role": "system" if role == "developer" else role, "content": content}  # type: ignore[dict-item]
 

@@ -13,6 +13,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from smartmops.checks.errors import MissingExtra, PortTaken
 from smartmops.options.finished.serving import ServeConfig, keys_in
 
 from .answering import Answer, Answerer, Answers, Question
@@ -25,7 +26,7 @@ try:
     from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.exceptions import HTTPException
 except ImportError as error:
-    raise ImportError('serve needs FastAPI and uvicorn: pip install "smartmops[serve]"') from error
+    raise MissingExtra('serve needs FastAPI and uvicorn: pip install "smartmops[serve]"') from error
 
 BODY = 2**20  # bytes that a request may have
 RETRY = 2  # seconds after which a client may try again
@@ -281,7 +282,7 @@ def bound(config: ServeConfig) -> socket.socket:
     """A socket at the address that is asked for, so that a taken one is told before a model is loaded.
 
     Raises:
-        ValueError: it cannot be had.
+        PortTaken: it cannot be had.
     """
     found = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -289,8 +290,8 @@ def bound(config: ServeConfig) -> socket.socket:
         found.bind((config.host, config.port))
     except OSError as error:
         found.close()
-        raise ValueError(f"--host {config.host} --port {config.port} cannot be had ({error.strerror or error}): choose "
-                         "another port, or an address of this machine") from error  # fmt: skip
+        raise PortTaken(f"--host {config.host} --port {config.port} cannot be had ({error.strerror or error}): choose "
+                        "another port, or an address of this machine") from error  # fmt: skip
     return found
 
 
@@ -298,7 +299,7 @@ def serve(config: ServeConfig, say: Callable[[str], Any] = print) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then those that came are answered, and it returns.
 
     Raises:
-        ValueError: the address cannot be had, or the run has no experts.
+        PortTaken: the address cannot be had, or the run has no experts.
     """
     with bound(config) as listening:
         answerer = Answerer.open(config.run)
