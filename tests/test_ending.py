@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from smartmops.checks import errors
 from smartmops.checks.errors import QuorumLost
 from smartmops.checks.resources import is_full, lower, translated
-from smartmops.ending import ending, parsed, said
+from smartmops.ending import ending, said
 from smartmops.options.compression import CompressConfig
 from smartmops.options.training import TrainConfig
 from smartmops.runs.folder import versions
+from smartmops.settings.line import parsed
 
 
 def ended(config: Any, act: Any, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:

@@ -8,18 +8,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from functools import partial, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from smartmops.checks.limits import Options, check
-from smartmops.ending import ending, parsed, quiet, unread
+from smartmops.ending import ending, quiet, unread
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
@@ -28,6 +26,7 @@ from smartmops.options.finished.serving import ChatConfig, GenerateConfig, Serve
 from smartmops.options.method import Method
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
+from smartmops.settings.line import asked
 
 console = Console()
 
@@ -310,7 +309,7 @@ def _print_answers(found: dict[str, Any]) -> None:
     console.print(table)
 
 
-COMMANDS: dict[str, Any] = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "quickstart": quickstart,
     "compress": compress_command,
     "train": train_command,
@@ -331,26 +330,13 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def _later(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command that is called once its options are parsed, so that what it prints and raises is no parser's."""
-
-    @wraps(command)
-    def bound(*args: Any, **kwargs: Any) -> Any:
-        return partial(command, *args, **kwargs)
-
-    return bound
-
-
 def main() -> None:
-    """Entry point; an error of the user's is one line on stderr and exit status 2."""
+    """Entry point; an error that the user can mend is a line for each fault on stderr, and exit status 2."""
     logging.basicConfig(format="%(message)s")
     # Which form the data have, and what was left out of them.
     logging.getLogger("smartmops.data").setLevel(logging.INFO)
     with unread():
-        call = parsed(lambda: tyro.extras.subcommand_cli_from_dict(
-            {name: _later(command) for name, command in COMMANDS.items()}, prog="smartmops",
-            description="Mixture of Prompts: one frozen model, many tasks.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        ))  # fmt: skip
-        with ending(next(iter([*call.args, *call.keywords.values()]), None)):
+        with ending():
+            call, config = asked(COMMANDS, sys.argv[1:])
+        with ending(config):
             call()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -15,6 +15,7 @@ from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
 from smartmops.options.training import CompareConfig, TrainConfig
+from smartmops.settings.reading import options_of
 
 if TYPE_CHECKING:
     from smartmops.analysis.finished import LoadedRun
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Options)
 
 
-def train(config: TrainConfig | None = None, **options: Any) -> dict[str, Any]:
+def train(config: TrainConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Adapt a frozen model to a data set and write a run folder.
 
     Args:
-        config: Everything `smartmops train` takes.
+        config: Everything `smartmops train` takes, or a YAML file of options such as a run's `config.yaml`.
         **options: The same by name, in place of a config: `train(model="smollm2", data="yours.jsonl", out="run")`.
+            Beside a file, they count for more than what stands in it.
 
     Returns:
         What `metrics.json` holds: `perplexity`, `perplexity_frozen` {`overall`, `per_task`} and more.
@@ -41,7 +43,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> dict[str, Any]:
     return _run("flow.trainer", "train", _made(TrainConfig, config, options))
 
 
-def compare(config: CompareConfig | None = None, **options: Any) -> dict[str, Any]:
+def compare(config: CompareConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Evaluate the frozen base, train each method under each seed, write a run folder.
 
     Returns:
@@ -53,7 +55,7 @@ def compare(config: CompareConfig | None = None, **options: Any) -> dict[str, An
     return _run("flow.compare", "compare", _made(CompareConfig, config, options))
 
 
-def federate(config: FederateConfig | None = None, **options: Any) -> dict[str, Any]:
+def federate(config: FederateConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Train one adapter over clients whose data stay with them, and write a run folder.
 
     Returns:
@@ -68,7 +70,7 @@ def federate(config: FederateConfig | None = None, **options: Any) -> dict[str, 
     return _run(*(("flower.simulation", "simulate") if simulated else ("federated.federate", "federate")), made)
 
 
-def compress(config: CompressConfig | None = None, **options: Any) -> dict[str, Any]:
+def compress(config: CompressConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Prune a model, quantise it, or both, into a folder that transformers loads.
 
     Returns:
@@ -80,7 +82,7 @@ def compress(config: CompressConfig | None = None, **options: Any) -> dict[str, 
     return _run("compression.compress", "compress", _made(CompressConfig, config, options))
 
 
-def evaluate(config: EvaluateConfig | None = None, **options: Any) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Perplexity of a finished run over response tokens, on its test split or other data.
 
     Returns:
@@ -92,7 +94,7 @@ def evaluate(config: EvaluateConfig | None = None, **options: Any) -> dict[str, 
     return _run("analysis.finished", "evaluate", _made(EvaluateConfig, config, options))
 
 
-def inspect(config: InspectConfig | None = None, **options: Any) -> dict[str, Any]:
+def inspect(config: InspectConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Which experts a run's gate chooses for an instruction, and both models' answers.
 
     Returns:
@@ -104,7 +106,7 @@ def inspect(config: InspectConfig | None = None, **options: Any) -> dict[str, An
     return _run("analysis.finished", "inspect", _made(InspectConfig, config, options))
 
 
-def preview(config: DataConfig | None = None, **options: Any) -> dict[str, Any]:
+def preview(config: DataConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """What `train` would read of DATA: counts, lengths in tokens, what is cut, what stands twice, examples.
 
     Returns:
@@ -128,22 +130,32 @@ def load_run(path: str | Path) -> LoadedRun:
     return found
 
 
-def _made(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
+def _made(kind: type[C], config: C | str | Path | None, options: dict[str, Any]) -> C:
     """The config, checked.
 
     Raises:
         UnknownOption: a config and options, or an option that is unknown or missing.
-        ConfigError: a value is outside its limits.
+        ConfigError: a value is outside its limits, or the file cannot be read.
     """
+    if isinstance(config, str | Path):
+        options, config = options_of(config, kind) | options, None
     if config is not None and options:
         raise UnknownOption(f"a config and {', '.join(options)}: give one or the other")
     if config is None:
-        names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-        if unknown := [name for name in options if name not in names]:
-            raise UnknownOption(f"{unknown[0]!r} is no option of {kind.__name__}{_near(unknown[0], names)}")
-        config = kind(**{name: _as_path(kind, name, value) for name, value in options.items()})
+        config = kind(**_complete(kind, options))
     check_named(config)
     return config
+
+
+def _complete(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a config, all known and none missing."""
+    known = {each.name: each for each in fields(kind)}
+    if unknown := [name for name in options if name not in known]:
+        raise UnknownOption(f"{unknown[0]!r} is no option of {kind.__name__}{_near(unknown[0], {*known})}")
+    needed = [name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
+    if missing := [name for name in needed if name not in options]:
+        raise UnknownOption(f"{kind.__name__} needs {' and '.join(missing)}: give {missing[0]}=...")
+    return {name: _as_path(kind, name, value) for name, value in options.items()}
 
 
 def _as_path(kind: type, name: str, value: Any) -> Any:

@@ -5,20 +5,17 @@ Knows errors, signals and configs. Imports nothing that takes time to import.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import re
 import select
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,9 +25,6 @@ from smartmops.checks.resources import lacking
 from smartmops.options.compression import CompressConfig, beside
 
 FAULT, WRONG, QUORUM, CTRL_C, UNREAD, KILLED = 1, 2, 3, 130, 141, 143  # exit statuses
-FRAME = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]+|^\s*[|+]-*|\|\s*$", re.MULTILINE)  # what tyro draws around its words
-
-T = TypeVar("T")
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,33 +36,6 @@ def said(title: str, message: str) -> None:
     console = Console(stderr=True, soft_wrap=True)
     for line in message.splitlines() or [""]:
         console.print(f"[red]{title}:[/red] {escape(line)}", highlight=False)
-
-
-def parsed(parse: Callable[[], T]) -> T:
-    """What `parse` makes of the command line; what it has against it, as one line.
-
-    Raises:
-        SystemExit: the command line is wrong, or asks for help only.
-    """
-    written = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(written):
-            return parse()
-    except SystemExit as stop:
-        if stop.code and (words := _plain(written.getvalue())):
-            said("error", words)
-        raise
-
-
-def _plain(drawn: str) -> str:
-    """The words in a frame up to its first rule, and names that are offered instead; without the frame."""
-    parts = re.split(r"[│|]?\s*[─-]{8,}\s*[│|╮╯]?\n", drawn.partition("\n")[2])
-    words = [" ".join(FRAME.sub(" ", part).split()) for part in parts]
-    offered = re.findall(r"^[│|]\s+(--[\w-]+)", next((part for part in parts if "Perhaps you meant" in part), ""), re.M)
-    listed = next((each for each in words if each.startswith("Available subcommands")), "")
-    others = [f"perhaps {' or '.join(dict.fromkeys(offered))} is meant"] if offered else [listed] if listed else []
-    first = next(filter(None, words), "")
-    return ": ".join(filter(None, [first.rstrip("."), *others]))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from smartmops.checks.errors import BaseModelError, DiskError, RunExists
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
+from smartmops.settings.writing import NAME, resolved
 
 from . import calibration, layerwise
 from .solvers import Pattern, Solver
@@ -99,7 +100,7 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
             "metrics": metrics, "calibration": _told(config, rows), "layers": stats, "begun_with": _state(config),
             "versions": _versions(quantisation),
         }  # fmt: skip
-        _publish(partial, config.out, record)
+        _publish(partial, config, record)
     return metrics
 
 
@@ -283,9 +284,10 @@ def _versions(quantisation: Quantisation | None) -> dict[str, str]:
     }
 
 
-def _publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
-    """Card and numbers beside the weights, everything on disk, then one rename."""
-    model = partial / "model"
+def _publish(partial: Path, config: CompressConfig, record: dict[str, Any]) -> None:
+    """Card, options and numbers beside the weights, everything on disk, then one rename."""
+    model, out = partial / "model", config.out
+    (model / NAME).write_text(resolved("compress", asdict(config)), encoding="utf-8")
     (model / "compression.json").write_text(json.dumps(record, indent=2) + "\n")
     (model / "metrics.json").write_text(json.dumps(record["metrics"], indent=2) + "\n")
     (model / "README.md").write_text(card(record), encoding="utf-8")

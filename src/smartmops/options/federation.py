@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -32,6 +32,8 @@ Clients = Annotated[Path, Existing("a folder with one JSONL file for each client
 class PartitionConfig(Options):
     """How examples are shared out among clients."""
 
+    ABOUT: ClassVar[str] = "partition"
+
     clients: Count = 100  # with partition=source, there is one for each source instead
     partition: Literal["skewed", "dirichlet", "source"] = "skewed"  # the paper's appendix A; or as the data's sources
     skew: Skew = 15.0  # skewed: how many times the examples of other parts the largest part of a category has
@@ -42,6 +44,8 @@ class PartitionConfig(Options):
 @dataclass(kw_only=True)
 class RoundsConfig(Options):
     """How many rounds of what length, with whom."""
+
+    ABOUT: ClassVar[str] = "rounds"
 
     clients_per_round: Count = 10  # clients drawn for each round
     rounds: Count = 20  # rounds of local training and averaging
@@ -60,6 +64,8 @@ class RoundsConfig(Options):
 class AggregationConfig(Options):
     """How the clients' updates become one."""
 
+    ABOUT: ClassVar[str] = "aggregation"
+
     aggregation: Literal["fedavg", "uniform", "fedadam", "trimmed-mean", "median", "expert-weighted"] = "fedavg"
     """how the server makes one adapter of the clients' answers"""
     trim: Trim = 0.1  # trimmed-mean: share of clients left out at either end, for every number by itself
@@ -71,6 +77,8 @@ class AggregationConfig(Options):
 class PrivacyConfig(Options):
     """Differential privacy of clients."""
 
+    ABOUT: ClassVar[str] = "privacy"
+
     noise_multiplier: Positive | None = None  # standard deviation of the sum's noise, in clip_norms; None: no privacy
     clip_norm: Positive = 1.0  # L2 norm to which a client's whole update is clipped
     delta: Chance | None = None  # chance with which epsilon may fail to hold; None: 1 / clients^1.1
@@ -80,6 +88,8 @@ class PrivacyConfig(Options):
 @dataclass(kw_only=True)
 class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfig, PrivacyConfig):
     """Train one adapter over clients whose data stay with them. DATA is partitioned, or the server's own."""
+
+    ABOUT: ClassVar[str] = "run"
 
     out: OutFolder  # run folder
     method: Annotated[Literal["mops", "fedprompt", "fedlora"], tyro.conf.arg(help=METHODS)] = "mops"  # type: ignore[assignment]
@@ -138,6 +148,8 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
 @dataclass(kw_only=True)
 class ServerConfig(FederateConfig):
     """The server of a real federation. DATA is the server's own: it is what perplexity is measured on."""
+
+    ABOUT: ClassVar[str] = "server"
 
     keys: Annotated[Path, Existing("the folder `server` that `smartmops federate-keys` made", folder=True)]  # of those
     clients: Count  # clients to wait for

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from smartmops.checks.limits import Count, Number, Positive, Rate, Several, Text, Whole, typed
 
@@ -52,52 +52,91 @@ From = Annotated[float, Weight]
 
 
 @dataclass
-class MethodConfig:
+class Trained:
     """What is trained on top of the frozen base."""
+
+    ABOUT: ClassVar[str] = "method"
 
     method: Method = "mops"
     """mops; its experts under another gate; the same prompts ungated; or PEFT's prompt tuning, LoRA and IA3"""
-    experts: Count = 7  # groups of prompts, usually one for each task
-    prompts_per_expert: Count = 10  # columns of each expert
-    expert_kind: Literal["keys_values", "hidden_states"] = "keys_values"
-    """of every layer from the injection layer up; or hidden states of that layer, as in the paper"""
-    freeze_first_column: bool = False  # of every expert: it stays what it was read off
-    shared_prompts: Whole = 0  # columns beside the experts that every row sees at full strength
-    prefix_attention: Literal["joint", "separate", "linear"] = "joint"
-    """in one softmax with the text; in one of its own, weighted per head from zero; or without softmax"""
-    visible_to: Literal["all", "answers"] | None = None  # text tokens that see experts; None: answers, with keys_values
-    null_expert: bool | None = None  # leave text unlike the training instructions to the base; None: with keys_values
-    null_threshold: From = 0.5  # weight of the null expert from which on a text is left to the base entirely
-    unrelated: Unrelated | None = None  # texts of no task, to fit the null expert by; None: those that come with it
-    gate_layer: Whole | None = None
-    """layer whose hidden states the gate reads; None: where tasks are told apart best, or the injection layer"""
-    injection_layer: Whole | None = None
-    """first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)"""
-    gate_target: Literal["attention", "hidden_states"] = "attention"
-    """weights act on attention to the experts, or scale them as hidden states (Algorithm 1 to the letter)"""
-    gate_input: Literal["instruction", "sequence"] = "instruction"
-    """what the gate reads; sequence also reads the answer, which does not exist when generating"""
-    gate_granularity: Literal["expert", "prompt"] = "expert"  # one gate weight for each expert, or for each prompt
-    expert_attention: Literal["isolated", "causal"] = "isolated"
-    """hidden-state experts attend to themselves alone, or to all prompts before them"""
-    init: Literal["hidden_states", "random"] = "hidden_states"
-    """experts start from what the base makes of training text, or from random numbers"""
-    gate_hidden_size: Count = 64  # neurons of the gate's hidden layer
-    gate_temperature: Positive = 1.0  # scores are divided by it: above 1 the gate is less certain
-    gate_top_k: Count | None = None  # only so many of the highest gate weights stay; None: all
-    gate_renormalise: bool = True  # False: the weights that gate_top_k leaves do not sum to one
-    keep_recovery_prompts: bool = True  # above the injection layer too; --no-...: below it alone, as in Algorithm 1
     lora_rank: Count = 2  # rank r and alpha as in the paper's appendix E
     lora_alpha: Count = 32  # LoRA's scaling is alpha / rank
     lora_from: Whole = 0  # first decoder layer (from 0) with LoRA
     lora_match: Literal["none", "parameters", "memory"] = "none"
     """rank for as many trained numbers as MoPs have; memory: that, from the injection layer up"""
+
+
+@dataclass
+class Experts:
+    """How many experts, of what kind, and where the text meets them."""
+
+    ABOUT: ClassVar[str] = "experts"
+
+    experts: Count = 7  # groups of prompts, usually one for each task
+    prompts_per_expert: Count = 10  # columns of each expert
+    expert_kind: Literal["keys_values", "hidden_states"] = "keys_values"
+    """of every layer from the injection layer up; or hidden states of that layer, as in the paper"""
+    injection_layer: Whole | None = None
+    """first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)"""
+    visible_to: Literal["all", "answers"] | None = None  # text tokens that see experts; None: answers, with keys_values
+    shared_prompts: Whole = 0  # columns beside the experts that every row sees at full strength
+    freeze_first_column: bool = False  # of every expert: it stays what it was read off
+    prefix_attention: Literal["joint", "separate", "linear"] = "joint"
+    """in one softmax with the text; in one of its own, weighted per head from zero; or without softmax"""
+    expert_attention: Literal["isolated", "causal"] = "isolated"
+    """hidden-state experts attend to themselves alone, or to all prompts before them"""
+    init: Literal["hidden_states", "random"] = "hidden_states"
+    """experts start from what the base makes of training text, or from random numbers"""
+
+
+@dataclass
+class Gate:
+    """What the gate reads, and what its weights act on."""
+
+    ABOUT: ClassVar[str] = "gate"
+
+    gate_layer: Whole | None = None
+    """layer whose hidden states the gate reads; None: where tasks are told apart best, or the injection layer"""
+    gate_target: Literal["attention", "hidden_states"] = "attention"
+    """weights act on attention to the experts, or scale them as hidden states (Algorithm 1 to the letter)"""
+    gate_input: Literal["instruction", "sequence"] = "instruction"
+    """what the gate reads; sequence also reads the answer, which does not exist when generating"""
+    gate_granularity: Literal["expert", "prompt"] = "expert"  # one gate weight for each expert, or for each prompt
+    gate_hidden_size: Count = 64  # neurons of the gate's hidden layer
+    gate_temperature: Positive = 1.0  # scores are divided by it: above 1 the gate is less certain
+    gate_top_k: Count | None = None  # only so many of the highest gate weights stay; None: all
+    gate_renormalise: bool = True  # False: the weights that gate_top_k leaves do not sum to one
+    embedder: Embedder | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
+    null_expert: bool | None = None  # leave text unlike the training instructions to the base; None: with keys_values
+    null_threshold: From = 0.5  # weight of the null expert from which on a text is left to the base entirely
+    unrelated: Unrelated | None = None  # texts of no task, to fit the null expert by; None: those that come with it
+
+
+@dataclass
+class KeepRecovery:
+    """How far up recovery prompts are seen."""
+
+    ABOUT: ClassVar[str] = "preparation"
+
+    keep_recovery_prompts: bool = True  # above the injection layer too; --no-...: below it alone, as in Algorithm 1
+
+
+@dataclass
+class Rates:
+    """How fast each part learns."""
+
+    ABOUT: ClassVar[str] = "rates"
+
     relative_lr: Rate = 0.03  # Adam's rate for prompts, as a share of their root mean square
     prompt_lr: Rate | None = None  # the same, absolute, and the rate of LoRA and IA3; None: relative_lr, or tuned ones
     relative_gate_lr: Rate = 0.003  # Adam's rate for the gate, as a share of its weights' root mean square
     gate_lr: Rate | None = None  # the same, absolute; None: relative_gate_lr
     head_lr: Rate = 0.02  # Adam's rate for the weights per head of separate prefix attention, which start at zero
-    embedder: Embedder | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
+
+
+@dataclass
+class MethodConfig(Rates, KeepRecovery, Gate, Experts, Trained):
+    """What is trained on top of the frozen base, and how fast."""
 
     @property
     def rate(self) -> float:
@@ -130,6 +169,8 @@ class MethodConfig:
 @dataclass
 class GatePretraining:
     """How the gate learns which expert an instruction is meant for."""
+
+    ABOUT: ClassVar[str] = "preparation"
 
     gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
     """the gate learns an instruction's task, its cluster, or nothing before training"""

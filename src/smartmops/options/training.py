@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -38,29 +38,60 @@ Warmup = Number("a share of the steps from 0 to below 1, such as 0.06, or give -
 
 
 @dataclass(kw_only=True)
-class TaskConfig(Options, MethodConfig, GatePretraining):
-    """What is adapted to which data, and how both are read."""
+class BaseOptions:
+    """The frozen base model, and how it is opened."""
+
+    ABOUT: ClassVar[str] = "base"
 
     model: Base  # folder, *.gguf, hub id, smollm2, tiny
-    data: Data  # office, dolly, superni, a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id
-    columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: bfloat16 where it is faster
     template: Template = "auto"
     """chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one"""
+    activations: Activations = "auto"
+    """what the lower half makes of the data: kept in memory if it fits; memory, off or a folder"""
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Which examples, and how they are shared out among training and test."""
+
+    ABOUT: ClassVar[str] = "data"
+
+    data: Data  # office, dolly, superni, a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id
+    columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
     max_length: Count = 512  # tokens; longer examples lose the end of their context
     limit: Count | None = None  # use only so many examples, drawn at random (the paper: 5000)
     test_share: Share = 0.1  # of each category
-    batch_size: Count = 16  # examples; of each process where a launcher started several
-    seed: Seed = 0  # of experts, gate and order
     data_seed: Seed = 0  # of the draw and the split, so that runs of different seeds are tested on the same examples
     validation: bool = False  # hold out a part of the training split instead of the test split: to choose settings by
     hold_out: str | None = None  # a category to train nothing on, tested all the same: what an unseen task gains
+    rows: Rows = "memory"  # texts and tokens of the data: kept in memory, or written to a folder and mapped from there
+
+
+@dataclass(kw_only=True)
+class Recovery:
+    """Prompts that are trained first, to recover what compression lost."""
+
+    ABOUT: ClassVar[str] = "preparation"
+
     recovery_prompts: Whole | None = None  # frozen prompts at the input, trained first; None: 10 with hidden_states
     recovery_steps: Whole = 20  # optimiser steps
     recovery_lr: Rate = 0.03  # Adam's rate
-    activations: Activations = "auto"
-    """what the lower half makes of the data: kept in memory if it fits; memory, off or a folder"""
-    rows: Rows = "memory"  # texts and tokens of the data: kept in memory, or written to a folder and mapped from there
+
+
+@dataclass(kw_only=True)
+class Batches:
+    """How many examples at a time, from which seed."""
+
+    ABOUT: ClassVar[str] = "training"
+
+    batch_size: Count = 16  # examples; of each process where a launcher started several
+    seed: Seed = 0  # of experts, gate and order
+
+
+@dataclass(kw_only=True)
+class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, DataOptions, BaseOptions):
+    """What is adapted to which data, and how both are read."""
 
     @property
     def recovered_by(self) -> int:
@@ -92,26 +123,44 @@ class TaskConfig(Options, MethodConfig, GatePretraining):
 class ValidationConfig:
     """What is held out of the training split, so that the best state can be kept."""
 
+    ABOUT: ClassVar[str] = "validation"
+
     validation_share: Held = 0.1  # of each task's training examples: the state best on them is kept; 0: the last one
     validation_limit: Count = 200  # examples at most
 
 
 @dataclass(kw_only=True)
-class Schedule:
+class Evaluations:
+    """How often the held-out examples are evaluated, and for how long without a gain."""
+
+    ABOUT: ClassVar[str] = "validation"
+
+    eval_every: Count | None = None  # optimiser steps between evaluations on validation data; None: up to ten a run
+    patience: Count | None = None  # evaluations without a better one, after which training ends; None: never
+
+
+@dataclass(kw_only=True)
+class Logging:
+    """How often something is written down."""
+
+    ABOUT: ClassVar[str] = "run"
+
+    log_every: Count = 20  # optimiser steps
+    save_every: Count = 200  # optimiser steps between checkpoints a killed run resumes from
+
+
+@dataclass(kw_only=True)
+class Schedule(Batches, Evaluations, Logging):
     """How long, how much at a time, from which seed."""
 
+    ABOUT: ClassVar[str] = "training"
+
     steps: Whole = 1000  # optimiser steps; 0: only what comes before training
-    batch_size: Count = 16  # examples; of each process where a launcher started several
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # down to zero, or level; all after the warm-up
     warmup: Annotated[float, Warmup] = 0.06  # share of the steps
     warmup_steps: Whole | None = None  # optimiser steps in place of the share, but at most a fifth of all
     clip: Positive | None = 2.0  # gradients are cut to so many times their median norm of late; None: never
     max_grad_norm: Positive | None = None  # an absolute norm to which they are cut instead
-    seed: Seed = 0  # of experts, gate and order
-    log_every: Count = 20  # optimiser steps
-    save_every: Count = 200  # optimiser steps between checkpoints a killed run resumes from
-    eval_every: Count | None = None  # optimiser steps between evaluations on validation data; None: up to ten a run
-    patience: Count | None = None  # evaluations without a better one, after which training ends; None: never
 
     @property
     def warm(self) -> int:
@@ -124,6 +173,8 @@ class Schedule:
 @dataclass(kw_only=True)
 class TrainConfig(TaskConfig, ValidationConfig, Schedule):
     """Everything `smartmops train` takes. DATA is office, dolly, superni, a JSONL file, a folder or a hub id."""
+
+    ABOUT: ClassVar[str] = "run"
 
     out: OutFolder  # run folder
     samples_per_task: Whole = 2  # answers of the frozen and the adapted model, side by side in the report
@@ -148,6 +199,8 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
 @dataclass(kw_only=True)
 class CompareConfig(TrainConfig):
     """A `TrainConfig` whose `method` gives way to several, each at its own learning rate."""
+
+    ABOUT: ClassVar[str] = "comparison"
 
     methods: dict[Method, Rate | None] = field(default_factory=dict)  # and rates; none given: prompt-tuning and mops
     seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0,)  # each is a run of its own

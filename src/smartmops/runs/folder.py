@@ -2,9 +2,10 @@
 
 Knows files, atomicity and the words of an error. Knows no model, no tokens, and nothing of what the numbers mean.
 
-A run folder holds `config.json` (written first), `inputs.json`, `curves.jsonl` (grows), `gates.json`, `samples.jsonl`,
-`adapter/`, `checkpoints/` and `metrics.json`, which is written last: a run that has it is finished. Every file but the
-growing one appears whole or not at all. One process writes a folder: under several ranks, the first.
+A run folder holds `config.json` (written first), `config.yaml` (its options, as `--config` reads them), `inputs.json`,
+`curves.jsonl` (grows), `gates.json`, `samples.jsonl`, `adapter/`, `checkpoints/` and `metrics.json`, which is written
+last: a run that has it is finished. Every file but the growing one appears whole or not at all. One process writes a
+folder: under several ranks, the first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from smartmops.checks.errors import AdapterError, AdapterNotFound, RunError, RunNotFound, SmartmopsError
 from smartmops.checks.folders import half_written, held_by, refused
+from smartmops.settings.writing import KINDS, NAME, resolved
 
 PACKAGES = ("torch", "transformers", "peft", "smartmops")
 MAY_DIFFER = ("versions", "arguments.out", "arguments.resume")  # a moved folder or a newer library is the same run
@@ -130,6 +132,7 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         write_text(path / "config.json", _dump(config))
+        _write_options(path, config)
         (path / "checkpoints").mkdir(exist_ok=True)
         return cls(path, config)
 
@@ -153,6 +156,7 @@ class Run:
         if (path / _REPLACED).exists() and not run.adapter_dir.exists():
             os.rename(path / _REPLACED, run.adapter_dir)
         _sweep(path)
+        _write_options(path, stored)
         (path / "checkpoints").mkdir(exist_ok=True)
         if (path / "curves.jsonl").exists():
             run._write_rows("curves.jsonl", run.read_curves())  # a torn last line must go before the next is appended
@@ -370,6 +374,12 @@ def _show(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- files
+def _write_options(path: Path, config: Mapping[str, Any]) -> None:
+    """All options, in the file that `--config` reads; a run that has the file keeps it."""
+    if config.get("command") in KINDS and "arguments" in config and not (path / NAME).exists():
+        write_text(path / NAME, resolved(config["command"], config["arguments"]))
+
+
 def _sweep(path: Path) -> None:
     """Remove what a killed writer left half done."""
     for item in list(path.iterdir()):
