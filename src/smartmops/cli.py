@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,9 +25,8 @@ from smartmops.options.finished.serving import ChatConfig, GenerateConfig, Serve
 from smartmops.options.method import Method
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
+from smartmops.progress.bars import console
 from smartmops.settings.line import asked
-
-console = Console()
 
 # Adam's rates for so short a budget, tuned on a tenth of the training split: experiments/office/tuning.json.
 QUICKSTART_RATES: dict[Method, float | None] = {"prompt-tuning": 3.0, "mops": 3.0}

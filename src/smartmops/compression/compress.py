@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,12 +30,12 @@ from smartmops.checks.errors import BaseModelError, DiskError, RunExists
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
+from smartmops.progress.bars import counted
 from smartmops.settings.writing import NAME, resolved
 
 from . import calibration, layerwise
 from .solvers import Pattern, Solver
 
-console = Console()
 LOOKED_AT = 1024  # columns of a quantised layer whose zeros are counted: all of a large one would take minutes
 DOES_NOT_DECIDE = ("out", "resume", "device", "batch_size")  # arguments that leave the result as it is
 
@@ -207,9 +205,8 @@ def _room(partial: Path) -> Iterator[None]:
 
 @contextmanager
 def _progress(what: str, layers: int) -> Iterator[Callable[[int], None]]:
-    with Progress(transient=True) as bar:
-        line = bar.add_task(what, total=layers)
-        yield lambda index: bar.update(line, completed=index + 1, description=f"{what}, layer {index + 1} of {layers}")
+    with counted(f"{what}, layer", layers) as done:
+        yield lambda index: done(1)
 
 
 def _perplexity(model: Any, held_out: list[dict[str, torch.Tensor]], device: Any, what: str) -> float | None:

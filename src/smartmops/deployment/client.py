@@ -21,8 +21,6 @@ from http.client import HTTPException, HTTPSConnection
 from json import JSONDecodeError, loads
 from pathlib import Path
 
-from rich.console import Console
-
 from smartmops.base import load_base
 from smartmops.checks.errors import MissingExtra
 from smartmops.checks.limits import check
@@ -34,14 +32,13 @@ from smartmops.flower.frames import receive, send
 from smartmops.flower.simulation import QUIET
 from smartmops.options.federation import ClientConfig
 from smartmops.options.training import TaskConfig
+from smartmops.progress.bars import console
 from smartmops.states.fingerprint import of_base
 from smartmops.tokens.template import Template
 
 from .guard import guarded
 from .keys import signed_now
 from .knocks import KNOCK
-
-console = Console()
 
 ATTEMPTS, PAUSE, LASTING = 4, 5.0, 60.0  # of starting the SuperNode; seconds between; seconds after which it counts
 ASKING = 5.0  # seconds between looks whether the server is there

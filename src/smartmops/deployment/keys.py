@@ -13,15 +13,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from smartmops.checks.errors import FederationError, MissingExtra
 from smartmops.checks.limits import check
 from smartmops.options.federation import KeysConfig
+from smartmops.progress.bars import console
 
 from .knocks import KEY, SIGNATURE, TIME
-
-console = Console()
 
 
 def make_keys(config: KeysConfig) -> list[Path]:

@@ -20,21 +20,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from smartmops.checks.errors import FederationUnreachable, MissingExtra
 from smartmops.checks.limits import check
 from smartmops.clients.messages import Transport
 from smartmops.federated.federate import federate
 from smartmops.flower.transport import OverFlower, OverSocket
 from smartmops.options.federation import FederateConfig, ServerConfig
+from smartmops.progress.bars import console
 
 from .client import beside, free_port, surroundings
 from .front import Front, standing
 from .guard import guarded
 from .knocks import Door, Keyring, Knocks
 
-console = Console()
 TRAVELS = ("__init__.py", "app.py", "frames.py")  # of the room `flower`, in Flower's app bundle
 STARTING = 60.0  # seconds that Flower's own processes may take to come up
 

@@ -13,9 +13,9 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from smartmops.checks.errors import ConfigError, DataError
+from smartmops.progress.bars import track
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import Encoded, prompts
 from smartmops.tokens.template import Template
@@ -113,7 +113,7 @@ def score(
 
     def marks(what: str) -> dict[str, Any]:
         given = [""] * len(examples)
-        for group in track(groups, f"{what} answers", transient=True):
+        for group in track(groups, f"{what} answers"):
             own = [examples[i] for i in group]
             told = _told(model, [rows[i] for i in group])
             for i, text in zip(group, answer(model, tokenizer, own, max_new_tokens, template, **told), strict=True):

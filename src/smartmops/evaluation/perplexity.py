@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from rich.progress import track
 
 from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import DataError
+from smartmops.progress.bars import track
 from smartmops.rows.example import Example
 from smartmops.states.activations import ActivationCache
 from smartmops.states.answer_states import AnswerStates
@@ -74,9 +74,7 @@ def evaluate(
     model.eval()
     nats: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
-    for task, found in track(
-        _each(model, rows, collator, batch_size, cache), "evaluating", len(rows), transient=True, disable=not progress
-    ):
+    for task, found in track(_each(model, rows, collator, batch_size, cache), "evaluating", len(rows), shown=progress):
         nats[task] += found.sum().item()
         tokens[task] += len(found)
     model.train(was_training)

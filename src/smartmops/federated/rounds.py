@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,11 +26,10 @@ from smartmops.clients.messages import Failure, Job, Local, Lost, Transport, pac
 from smartmops.clients.roster import Roster, listed, short
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.options.federation import AggregationConfig, RoundsConfig
+from smartmops.progress.bars import console, counted
 
 from .aggregation import Aggregator, Layout, Update, admit, drift
 from .privacy import Private
-
-console = Console()
 
 
 @dataclass
@@ -159,8 +156,8 @@ class Server:
         self.aggregator.load(state.server)
         if self.private is not None and state.private is not None:
             self.private.load(state.private)
-        with Progress(console=console, transient=True) as bar:
-            line = bar.add_task("rounds", total=self.config.rounds, completed=state.round)
+        with counted("rounds", self.config.rounds) as done:
+            done(state.round)
             if not state.rows:
                 state.rows.append({"step": 0, "round": 0, **self._seen(state.arrays)})
                 keep(state)
@@ -173,7 +170,7 @@ class Server:
                 self._round(state)
                 keep(state)
                 _say(_summary(state.rows))
-                bar.update(line, completed=state.round)
+                done(1)
         return state
 
     def _round(self, state: State) -> None:

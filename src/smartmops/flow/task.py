@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft import PeftModel
-from rich.console import Console
 from torch import Tensor
 from transformers import set_seed
 
@@ -33,6 +32,7 @@ from smartmops.preparing.embedder import Embedder
 from smartmops.preparing.initial import initialise
 from smartmops.preparing.pretrain import assign, pretrain_gate, standardise, train_recovery
 from smartmops.preparing.selection import level, told, wire
+from smartmops.progress.bars import console
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.states.activations import ActivationCache, free_memory
@@ -46,7 +46,6 @@ from smartmops.tuner import MoPsModel
 
 from .early import check_base, check_hold_out, check_parts, check_split, warn_of_calibration
 
-console = Console()
 GATED = ("mops", "uniform-gate", "top-1")  # methods whose gate reads the model itself
 
 

@@ -12,16 +12,13 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
-
 from smartmops.checks.errors import FederationError, FederationTimeout
 from smartmops.clients.admission import greeting
 from smartmops.clients.messages import Hello, Lost, pack
 from smartmops.clients.roster import listed
+from smartmops.progress.bars import console
 
 from .frames import receive, send
-
-console = Console()
 
 
 @runtime_checkable

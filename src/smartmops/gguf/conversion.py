@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -19,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import gguf
 from gguf import GGMLQuantizationType as Kind
 from smartmops.checks.errors import BaseModelError
+from smartmops.progress.bars import console
 
 from . import header as gguf_header
 from .cache import cache, once
 
-console = Console()
 KEPT = {Kind.F32: torch.float32, Kind.F16: torch.float16}  # all else becomes bfloat16, finer than its own grid
 WAY_OUT = "give the folder of the model that it was made from"
 FORMAT = 2  # of converted folders; a new one makes older ones stale

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
 from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import ConfigError
 from smartmops.experts import null
 from smartmops.options.method import Texts, paragraphs
+from smartmops.progress.bars import track
 from smartmops.tokens.batches import Encoded, by_budget
 
 FOLDS = 5
@@ -128,7 +128,7 @@ def layer_means(base: Any, rows: Sequence[Encoded], budget: int = 2048) -> Float
     lengths = [row.labels.count(IGNORED) for row in rows]
     found: list[Tensor | None] = [None] * len(rows)
     device = base.device
-    for group in track(by_budget(lengths, budget), "looking for the gate's layer", transient=True):
+    for group in track(by_budget(lengths, budget), "looking for the gate's layer"):
         longest = max(lengths[i] for i in group)
         ids = torch.tensor([rows[i].input_ids[: lengths[i]] + [0] * (longest - lengths[i]) for i in group])
         real = torch.tensor([[1] * lengths[i] + [0] * (longest - lengths[i]) for i in group])

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from peft import get_peft_model
-from rich.progress import track
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 from smartmops.checks.errors import ConfigError, DataError
 from smartmops.evaluation.perplexity import batch_for
 from smartmops.options.method import GatePretraining
+from smartmops.progress.bars import track
 from smartmops.tokens.batches import Collator, Encoded
 from smartmops.tuner import MoPsConfig
 
@@ -43,7 +43,7 @@ def train_recovery(base: Any, rows: Sequence[Encoded], collator: Collator, count
     prompts = model.base_model.layer().mops_prompts["default"]
     optimiser = torch.optim.AdamW([prompts], lr=lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    for step in track(range(steps), "recovery prompts", transient=True):
+    for step in track(range(steps), "recovery prompts"):
         chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
         optimiser.param_groups[0]["lr"] = lr * (1 - step / steps)
         model(**batch_for(model, [rows[i] for i in chosen], collator), use_cache=False).loss.backward()
@@ -105,7 +105,7 @@ def pretrain_gate(
         log_g: Float[Tensor, "n groups"] = layer.log_gate(pooled, "default")
         return log_g if per == 1 else log_g.view(-1, own.num_experts, per).logsumexp(-1)
 
-    for _ in track(range(config.gate_pretraining_steps), "gate pretraining", transient=True):
+    for _ in track(range(config.gate_pretraining_steps), "gate pretraining"):
         loss = F.nll_loss(log_expert(), expert_of.to(pooled.device))
         torch.autograd.backward(loss)
         optimiser.step()

@@ -16,8 +16,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from smartmops.checks.errors import ConfigError
 from smartmops.compression.compress import compress
 from smartmops.federated.federate import federate
@@ -27,6 +25,7 @@ from smartmops.options.compression import CompressConfig, beside
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE, OURS
 from smartmops.options.training import EMBEDDED_SETTING, TrainConfig
+from smartmops.progress.bars import console
 from smartmops.runs.folder import Run, write_text
 
 try:
@@ -34,7 +33,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-console = Console()
 NOT_SETTINGS = {"out", "resume", "model", "data", "seed", "activations", "rows", "actors", "engine", "save_every",
                 "log_every"}  # of a run, in its results  # fmt: skip
 

@@ -7,19 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from smartmops.checks.limits import check
 from smartmops.evidence.page import markdown
 from smartmops.options.reproduce import ReproduceConfig
+from smartmops.progress.bars import console
 from smartmops.runs.folder import write_text
 
 from .grid import Base, Grid
 from .pages import page_of, skew_page
 from .plan import Plan, datas_of
 from .studies import STUDIES, Study
-
-console = Console()
 
 
 def reproduce(config: ReproduceConfig) -> dict[str, Any]:

@@ -17,15 +17,14 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smartmops.backbone import halves
 from smartmops.checks.errors import AdapterError, DataError, NoRoom, RunError
+from smartmops.progress.bars import console, counted
 from smartmops.runs.folder import write_text
 from smartmops.tokens.batches import Encoded, by_budget, pack
 from smartmops.tuner.engine import Engine
@@ -40,8 +39,6 @@ except ImportError:  # Windows
 SHARD = 2**28  # bytes of hidden states in one file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-console = Console()
 
 
 @dataclass
@@ -366,9 +363,8 @@ def _alone(home: Path, progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _bar(tokens: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    with Progress(transient=True, disable=not progress) as bar:
-        line = bar.add_task("activations", total=tokens)
-        yield lambda done: bar.advance(line, done)
+    with counted("activations", tokens, progress) as done:
+        yield done
 
 
 def _require(need: int, free: int | None, where: str, way_out: str) -> None:
