@@ -161,7 +161,10 @@ def _comments(kind: type) -> dict[str, str]:
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id != "ABOUT":
             below = after.value if isinstance(after, ast.Expr) else None
-            said = below.value if isinstance(below, ast.Constant) else behind.get(node.end_lineno or 0, "")
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            said = (
+                below.value if isinstance(below, ast.Constant) else next((behind[i] for i in lines if i in behind), "")
+            )
             found[node.target.id] = str(said).split("  # type:")[0].removeprefix("type: ignore[assignment]")
     return found
 
