@@ -88,7 +88,7 @@ TRAINING_ARGUMENTS_APART = {
     "read with optimisers that are not installed here": ("optim_args", "optim_target_modules"),
     "read with Liger alone, which is not installed here": ("liger_kernel_config",),
     "of an accelerator": ("tf32", "torch_empty_cache_steps", "use_cpu"),
-    "several processes: tests/training/test_parallel.py has those that are served": (
+    "several processes: tests/fitting/test_parallel.py has those that are served": (
         "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
         "ddp_backend", "ddp_timeout", "fsdp_config", "deepspeed", "parallelism_config"),
     "compiling takes a minute; tried by hand with backend=\"eager\": the same losses": (
