@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smartmops.flow.prepare import Prepared, prepare
+    from smartmops.options.finished.handover import ExportConfig
     from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
     from smartmops.rows.example import Example
 
     from .analysis.finished import LoadedRun
     from .base import load_base
     from .data.tasks import read
-    from .door import compare, compress, evaluate, federate, inspect, load_run, preview, train
+    from .door import compare, compress, evaluate, export, federate, inspect, load_run, preview, train
     from .options.compression import CompressConfig
     from .options.federation import FederateConfig
     from .options.training import CompareConfig, TrainConfig
@@ -41,9 +42,10 @@ _FROM = {
     "load_base": "base", "prepare": "flow.prepare", "Prepared": "flow.prepare",
     "TrainConfig": "options.training", "CompareConfig": "options.training", "CompressConfig": "options.compression",
     "FederateConfig": "options.federation", "LoadedRun": "analysis.finished",
+    "ExportConfig": "options.finished.handover",
     **dict.fromkeys(("DataConfig", "EvaluateConfig", "InspectConfig"), "options.finished.reading"),
-    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "load_run",
-                     "preview"), "door"),
+    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "export", "inspect",
+                     "load_run", "preview"), "door"),
 }  # fmt: skip
 __all__ = [
     "CompareConfig",
@@ -51,6 +53,7 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "Example",
+    "ExportConfig",
     "FederateConfig",
     "InspectConfig",
     "LoadedRun",
@@ -62,6 +65,7 @@ __all__ = [
     "compare",
     "compress",
     "evaluate",
+    "export",
     "federate",
     "inspect",
     "load_base",

@@ -23,6 +23,7 @@ from smartmops.ending import ending, parsed, quiet, unread
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
+from smartmops.options.finished.handover import ExportConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.finished.serving import ChatConfig, GenerateConfig, ServeConfig
 from smartmops.options.method import Method
@@ -228,6 +229,22 @@ def serve_command(config: ServeConfig) -> None:
     serve(config, lambda words: print(words, flush=True))
 
 
+def export_command(config: ExportConfig) -> dict[str, Any]:
+    """Write a run's experts, or its gate, in a form that other programs load; each is compared with the run first."""
+    _ready(config)
+    from smartmops.handover.export import export
+
+    found = export(config)
+    sides = found["experts"] if config.format != "router" else {"gate": found}
+    table = Table("compared with the run", "same", "of", "largest difference")
+    for name, each in sides.items():
+        count = each.get("tokens", each.get("texts"))
+        table.add_row(escape(name), str(each["same"]), str(count), f"{each['largest_difference']:.1e}")
+    console.print(table)
+    console.print(f"{config.out}: README.md says how it is loaded")
+    return found
+
+
 def report_command(config: ReportConfig) -> Path:
     """Write the report and say where it is."""
     _ready(config)
@@ -325,6 +342,7 @@ COMMANDS: dict[str, Any] = {
     "generate": generate_command,
     "chat": chat_command,
     "serve": serve_command,
+    "export": export_command,
     "report": report_command,
     "reproduce": reproduce_command,
     "bench": bench_command,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from smartmops.checks.limits import Options, check_named, hints_of, in_python
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
+from smartmops.options.finished.handover import ExportConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
 from smartmops.options.training import CompareConfig, TrainConfig
 
@@ -110,6 +111,19 @@ def preview(config: DataConfig | None = None, **options: Any) -> dict[str, Any]:
         ValueError: the data cannot be read.
     """
     return _run("analysis.preview", "preview", _made(DataConfig, config, options))
+
+
+def export(config: ExportConfig | None = None, **options: Any) -> dict[str, Any]:
+    """Write a run's experts, or its gate, in a form that other programs load.
+
+    Returns:
+        How far what was written is from the run; the same is in `export.json`.
+
+    Raises:
+        ValueError: there is no such run, or it cannot be carried in that form.
+        ImportError: a package is missing; the message has its `pip install` line.
+    """
+    return _run("handover.export", "export", _made(ExportConfig, config, options))
 
 
 def load_run(path: str | Path) -> LoadedRun:
