@@ -17,29 +17,31 @@ from smartmops.handover import export as exporting
 from smartmops.tokens.template import Template
 
 QUESTIONS = ("apple number 3.", "banana number 40.", "Name three rivers.")
-PEFT = """
-import json, torch
+FORMS = {"peft-prefix": "by_all", "cartridge": "by_all", "kv": "by_all", "kv seen by answers": "by_answers"}
+EXPERT = "banana"
+# One program for all forms: to import torch and PEFT takes longer than all that it does.
+PROGRAM = """
+import json, runpy, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base, folder, rows = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
-answers, logits = [], []
-for ids in rows:
-    ids = torch.tensor([ids])
-    with torch.no_grad():
-        logits.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].tolist())
-    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
-    answers.append(made[0, ids.shape[1]:].tolist())
-print(json.dumps([answers, logits]))
-"""
-PLAIN = """
-import json, runpy, torch
-from transformers import AutoModelForCausalLM
-base, folder, name, rows = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-own = runpy.run_path(f"{folder}/answer.py")
-model, file = AutoModelForCausalLM.from_pretrained(base).eval(), f"{folder}/{name}.safetensors"
-answers = [own["answer"](model, ids, file, 8, set()) for ids in rows]
-print(json.dumps([answers, [own["read"](model, ids, file)[0].tolist() for ids in rows]]))
+base, found = sys.argv[1], {}
+for folder, expert, rows in json.loads(sys.argv[2]):
+    model, answers, logits = AutoModelForCausalLM.from_pretrained(base).eval(), [], []
+    if "kv" in folder:
+        own, file = runpy.run_path(f"{folder}/answer.py"), f"{folder}/{expert}.safetensors"
+        for ids in rows:
+            logits.append(own["read"](model, ids, file)[0].tolist())
+            answers.append(own["answer"](model, ids, file, 8, set()))
+    else:
+        model = PeftModel.from_pretrained(model, f"{folder}/{expert}").eval()
+        for ids in rows:
+            row = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+            with torch.no_grad():
+                logits.append(model(**row).logits[0, -1].tolist())
+            made = model.generate(**row, max_new_tokens=8, do_sample=False, pad_token_id=0)
+            answers.append(made[0, len(ids):].tolist())
+    found[folder] = answers, logits
+print(json.dumps(found))
 """
 ROUTE = """
 import json, runpy
@@ -65,26 +67,42 @@ def told(run: sm.LoadedRun, expert: str) -> tuple[list[list[int]], list[list[int
     return rows, answers, logits
 
 
-def alike(found: Any, answers: list[list[int]], logits: list[torch.Tensor]) -> None:
-    assert found[0] == answers
-    for got, wanted in zip(found[1], logits, strict=True):
+@pytest.fixture(scope="module")
+def runs(by_all: Path, by_answers: Path) -> dict[str, sm.LoadedRun]:
+    return {"by_all": sm.load_run(by_all), "by_answers": sm.load_run(by_answers)}
+
+
+@pytest.fixture(scope="module")
+def exported(runs: dict[str, sm.LoadedRun], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each form."""
+    folder = tmp_path_factory.mktemp("exported")
+    for form, run in FORMS.items():
+        sm.export(run=runs[run].path, format=form.split()[0], out=folder / form, experts=(EXPERT, "cherry"))
+    return {form: folder / form for form in FORMS}
+
+
+@pytest.fixture(scope="module")
+def found(
+    exported: dict[str, Path], runs: dict[str, sm.LoadedRun], base: Path, elsewhere: Callable[..., Any]
+) -> dict[str, Any]:
+    """By form, what another program answers with it: tokens, and logits of the first."""
+    asked = [(str(exported[form]), EXPERT, told(runs[run], EXPERT)[0]) for form, run in FORMS.items()]
+    answers = elsewhere(PROGRAM, str(base), json.dumps(asked))
+    return {form: answers[str(exported[form])] for form in FORMS}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_programs_answer_as_the_pinned_expert(
+    form: str, found: dict[str, Any], runs: dict[str, sm.LoadedRun]
+) -> None:
+    _, answers, logits = told(runs[FORMS[form]], EXPERT)
+    assert found[form][0] == answers
+    for got, wanted in zip(found[form][1], logits, strict=True):
         assert torch.allclose(torch.tensor(got), wanted, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["peft-prefix", "cartridge"])
-def test_plain_peft_answers_as_the_pinned_expert(
-    form: str, by_all: Path, base: Path, tmp_path: Path, elsewhere: Callable[..., Any]
-) -> None:
-    found = sm.export(run=by_all, format=form, out=tmp_path / "out", experts=("banana",))
-    assert found["experts"]["banana"]["columns"] == 3 * 3 + 2, "three copies of three columns, and the shared two"
-    assert found == json.loads((tmp_path / "out" / "export.json").read_text())
-    rows, answers, logits = told(sm.load_run(by_all), "banana")
-    alike(elsewhere(PEFT, str(base), str(tmp_path / "out" / "banana"), json.dumps(rows)), answers, logits)
-    assert str(base.parent) not in "".join(file.read_text() for file in tmp_path.rglob("*.json"))
-
-
-def test_experts_differ_from_each_other_and_from_the_base(by_all: Path) -> None:
-    run = sm.load_run(by_all)
+def test_experts_differ_from_each_other_and_from_the_base(runs: dict[str, sm.LoadedRun]) -> None:
+    run = runs["by_all"]
     firsts = [told(run, name)[2][0] for name in run.experts]
     with run.model.disable_adapter():
         firsts.append(told(run, "apple")[2][0])
@@ -92,45 +110,47 @@ def test_experts_differ_from_each_other_and_from_the_base(by_all: Path) -> None:
     assert min(gaps) > 0.05, "else a test that compares answers compares nothing"
 
 
-@pytest.mark.parametrize("kind", ["by_answers", "by_all"])
-def test_keys_and_values_answer_in_plain_transformers(
-    kind: str, base: Path, tmp_path: Path, elsewhere: Callable[..., Any], request: pytest.FixtureRequest
+def test_prefixes_hold_a_copy_of_a_column_for_each_expert_and_name_no_folder(
+    exported: dict[str, Path], base: Path
 ) -> None:
-    run = request.getfixturevalue(kind)
-    found = sm.export(run=run, format="kv", out=tmp_path / "out")
-    assert set(found["experts"]) == {"apple", "banana", "cherry"}
-    rows, answers, logits = told(sm.load_run(run), "cherry")
-    alike(elsewhere(PLAIN, str(base), str(tmp_path / "out"), "cherry", json.dumps(rows)), answers, logits)
-    tensors = load_file(tmp_path / "out" / "cherry.safetensors")
-    first, own, shared = (1, 3, 0) if kind == "by_answers" else (0, 3, 2)
+    for form in ("peft-prefix", "cartridge"):
+        told = json.loads((exported[form] / "export.json").read_text())
+        assert told["experts"][EXPERT]["columns"] == 3 * 3 + 2, "three copies of three columns, and the shared two"
+        held = load_file(exported[form] / EXPERT / "adapter_model.safetensors")["prompt_embeddings"]
+        assert held.shape == (11, 4 * 2 * 2 * 8)
+        assert str(base.parent) not in "".join(file.read_text() for file in exported[form].rglob("*.[jm]*"))
+
+
+@pytest.mark.parametrize(("form", "first", "shared"), [("kv", 0, 2), ("kv seen by answers", 1, 0)])
+def test_keys_and_values_lie_as_the_page_says(form: str, first: int, shared: int, exported: dict[str, Path]) -> None:
+    tensors = load_file(exported[form] / "cherry.safetensors")
     assert sorted({int(name.split(".")[1]) for name in tensors}) == list(range(first, 4))
     weights = tensors[f"layers.{first}.log_weights"].exp()
-    assert torch.allclose(weights, torch.tensor([3.0] * own + [1.0] * shared)), "one of three experts has all weight"
-    assert tensors["layers.3.keys"].shape == (own + shared, 2, 8)
+    assert torch.allclose(weights, torch.tensor([3.0] * 3 + [1.0] * shared)), "one of three experts has all weight"
+    assert tensors["layers.3.keys"].shape == tensors["layers.3.values"].shape == (3 + shared, 2, 8)
 
 
 def test_the_router_names_the_experts_that_the_gate_chooses(
-    by_answers: Path, tmp_path: Path, elsewhere: Callable[..., Any]
+    by_answers: Path, runs: dict[str, sm.LoadedRun], tmp_path: Path, elsewhere: Callable[..., Any]
 ) -> None:
     pytest.importorskip("onnxruntime")
     found = sm.export(run=by_answers, format="router", out=tmp_path / "out")
     assert found["same"] == found["texts"] and found["largest_difference"] < 1e-5
     texts = [*QUESTIONS, "cherry number 7.", "7", "How\nmany  apples?"]
-    run = sm.load_run(by_answers)
-    for text, got in zip(texts, elsewhere(ROUTE, str(tmp_path / "out"), json.dumps(texts)), strict=True):
+    run = runs["by_answers"]
+    routed = elsewhere(ROUTE, str(tmp_path / "out"), json.dumps(texts))
+    for text, got in zip(texts, routed, strict=True):
         wanted = run.gate(text)
         assert got["weights"] == pytest.approx(wanted, abs=1e-4), text
         assert got["left_to_base"] == pytest.approx(1 - sum(wanted.values()), abs=1e-4)
         best = max(wanted, key=wanted.__getitem__)
         assert got["expert"] == (best if wanted[best] > 0 else None)
-    named = elsewhere(ROUTE, str(tmp_path / "out"), json.dumps(QUESTIONS))
-    assert [each["expert"] for each in named[:2]] == ["apple", "banana"], "and some text is not left to the base"
+    assert [each["expert"] for each in routed[:2]] == ["apple", "banana"], "and not every text is left to the base"
 
 
 @pytest.mark.parametrize(("kind", "options", "said"), [
     ("by_answers", {"format": "peft-prefix"}, "seen by every token, and this run's experts by answers alone: choose"),
     ("by_all", {"format": "kv", "experts": ("plum",)}, "plum is no expert of .*: choose apple, banana or cherry"),
-    ("by_all", {"format": "gguf"}, "format=gguf: choose peft-prefix, cartridge, kv or router"),
 ])  # fmt: skip
 def test_what_cannot_be_carried_is_refused_before_a_model_is_loaded(
     kind: str, options: dict[str, Any], said: str, tmp_path: Path, request: pytest.FixtureRequest,

@@ -25,8 +25,8 @@ KV = """# Experts as keys and values for `{base}`
 Each `.safetensors` file is one expert of a smartmops run: for every layer N that it enters, `layers.N.keys` and
 `layers.N.values` [columns, kv heads, width], and `layers.N.log_weights` [columns], which are added to the attention
 logits of the columns (or a column stands exp(log weight) times, which is the same). Keys are rotated for a text whose
-first token is at position 0. `about` in the metadata names the base, which tokens see the columns (`visible_to`: all, or
-the answer's header and the answer alone) and the token ids of that header.
+first token is at position 0. `about` in the metadata names the base, which tokens see the columns (`visible_to`: all,
+or the answer's header and the answer alone) and the token ids of that header.
 
 `answer.py` does it in plain transformers, and is short enough to be copied from:
 

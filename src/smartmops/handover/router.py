@@ -85,7 +85,7 @@ class Router(nn.Module):
         out = self.lower(inputs_embeds=columns, attention_mask=hidden[None, None], position_ids=at[None],
                          use_cache=False)  # fmt: skip
         text = out.last_hidden_state[:, columns.shape[1] - input_ids.shape[1] :]
-        return self.gate(gate.pool(text, reads))  # type: ignore[no-any-return]
+        return self.gate(gate.pool(text, reads > 0))  # type: ignore[no-any-return]
 
 
 def write_onnx(module: nn.Module, example: dict[str, Tensor], folder: Path) -> None:
