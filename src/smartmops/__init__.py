@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smartmops.flow.prepare import Prepared, prepare
-    from smartmops.options.finished.handover import ExportConfig
+    from smartmops.options.finished.handover import ExportConfig, PushConfig
     from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
     from smartmops.rows.example import Example
 
     from .analysis.finished import LoadedRun
     from .base import load_base
     from .data.tasks import read
-    from .door import compare, compress, evaluate, export, federate, inspect, load_run, preview, train
+    from .door import compare, compress, evaluate, export, federate, inspect, load_run, preview, push, train
     from .options.compression import CompressConfig
     from .options.federation import FederateConfig
     from .options.training import CompareConfig, TrainConfig
@@ -42,10 +42,10 @@ _FROM = {
     "load_base": "base", "prepare": "flow.prepare", "Prepared": "flow.prepare",
     "TrainConfig": "options.training", "CompareConfig": "options.training", "CompressConfig": "options.compression",
     "FederateConfig": "options.federation", "LoadedRun": "analysis.finished",
-    "ExportConfig": "options.finished.handover",
+    "ExportConfig": "options.finished.handover", "PushConfig": "options.finished.handover",
     **dict.fromkeys(("DataConfig", "EvaluateConfig", "InspectConfig"), "options.finished.reading"),
     **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "export", "inspect",
-                     "load_run", "preview"), "door"),
+                     "load_run", "preview", "push"), "door"),
 }  # fmt: skip
 __all__ = [
     "CompareConfig",
@@ -60,6 +60,7 @@ __all__ = [
     "MoPsConfig",
     "MoPsModel",
     "Prepared",
+    "PushConfig",
     "TrainConfig",
     "__version__",
     "compare",
@@ -72,6 +73,7 @@ __all__ = [
     "load_run",
     "prepare",
     "preview",
+    "push",
     "read",
     "render",
     "train",

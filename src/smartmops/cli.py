@@ -23,7 +23,7 @@ from smartmops.ending import ending, parsed, quiet, unread
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
-from smartmops.options.finished.handover import ExportConfig
+from smartmops.options.finished.handover import ExportConfig, PushConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.finished.serving import ChatConfig, GenerateConfig, ServeConfig
 from smartmops.options.method import Method
@@ -245,6 +245,21 @@ def export_command(config: ExportConfig) -> dict[str, Any]:
     return found
 
 
+def push_command(config: PushConfig) -> dict[str, Any]:
+    """Put a run's adapter and its card on the hub; --dry-run only lists what would go there."""
+    _ready(config)
+    from smartmops.handover.hub import push
+
+    found = push(config)
+    table = Table(f"{'would be ' if config.dry_run else ''}pushed to {found['repo']}", "bytes")
+    for name, size in found["files"].items():
+        table.add_row(escape(name), f"{size:,}")
+    console.print(table)
+    if found["url"]:
+        console.print(found["url"])
+    return found
+
+
 def report_command(config: ReportConfig) -> Path:
     """Write the report and say where it is."""
     _ready(config)
@@ -343,6 +358,7 @@ COMMANDS: dict[str, Any] = {
     "chat": chat_command,
     "serve": serve_command,
     "export": export_command,
+    "push": push_command,
     "report": report_command,
     "reproduce": reproduce_command,
     "bench": bench_command,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from smartmops.checks.limits import Options, check_named, hints_of, in_python
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
-from smartmops.options.finished.handover import ExportConfig
+from smartmops.options.finished.handover import ExportConfig, PushConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
 from smartmops.options.training import CompareConfig, TrainConfig
 
@@ -124,6 +124,19 @@ def export(config: ExportConfig | None = None, **options: Any) -> dict[str, Any]
         ImportError: a package is missing; the message has its `pip install` line.
     """
     return _run("handover.export", "export", _made(ExportConfig, config, options))
+
+
+def push(config: PushConfig | None = None, **options: Any) -> dict[str, Any]:
+    """Put a run's adapter, its template and its card into a repository of the hub.
+
+    Returns:
+        `repo`, `files` {name: bytes} and `url` (None with `dry_run`, which sends nothing).
+
+    Raises:
+        OSError: the hub cannot be reached, or does not let us write.
+        ValueError: there is no such run.
+    """
+    return _run("handover.hub", "push", _made(PushConfig, config, options))
 
 
 def load_run(path: str | Path) -> LoadedRun:

@@ -24,6 +24,7 @@ from smartmops.backbone import halves
 from smartmops.experts.gate import by_expert
 from smartmops.options.finished.handover import PREFIXES, ExportConfig
 from smartmops.rows.example import Example
+from smartmops.runs.card import shown_name
 from smartmops.runs.folder import Run, write_text
 from smartmops.serving.answering import Answerer
 from smartmops.tokens.template import Template
@@ -87,7 +88,7 @@ def _experts(config: ExportConfig, folder: Path, answerer: Answerer, run: Run) -
     names = list(config.experts or answerer.experts)
     asked = {name: [_asked(answerer, text, name) for text in TEXTS] for name in names}
     layers = {name: pinned(answerer.model, _inputs(answerer, TEXTS[0], name)) for name in names}
-    adapter, base_name = answerer.model.peft_config["default"], _named(run)
+    adapter, base_name = answerer.model.peft_config["default"], shown_name(str(run.config["base"]))
     stops, files = answerer.template.stops(answerer.model), _file_names(names)
     base = answerer.model.base_model.unload()
     about = {"base": base_name, "visible_to": adapter.visible_to, "answer_header": adapter.answer_header,
@@ -188,7 +189,7 @@ def _router(folder: Path, answerer: Answerer, run: Run) -> dict[str, Any]:
     layer, adapter = model.base_model.layer(), model.peft_config["default"]
     texts = [*TEXTS, *(str(each["instruction"]) for each in run.read_samples()[:OWN] if each.get("instruction"))]
     weighed = [_weighed(answerer, text) for text in texts]
-    about: dict[str, Any] = {"experts": list(answerer.experts), "base": _named(run)}
+    about: dict[str, Any] = {"experts": list(answerer.experts), "base": shown_name(str(run.config["base"]))}
     base = model.base_model.unload()
     if answerer._embedder is not None:
         module: Any = router.Gate(layer, "default")
@@ -264,9 +265,3 @@ def _file_names(names: Sequence[str]) -> dict[str, str]:
         plain = re.sub(r"[^\w.-]+", "_", name).strip("._") or f"expert_{number}"
         found[name] = plain if plain.lower() not in {each.lower() for each in found.values()} else f"{plain}_{number}"
     return found
-
-
-def _named(run: Run) -> str:
-    """The base without where it lies."""
-    name = str(run.config["base"])
-    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name

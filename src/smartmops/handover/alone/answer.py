@@ -56,17 +56,22 @@ def read(model: Any, ids: list[int], file: str) -> tuple[torch.Tensor, DynamicCa
         model(input_ids=torch.tensor([ids[:start]], device=model.device), past_key_values=cache, use_cache=True)
     for number, pair in layers.items():
         cache.update(*(each.to(model.device, model.dtype) for each in pair), number)
-    for at in range(start, len(ids)):
-        logits = step(model, ids[at], at, cache)
+    counts = {pair[0].shape[2] for pair in layers.values()}
+    alike = start == 0 and len(counts) == 1 and len(layers) == model.config.num_hidden_layers
+    first = len(ids) if alike else start
+    if alike:  # layers hold as many columns each, so one mask serves all, and the text is read in one pass
+        logits = steps(model, ids, 0, cache)
+    for at in range(first, len(ids)):
+        logits = steps(model, [ids[at]], at, cache)
     return logits, cache, len(ids)
 
 
 @torch.no_grad()
-def step(model: Any, token: int, at: int, cache: DynamicCache) -> torch.Tensor:
-    """Logits behind one more token, which stands at position `at` of the text."""
-    device = model.device
-    out = model(input_ids=torch.tensor([[token]], device=device), position_ids=torch.tensor([[at]], device=device),
-                past_key_values=cache, use_cache=True)  # fmt: skip
+def steps(model: Any, ids: list[int], at: int, cache: DynamicCache) -> torch.Tensor:
+    """Logits behind more tokens, of which the first stands at position `at` of the text."""
+    positions = torch.arange(at, at + len(ids), device=model.device)[None]
+    out = model(input_ids=torch.tensor([ids], device=model.device), position_ids=positions, past_key_values=cache,
+                use_cache=True)  # fmt: skip
     return out.logits[0, -1]  # type: ignore[no-any-return]
 
 
@@ -75,7 +80,7 @@ def follow(model: Any, ids: list[int], answer: list[int], file: str) -> torch.Te
     logits, cache, at = read(model, ids, file)
     found = [logits]
     for token in answer[:-1]:
-        found.append(step(model, token, at, cache))
+        found.append(steps(model, [token], at, cache))
         at += 1
     return torch.stack(found)
 
@@ -86,7 +91,7 @@ def answer(model: Any, ids: list[int], file: str, most: int, stops: set[int]) ->
     found: list[int] = []
     while len(found) < most and (token := int(logits.argmax())) not in stops:
         found.append(token)
-        logits = step(model, token, at, cache)
+        logits = steps(model, [token], at, cache)
         at += 1
     return found
 

@@ -1,12 +1,15 @@
-"""Options of the commands that hand a finished run on: `export`."""
+"""Options of the commands that hand a finished run on: `export` and `push`."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+import tyro
 
 from smartmops.checks.folders import OutFolder, held_by
 from smartmops.checks.limits import Options, Text, listed
@@ -42,6 +45,27 @@ class ExportConfig(Options):
         """As `Options`."""
         held = held_by(self.out)
         return FileExistsError(f"--out {self.out} holds {held[0]}: choose another folder") if held else None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the hub, `owner/name`."""
+
+    def wrong(self, value: str) -> str | None:
+        """As `limits.Limit`."""
+        if re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", value) and ".." not in value and "--" not in value:
+            return None
+        return ": give owner/name, such as me/office-experts"
+
+
+@dataclass(kw_only=True)
+class PushConfig(Options):
+    """A run's adapter, put on the hub with its card."""
+
+    run: Run  # run folder
+    repo: Annotated[str, Repository(), tyro.conf.Positional, tyro.conf.arg(metavar="REPO")]  # owner/name on the hub
+    private: bool = False  # where the repository is made
+    dry_run: bool = False  # only list what would be pushed
 
 
 def adapter_config(run: Path) -> dict[str, Any]:
