@@ -37,7 +37,7 @@ def test_adapter_and_card_arrive_whole_and_name_no_folder(
     with caplog.at_level(logging.DEBUG):
         found = cli.push_command(cli.PushConfig(run=by_answers, repo="me/fruit", private=True))
     assert found["url"].endswith("/me/fruit/commit/" + "1" * 40) and set(found["files"]) == NAMES
-    assert here.made["me/fruit"]["private"] is True
+    assert here.made["me/fruit"]["visibility"] == "private"
     sent = here.files["me/fruit"]
     assert set(sent) == NAMES
     assert sent["adapter_model.safetensors"] == (by_answers / "adapter" / "adapter_model.safetensors").read_bytes()
