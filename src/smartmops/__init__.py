@@ -26,13 +26,14 @@ if TYPE_CHECKING:
         SmartmopsError,
     )
     from smartmops.flow.prepare import Prepared, prepare
+    from smartmops.options.finished.handover import ExportConfig, PushConfig
     from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
     from smartmops.rows.example import Example
 
     from .analysis.finished import LoadedRun
     from .base import load_base
     from .data.tasks import read
-    from .door import compare, compress, evaluate, federate, inspect, load_run, preview, train
+    from .door import compare, compress, evaluate, export, federate, inspect, load_run, preview, push, train
     from .options.compression import CompressConfig
     from .options.federation import FederateConfig
     from .options.training import CompareConfig, TrainConfig
@@ -54,9 +55,10 @@ _FROM = {
     "FederateConfig": "options.federation", "LoadedRun": "analysis.finished",
     **dict.fromkeys(("SmartmopsError", "ConfigError", "DataError", "BaseModelError", "AdapterError", "RunError",
                      "FederationError", "MissingExtra", "ResourceError"), "checks.errors"),
+    "ExportConfig": "options.finished.handover", "PushConfig": "options.finished.handover",
     **dict.fromkeys(("DataConfig", "EvaluateConfig", "InspectConfig"), "options.finished.reading"),
-    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "load_run",
-                     "preview"), "door"),
+    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "export", "inspect",
+                     "load_run", "preview", "push"), "door"),
 }  # fmt: skip
 __all__ = [
     "AdapterError",
@@ -68,6 +70,7 @@ __all__ = [
     "DataError",
     "EvaluateConfig",
     "Example",
+    "ExportConfig",
     "FederateConfig",
     "FederationError",
     "InspectConfig",
@@ -76,6 +79,7 @@ __all__ = [
     "MoPsConfig",
     "MoPsModel",
     "Prepared",
+    "PushConfig",
     "ResourceError",
     "RunError",
     "SmartmopsError",
@@ -84,12 +88,14 @@ __all__ = [
     "compare",
     "compress",
     "evaluate",
+    "export",
     "federate",
     "inspect",
     "load_base",
     "load_run",
     "prepare",
     "preview",
+    "push",
     "read",
     "render",
     "train",

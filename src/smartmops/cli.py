@@ -20,6 +20,7 @@ from smartmops.ending import ending, quiet, unread
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
+from smartmops.options.finished.handover import ExportConfig, PushConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.finished.serving import ChatConfig, GenerateConfig, ServeConfig
 from smartmops.options.method import Method
@@ -225,6 +226,37 @@ def serve_command(config: ServeConfig) -> None:
     serve(config, lambda words: print(words, flush=True))
 
 
+def export_command(config: ExportConfig) -> dict[str, Any]:
+    """Write a run's experts, or its gate, in a form that other programs load; each is compared with the run first."""
+    _ready(config)
+    from smartmops.handover.export import export
+
+    found = export(config)
+    sides = found["experts"] if config.format != "router" else {"gate": found}
+    table = Table("compared with the run", "same", "of", "largest difference")
+    for name, each in sides.items():
+        count = each.get("tokens", each.get("texts"))
+        table.add_row(escape(name), str(each["same"]), str(count), f"{each['largest_difference']:.1e}")
+    console.print(table)
+    console.print(f"{config.out}: README.md says how it is loaded")
+    return found
+
+
+def push_command(config: PushConfig) -> dict[str, Any]:
+    """Put a run's adapter and its card on the hub; --dry-run only lists what would go there."""
+    _ready(config)
+    from smartmops.handover.hub import push
+
+    found = push(config)
+    table = Table(f"{'would be ' if config.dry_run else ''}pushed to {found['repo']}", "bytes")
+    for name, size in found["files"].items():
+        table.add_row(escape(name), f"{size:,}")
+    console.print(table)
+    if found["url"]:
+        console.print(found["url"])
+    return found
+
+
 def report_command(config: ReportConfig) -> Path:
     """Write the report and say where it is."""
     _ready(config)
@@ -322,6 +354,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate_command,
     "chat": chat_command,
     "serve": serve_command,
+    "export": export_command,
+    "push": push_command,
     "report": report_command,
     "reproduce": reproduce_command,
     "bench": bench_command,

@@ -13,6 +13,7 @@ from smartmops.checks.limits import Options, check_named, hints_of, named_in_pyt
 from smartmops.checks.resources import translated
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
+from smartmops.options.finished.handover import ExportConfig, PushConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
 from smartmops.options.training import CompareConfig, TrainConfig
 from smartmops.settings.reading import options_of
@@ -116,6 +117,32 @@ def preview(config: DataConfig | str | Path | None = None, **options: Any) -> di
         DataError, BaseModelError: data or tokenizer cannot be read.
     """
     return _run("analysis.preview", "preview", _made(DataConfig, config, options))
+
+
+def export(config: ExportConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Write a run's experts, or its gate, in a form that other programs load.
+
+    Returns:
+        How far what was written is from the run; the same is in `export.json`.
+
+    Raises:
+        ValueError: there is no such run, or it cannot be carried in that form.
+        ImportError: a package is missing; the message has its `pip install` line.
+    """
+    return _run("handover.export", "export", _made(ExportConfig, config, options))
+
+
+def push(config: PushConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Put a run's adapter, its template and its card into a repository of the hub.
+
+    Returns:
+        `repo`, `files` {name: bytes} and `url` (None with `dry_run`, which sends nothing).
+
+    Raises:
+        OSError: the hub cannot be reached, or does not let us write.
+        ValueError: there is no such run.
+    """
+    return _run("handover.hub", "push", _made(PushConfig, config, options))
 
 
 def load_run(path: str | Path) -> LoadedRun:

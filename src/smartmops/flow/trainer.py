@@ -23,7 +23,7 @@ from smartmops.fitting.validation import settle, spacing
 from smartmops.options.method import OURS, TOLD
 from smartmops.options.training import Schedule, TrainConfig
 from smartmops.preparing import gating
-from smartmops.runs.card import keep
+from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run, check_adapter
 from smartmops.runs.progress import Phases
 from smartmops.states.fingerprint import inputs_of
@@ -137,6 +137,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                     samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template)
                 )
         found["seconds"] = phases.seconds
+        number(run, task.template, found)
         run.write_metrics(found)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -34,6 +35,7 @@ Template = Annotated[str, WordOrFile(("auto", "chat", "plain"), "a file with a J
 Rows = Annotated[str, WordOrFolder(("memory",))]
 Zeros = Annotated[float, Number("a share of zeros between 0 and 1, such as 0.75", 0, 1, above=True, below=True)]
 Held = Annotated[float, Number("a share from 0 (none) to 0.5, such as 0.1", 0, 0.5)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Warmup = Number("a share of the steps from 0 to below 1, such as 0.06, or give --warmup-steps", 0, 1, below=True)
 
 
@@ -153,6 +155,8 @@ class Logging:
 
     log_every: Count = 20  # optimiser steps between logged losses
     save_every: Count = 200  # optimiser steps between checkpoints, from which a killed run resumes
+    report_to: tuple[Tracker, ...] = ()
+    """trackers that receive loss and perplexity through the integrations of Hugging Face; none by default"""
 
 
 @dataclass(kw_only=True)
@@ -195,6 +199,9 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
     def problems(self) -> Iterator[str]:
         """What options have to do with each other."""
         yield from super().problems()
+        for name in self.report_to:
+            if find_spec(name) is None:
+                yield f"--report-to {name}: {name} is not installed: pip install {name}"
         if self.patience is not None and not self.validation_share:
             yield (f"--patience {self.patience} waits for evaluations on validation data, and there are none with "
                    "--validation-share 0: choose a share above 0, or leave --patience away")  # fmt: skip

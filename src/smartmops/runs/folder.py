@@ -29,7 +29,8 @@ from smartmops.checks.folders import half_written, held_by, refused
 from smartmops.settings.writing import KINDS, NAME, resolved
 
 PACKAGES = ("torch", "transformers", "peft", "smartmops")
-MAY_DIFFER = ("versions", "arguments.out", "arguments.resume")  # a moved folder or a newer library is the same run
+# A moved folder, a newer library or another tracker is the same run.
+MAY_DIFFER = ("versions", "arguments.out", "arguments.resume", "arguments.report_to")
 _TEMPORARY = ".tmp"  # ending of everything half-written; a resumed run sweeps them away
 _REPLACED = ".adapter.replaced"  # the former adapter, for the instant between the two renames of a swap
 
