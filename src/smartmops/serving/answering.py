@@ -35,6 +35,16 @@ class Settings:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()  # texts at which an answer ends, and which are no part of it
+    logprobs: int | None = None  # most likely tokens to tell beside each one that was chosen; None: tell nothing
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A token of an answer, and how likely the model thought it, before temperature and `top_p`."""
+
+    token: str
+    logprob: float  # natural
+    top: tuple[tuple[str, float], ...]  # the most likely tokens at this place, the most likely one first
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Answer:
     ended: str  # "stop", "length" or "cancelled"
     weights: dict[str, float]  # of the gate, by expert
     left_to_base: float  # the weight that went to no expert
+    likely: tuple[Likely, ...] | None = None  # of its tokens, without one that ends the turn; None: not asked for
 
 
 @dataclass(eq=False)
@@ -57,6 +68,7 @@ class Question:
     settings: Settings = Settings()
     expert: str | None = None  # answers alone; None: the gate decides
     base: bool = False  # no expert answers
+    weights: tuple[float, ...] | None = None  # of the experts, in place of the gate's; sum to one
     whole: bool = False  # blanks around the answer belong to it
     on_text: Callable[[str], Any] = field(default=lambda piece: None)  # called as the text comes
     on_end: Callable[[Answer], Any] = field(default=lambda answer: None)
@@ -174,15 +186,18 @@ class Answerer:
             batch["gate_mask"] = padded([mask or [] for mask in masks], 0, "left")
         if self._embedder is not None:
             batch["gate_embedding"] = torch.tensor(self._embedder([question.read for question in questions]))
-        if any(question.expert is not None for question in questions):
-            batch["gate_weights"] = torch.tensor([self._pinned(question.expert) for question in questions])
+        if any(question.expert is not None or question.weights is not None for question in questions):
+            batch["gate_weights"] = torch.tensor([self._told(question) for question in questions])
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
         if any(question.base for question in questions):
             batch["adapter_names"] = [BASE if question.base else "default" for question in questions]
         return batch
 
-    def _pinned(self, expert: str | None) -> list[float]:
-        """All weight on one expert; NaN: the gate decides."""
+    def _told(self, question: Question) -> list[float]:
+        """Weights of a caller, or all weight on one expert; NaN: the gate decides."""
+        if question.weights is not None:
+            return list(question.weights)
+        expert = question.expert
         return [float("nan") if expert is None else float(name == expert) for name in self.experts]
 
     def weights(self, rows: int) -> list[tuple[dict[str, float], float]]:

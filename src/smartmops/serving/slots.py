@@ -15,7 +15,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from smartmops.evaluation.perplexity import room
 from smartmops.tuner import joining
 
-from .answering import Answer, Answerer, Question, Settings
+from .answering import Answer, Answerer, Likely, Question, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,7 @@ class Spoken:
         self.ended: str | None = None
         self.by: tuple[dict[str, float], float] = ({}, 1.0)
         self.fault: Exception | None = None
+        self.likely: list[Likely] = []
         self._answer: Answer | None = None
         self._source = torch.Generator().manual_seed(question.settings.seed)
         penalty = getattr(answerer.model.generation_config, "repetition_penalty", None) or 1.0
@@ -143,7 +144,19 @@ class Spoken:
             logits = self._penalty(seen, logits[None].clone())[0]
             greedy = int(logits.argmax())
         settings = self.question.settings
-        return greedy if settings.temperature <= 0 else drawn(logits.cpu().double(), settings, self._source)
+        token = greedy if settings.temperature <= 0 else drawn(logits.cpu().double(), settings, self._source)
+        if settings.logprobs is not None and token not in self.ends:
+            self.likely.append(self._likely(logits, token, settings.logprobs))
+        return token
+
+    def _likely(self, logits: Tensor, token: int, count: int) -> Likely:
+        logs = logits.float().log_softmax(-1)
+        values, ids = logs.topk(count)
+        tops = [(self._word(each), value) for each, value in zip(ids.tolist(), values.tolist(), strict=True)]
+        return Likely(self._word(token), float(logs[token]), tuple(tops))
+
+    def _word(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))
 
     def fail(self, error: Exception) -> None:
         """End without an answer, unless it has one; whoever asked is told that it failed."""
@@ -176,7 +189,8 @@ class Spoken:
             text = text if self.question.whole else text.rstrip()
             self._hand(text)
             weights, left = ({}, 1.0) if self.question.base else self.by
-            self._answer = Answer(text, len(self.ids), how, weights, left)
+            likely = None if self.question.settings.logprobs is None else tuple(self.likely)
+            self._answer = Answer(text, len(self.ids), how, weights, left, likely)
             self.question.on_end(self._answer)
         return self._answer
 
