@@ -15,6 +15,7 @@ from typing import Any
 
 from smartmops.checks.errors import MissingExtra, PortTaken
 from smartmops.options.finished.serving import ServeConfig, keys_in
+from smartmops.playground import page
 
 from .answering import Answer, Answerer, Answers, Question
 from .batching import Batcher, Closing, Full
@@ -23,12 +24,13 @@ from .forms import Refused, Reply, Wanted, models, understood
 try:
     import uvicorn
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.exceptions import HTTPException
 except ImportError as error:
     raise MissingExtra('serve needs FastAPI and uvicorn: pip install "smartmops[serve]"') from error
 
 BODY = 2**20  # bytes that a request may have
+POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 RETRY = 2  # seconds after which a client may try again
 GRACE = 30  # seconds that answers under way have once the server is told to end
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -228,6 +230,10 @@ def make_app(site: Site) -> FastAPI:
     @app.post("/v1/completions")
     async def completion(request: Request) -> Response:
         return await site.answer(request, False)
+
+    @app.get("/")
+    async def playground() -> Response:
+        return HTMLResponse(page(), headers={"Content-Security-Policy": POLICY})
 
     @app.get("/v1/models")
     async def known(request: Request) -> Response:

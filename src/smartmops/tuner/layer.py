@@ -174,6 +174,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     def enter(self, passage: Passage, pooled: Float[Tensor, "batch inputs"]) -> None:
         """Read the gate from pooled inputs, and put the experts in front of this and all later layers."""
         adapter, config = passage.adapter, self.configs[passage.adapter]
+        passage.pooled = pooled.detach()
         if self.training and not config.initialised:
             self._warn(adapter, config)
         with torch.autocast(pooled.device.type, enabled=False):
