@@ -28,6 +28,7 @@ ROOMS = (
     "bench",
     "door",
     "serving",
+    "surgery",
     "ending",
     "cli",
 )

@@ -19,7 +19,24 @@ if TYPE_CHECKING:
     from .data import render
     from .data.example import Example
     from .data.tasks import read
-    from .door import compare, compress, evaluate, federate, inspect, load_run, preview, train
+    from .door import (
+        add_expert,
+        advise,
+        calibrate,
+        compare,
+        compress,
+        drop_expert,
+        evaluate,
+        federate,
+        freeze_expert,
+        inspect,
+        list_experts,
+        load_run,
+        merge_experts,
+        preview,
+        rename_expert,
+        train,
+    )
     from .options.compression import CompressConfig
     from .options.federation import FederateConfig
     from .options.reading import DataConfig, EvaluateConfig, InspectConfig
@@ -42,7 +59,8 @@ _FROM = {
     "FederateConfig": "options.federation", "DataConfig": "options.reading", "EvaluateConfig": "options.reading",
     "InspectConfig": "options.reading", "LoadedRun": "analysis.finished",
     **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "load_run",
-                     "preview"), "door"),
+                     "preview", "list_experts", "add_expert", "drop_expert", "merge_experts", "rename_expert",
+                     "freeze_expert", "calibrate", "advise"), "door"),
 }  # fmt: skip
 __all__ = [
     "CompareConfig",
@@ -58,16 +76,24 @@ __all__ = [
     "Prepared",
     "TrainConfig",
     "__version__",
+    "add_expert",
+    "advise",
+    "calibrate",
     "compare",
     "compress",
+    "drop_expert",
     "evaluate",
     "federate",
+    "freeze_expert",
     "inspect",
+    "list_experts",
     "load_base",
     "load_run",
+    "merge_experts",
     "prepare",
     "preview",
     "read",
+    "rename_expert",
     "render",
     "train",
 ]

@@ -27,6 +27,7 @@ from smartmops.options.method import Method
 from smartmops.options.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.serving import ChatConfig, GenerateConfig, ServeConfig
+from smartmops.options.surgery import AdviseConfig, ExpertsConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
 
 console = Console()
@@ -228,6 +229,22 @@ def serve_command(config: ServeConfig) -> None:
     serve(config, lambda words: print(words, flush=True))
 
 
+def experts_command(config: ExpertsConfig) -> dict[str, Any]:
+    """List, add, drop, merge, rename, freeze or calibrate the experts of a run; the others stay as they are."""
+    _ready(config)
+    from smartmops.surgery.told import change
+
+    return change(config, console)
+
+
+def advise_command(config: AdviseConfig) -> dict[str, Any]:
+    """Say whether a new task needs an expert of its own: how the gate sees it, perplexity, a short trial."""
+    _ready(config)
+    from smartmops.surgery.told import advice
+
+    return advice(config, console)
+
+
 def report_command(config: ReportConfig) -> Path:
     """Write the report and say where it is."""
     _ready(config)
@@ -325,6 +342,8 @@ COMMANDS: dict[str, Any] = {
     "generate": generate_command,
     "chat": chat_command,
     "serve": serve_command,
+    "experts": experts_command,
+    "advise": advise_command,
     "report": report_command,
     "reproduce": reproduce_command,
     "bench": bench_command,
