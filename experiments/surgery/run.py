@@ -3,7 +3,7 @@
     python experiments/surgery/run.py [TASK...]     run what has no result yet; TASK is an eighth task, by its number
     python experiments/surgery/run.py page          write README.md from results/
 
-The seven tasks are the paper's, read from ../shared/data; the eighth is one of SAPT's. Each eighth task is one file in
+The seven tasks are the paper's, read from ../shared/data (or --shared); the eighth is one of SAPT's. Each eighth task is one file in
 results/. All runs share base, examples and split: an example is in the test part of every run or of none.
 """
 
@@ -22,10 +22,11 @@ import torch
 import smartmops as sm
 from smartmops.data.batches import prompts
 from smartmops.data.example import Example
+from smartmops.data.tasks import splits
 from smartmops.data.template import Template
 
 HERE = Path(__file__).resolve().parent
-DATA = HERE.parents[2] / "shared" / "data" / "superni"
+SHARED = HERE.parents[2] / "shared"
 WORK = HERE / "checkpoints"
 EIGHTH = {"748": "task748_glucose_reverse_cause_event_detection", "591": "task591_sciq_answer_generation",
           "639": "task639_multi_woz_user_utterance_generation"}  # fmt: skip
@@ -36,10 +37,10 @@ SETTINGS: dict[str, Any] = {"model": "smollm2", "dtype": "float32", "test_share"
                             "batch_size": BATCH, "samples_per_task": 0, "max_length": 512}  # fmt: skip
 
 
-def tasks(names: tuple[str, ...] | None, folder: str) -> dict[str, list[Example]]:
+def tasks(names: tuple[str, ...] | None, folder: Path) -> dict[str, list[Example]]:
     """At most `ROWS` short examples of each task of a folder, or of those that are named."""
     _, tokenizer = sm.load_base("smollm2")
-    every = sm.read(str(DATA / folder), keep_general_qa=True)
+    every = sm.read(str(folder), keep_general_qa=True)
     random.Random(0).shuffle(every)
     found: dict[str, list[Example]] = {}
     for example in every:
@@ -86,10 +87,10 @@ def compared(before: Path, after: Path, name: str, rows: list[Example]) -> dict[
     return {"questions": len(rows), "sent": sum(sent), "not_sent": len(pairs), "identical": same, "tokens": TOKENS}
 
 
-def cell(number: str, seven: dict[str, list[Example]]) -> dict[str, Any]:
+def cell(number: str, seven: dict[str, list[Example]], data: Path) -> dict[str, Any]:
     """One eighth task."""
     started, name = time.perf_counter(), EIGHTH[number]
-    (rows,) = tasks((name,), "sapt_superni").values()
+    (rows,) = tasks((name,), data / "sapt_superni").values()
     old = write(WORK / "seven.jsonl", [row for own in seven.values() for row in own])
     new = write(WORK / f"{number}.jsonl", rows)
     both = write(WORK / f"seven-and-{number}.jsonl", [row for own in [*seven.values(), rows] for row in own])
@@ -100,8 +101,6 @@ def cell(number: str, seven: dict[str, list[Example]]) -> dict[str, Any]:
         sm.add_expert(WORK / "seven", data=str(new), out=out, name=name, steps=EACH // BATCH, test_share=TEST,
                       batch_size=BATCH)  # fmt: skip
     added = json.loads((out / "metrics.json").read_text())["change"]
-    from smartmops.data.tasks import splits
-
     questions = list(splits(str(old), None, TEST, 0)[1])
     jointly = joint["perplexity"]["per_task"]
     return {
@@ -117,7 +116,9 @@ def cell(number: str, seven: dict[str, list[Example]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(EIGHTH))
-    chosen = parser.parse_args().tasks
+    parser.add_argument("--shared", type=Path, default=SHARED)
+    given = parser.parse_args()
+    chosen, data = given.tasks, given.shared / "data" / "superni"
     sys.path.insert(0, str(HERE))
     if chosen == ["page"]:
         from page import write as page
@@ -129,8 +130,8 @@ def main() -> None:
         file = HERE / "results" / f"{number}.json"
         if file.exists():
             continue
-        seven = seven or tasks(None, "paper7")
-        found = cell(number, seven)
+        seven = seven or tasks(None, data / "paper7")
+        found = cell(number, seven, data)
         file.parent.mkdir(exist_ok=True)
         beside = file.with_suffix(".tmp")
         beside.write_text(json.dumps(found, indent=1) + "\n")
