@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 import smartmops as sm
-from smartmops.data.batches import prompts
-from smartmops.data.example import Example
 from smartmops.data.tasks import splits
-from smartmops.data.template import Template
+from smartmops.rows.example import Example
+from smartmops.tokens.batches import prompts
+from smartmops.tokens.template import Template
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[2] / "shared"

@@ -12,18 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from smartmops.data.batches import Encoded
 from smartmops.data.tasks import read
-from smartmops.options.surgery import AddConfig, AdviseConfig, Trial
-from smartmops.training.adapters import load_adapter
-from smartmops.training.early import at_hand
-from smartmops.training.runs import Run
-from smartmops.training.task import Task
+from smartmops.flow.early import at_hand
+from smartmops.flow.task import Task
+from smartmops.options.finished.surgery import AddConfig, AdviseConfig, Trial
+from smartmops.runs.adapters import load_adapter
+from smartmops.runs.folder import Run
+from smartmops.tokens.batches import Encoded
 
 from . import grow
 from .adapter import claims, parts
-from .change import both, instructions_of
 from .adapter.parts import Parts
+from .change import both, instructions_of
 from .subject import SEEN, Subject, fingerprints, some
 
 HELPS = 0.97  # of the perplexity that is had already: below it, a trial's new expert is worth having

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from smartmops.data.batches import Encoded
-from smartmops.options.surgery import (
+from smartmops.evaluation.perplexity import Evaluation
+from smartmops.flow.task import Task
+from smartmops.options.finished.surgery import (
     CalibrateConfig,
     DropConfig,
     FreezeConfig,
@@ -20,9 +21,8 @@ from smartmops.options.surgery import (
     MergeConfig,
     RenameConfig,
 )
-from smartmops.training.evaluate import Evaluation
-from smartmops.training.gating import draw
-from smartmops.training.task import Task
+from smartmops.preparing.gating import draw
+from smartmops.tokens.batches import Encoded
 
 from . import grow
 from .adapter import claims, parts
@@ -52,7 +52,7 @@ def listed(run: Path, config: ListConfig) -> dict[str, Any]:
     rows = subject.held("validation")
     weights = subject.weights(rows, "validation")
     usage = _by_task(rows, weights)
-    first = {task: max(range(len(found)), key=lambda e: each[e]) for task, each in usage.items()}  # noqa: B023
+    first = {task: max(range(len(found)), key=lambda e: each[e]) for task, each in usage.items()}
     before = subject.measure(subject.own, rows)
     for number, (name, each) in enumerate(found.items()):
         each["tasks"] = [task for task, expert in first.items() if expert == number]
@@ -104,7 +104,9 @@ def _told(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     return {"before": before.overall, "after": after.overall, "tasks": changed}
 
 
-def both(subject: Subject, task: Task, rows: Sequence[Encoded], after: Parts) -> tuple[dict[str, Any], Evaluation, Evaluation]:  # fmt: skip
+def both(
+    subject: Subject, task: Task, rows: Sequence[Encoded], after: Parts
+) -> tuple[dict[str, Any], Evaluation, Evaluation]:
     """Rows under the run as it was and as it will be; also what `metrics.json` then holds of them."""
     was, now, frozen = subject.measure(task, rows), subject.measure(task, rows, after), subject.frozen(task, rows)
     metrics = now.metrics() | {"perplexity_frozen": frozen.metrics()["perplexity"], "examples": {"test": len(rows)}}

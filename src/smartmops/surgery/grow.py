@@ -19,17 +19,17 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from smartmops.data.batches import Encoded, pack
-from smartmops.data.example import Example
+from smartmops.evaluation.perplexity import answer
+from smartmops.fitting.kept import Kept
+from smartmops.fitting.loop import fit
+from smartmops.fitting.validation import spacing
+from smartmops.flow.task import Task
+from smartmops.options.finished.surgery import Trial
 from smartmops.options.method import MethodConfig
-from smartmops.options.surgery import Trial
 from smartmops.options.training import Schedule
-from smartmops.training.evaluate import answer
-from smartmops.training.kept import Kept
-from smartmops.training.loop import fit
-from smartmops.training.pretrain import initialise
-from smartmops.training.task import Task
-from smartmops.training.validation import spacing
+from smartmops.preparing.initial import initialise
+from smartmops.rows.example import Example
+from smartmops.tokens.batches import Encoded, pack
 
 from .adapter.parts import COLUMNS, Parts, alone, put, taken
 from .subject import Subject

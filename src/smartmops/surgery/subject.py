@@ -19,21 +19,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smartmops.data.batches import Encoded
-from smartmops.data.example import Example
-from smartmops.data.stored import take
+from smartmops.checks.folders import refused
+from smartmops.checks.lock import alone
 from smartmops.data.tasks import read, split
-from smartmops.data.template import Template
-from smartmops.lock import alone
-from smartmops.options.folders import refused
+from smartmops.evaluation.perplexity import Evaluation
+from smartmops.flow.task import Task
+from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.training import TrainConfig
-from smartmops.training import gating
-from smartmops.training.baselines import base_of, load_run, template_of
-from smartmops.training.card import keep
-from smartmops.training.evaluate import Evaluation
-from smartmops.training.pretrain import instructions
-from smartmops.training.runs import Run
-from smartmops.training.task import Task
+from smartmops.preparing import gating
+from smartmops.rows.example import Example
+from smartmops.rows.stored import take
+from smartmops.runs.card import keep
+from smartmops.runs.folder import Run
+from smartmops.states.instructions import instructions
+from smartmops.tokens.batches import Encoded
+from smartmops.tokens.template import Template
+
 from .adapter.parts import ADAPTER, Parts, put, taken
 
 SEEN = 200  # instructions of the run's data, and of the new data, that a rule is fitted by
@@ -72,8 +73,8 @@ class Subject:
             subject.why = str(error)
         return subject
 
-    def task(self, data: str, columns: Sequence[str] = (), same: bool = False, share: float = 0.1, limit: int | None = None,
-             seed: int | None = None) -> Task:  # fmt: skip
+    def task(self, data: str, columns: Sequence[str] = (), same: bool = False, share: float = 0.1,
+             limit: int | None = None, seed: int = 0) -> Task:  # fmt: skip
         """Examples in tokens, as this run reads them; with `same`, split as it was when the run was trained."""
         given = self.run.config["arguments"]
         config = self.config(data, share if not same else given["test_share"])
@@ -85,7 +86,7 @@ class Subject:
                              hold_out=given.get("hold_out"), validation=given.get("validation", False))  # fmt: skip
             return Task.load(config, self.model, self.tokenizer)
         examples = read(data, columns=columns)
-        return self.of(examples if limit is None else some(examples, limit), config, seed or 0)
+        return self.of(examples if limit is None else some(examples, limit), config, seed)
 
     def of(self, examples: Sequence[Example], config: TrainConfig, seed: int) -> Task:
         """These examples, split into training and test part."""

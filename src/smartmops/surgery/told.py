@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from smartmops.options.surgery import (
+from smartmops.options.finished.surgery import (
     AddConfig,
     AdviseConfig,
     CalibrateConfig,
@@ -21,7 +21,8 @@ from smartmops.options.surgery import (
     RenameConfig,
 )
 
-from . import add, change as changes
+from . import add
+from . import change as changes
 
 SHOWN = 0.01  # shares below this are not worth a word
 
@@ -71,11 +72,11 @@ def _listed(found: dict[str, Any], console: Console) -> None:
     for name, each in found["experts"].items():
         used = {task: weight for task, weight in each.get("usage", {}).items() if weight >= SHOWN}
         if used:
-            console.print(f"{name}: " + ", ".join(f"{task} {weight:.2f}" for task, weight in used.items()), markup=False,
-                          soft_wrap=True)  # fmt: skip
+            words = ", ".join(f"{task} {weight:.2f}" for task, weight in used.items())
+            console.print(f"{name}: {words}", markup=False, soft_wrap=True)
     if found["unread"]:
-        console.print(f"Neither usage nor cost can be told: {found['unread']}; give instructions that the run serves by "
-                      "--old DATA", markup=False, soft_wrap=True)  # fmt: skip
+        console.print(f"Neither usage nor cost can be told: {found['unread']}; give instructions that the run serves "
+                      "by --old DATA", markup=False, soft_wrap=True)  # fmt: skip
     else:
         console.print(f"on {found['rows']} validation examples; usage is the mean gate weight, of each task")
 

@@ -14,10 +14,14 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import experts, fresh, gate, keys_values, mixed, null, routes
-from .config import MoPsConfig
+from smartmops.adapter import fresh
+from smartmops.adapter.config import MoPsConfig
+from smartmops.attention.passage import Beside, Passage
+from smartmops.calls import mixed
+from smartmops.experts import gate, keys_values, null, routes
+from smartmops.experts import hidden_states as experts
+
 from .engine import Engine
-from .passage import Beside, Passage
 
 
 class MoPsLayer(nn.Module, BaseTunerLayer):
@@ -28,8 +32,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     `mops_shared_values` with S for K, all in units of `mops_key_size`, `mops_value_size` [layers];
     `mops_head_weight` [layers, heads]. The gate: `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
     `mops_gate_bias` [groups]. Buffers, for they never train: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean`
-    and `mops_gate_scale` [inputs], which standardise the gate's input, and the null expert's `mops_null_*`, and the rules of
-    experts added later, `mops_claim_*` (see routes.py).
+    and `mops_gate_scale` [inputs], which standardise the gate's input, the null expert's `mops_null_*`, and the rules
+    of experts added later, `mops_claim_*` (see experts/routes.py).
     """
 
     adapter_layer_names = (

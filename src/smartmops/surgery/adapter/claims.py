@@ -1,6 +1,6 @@
 """Which instructions are an added expert's: a rule fitted on its own ones against all others, and its limit.
 
-Features in, rule out (see `tuner/routes.py`). No model, no text.
+Features in, rule out (see `experts/routes.py`). No model, no text.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from smartmops.tuner import null, routes
-from smartmops.tuner.fresh import CLAIM_RANK
+from smartmops.adapter.fresh import CLAIM_RANK
+from smartmops.experts import null, routes
 
 from .parts import Claim
 
@@ -33,8 +33,8 @@ class Fitted:
 def never(inputs: int) -> Claim:
     """The rule of an expert that answers by name only."""
     cut = torch.tensor([torch.inf, 1.0, torch.inf, -torch.inf])
-    return Claim(torch.zeros(min(CLAIM_RANK, inputs), inputs), torch.zeros(min(CLAIM_RANK, inputs)), torch.zeros(inputs),
-                 cut)  # fmt: skip
+    rank = min(CLAIM_RANK, inputs)
+    return Claim(torch.zeros(rank, inputs), torch.zeros(rank), torch.zeros(inputs), cut)
 
 
 def fit(

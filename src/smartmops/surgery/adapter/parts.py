@@ -1,6 +1,7 @@
 """An adapter taken apart: its config and tensors by name, and what becomes of them when experts come, go or merge.
 
-Knows names, shapes and the rules of `tuner/routes.py`. Knows no data and no files. Nothing here changes what it is given.
+Knows names, shapes and the rules of `experts/routes.py`. Knows no data and no files. Nothing changes what it
+is given, but `put` the model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CLAIMS = ("mops_claim_basis", "mops_claim_centre", "mops_claim_direction", "mops
 
 @dataclass(frozen=True)
 class Claim:
-    """A rule by which the gate sends instructions to an expert that was added (see `tuner/routes.py`)."""
+    """A rule by which the gate sends instructions to an expert that was added (see `experts/routes.py`)."""
 
     basis: Float[Tensor, "rank inputs"]
     centre: Float[Tensor, " rank"]
