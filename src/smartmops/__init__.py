@@ -33,7 +33,26 @@ if TYPE_CHECKING:
     from .analysis.finished import LoadedRun
     from .base import load_base
     from .data.tasks import read
-    from .door import compare, compress, evaluate, export, federate, inspect, load_run, preview, push, train
+    from .door import (
+        add_expert,
+        advise,
+        calibrate,
+        compare,
+        compress,
+        drop_expert,
+        evaluate,
+        export,
+        federate,
+        freeze_expert,
+        inspect,
+        list_experts,
+        load_run,
+        merge_experts,
+        preview,
+        push,
+        rename_expert,
+        train,
+    )
     from .options.compression import CompressConfig
     from .options.federation import FederateConfig
     from .options.training import CompareConfig, TrainConfig
@@ -57,8 +76,9 @@ _FROM = {
                      "FederationError", "MissingExtra", "ResourceError"), "checks.errors"),
     "ExportConfig": "options.finished.handover", "PushConfig": "options.finished.handover",
     **dict.fromkeys(("DataConfig", "EvaluateConfig", "InspectConfig"), "options.finished.reading"),
-    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "export", "inspect",
-                     "load_run", "preview", "push"), "door"),
+    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "export", "push", "inspect", "load_run",
+                     "preview", "list_experts", "add_expert", "drop_expert", "merge_experts", "rename_expert",
+                     "freeze_expert", "calibrate", "advise"), "door"),
 }  # fmt: skip
 __all__ = [
     "AdapterError",
@@ -85,18 +105,26 @@ __all__ = [
     "SmartmopsError",
     "TrainConfig",
     "__version__",
+    "add_expert",
+    "advise",
+    "calibrate",
     "compare",
     "compress",
+    "drop_expert",
     "evaluate",
     "export",
     "federate",
+    "freeze_expert",
     "inspect",
+    "list_experts",
     "load_base",
     "load_run",
+    "merge_experts",
     "prepare",
     "preview",
     "push",
     "read",
+    "rename_expert",
     "render",
     "train",
 ]

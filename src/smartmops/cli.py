@@ -23,6 +23,7 @@ from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfi
 from smartmops.options.finished.handover import ExportConfig, PushConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.finished.serving import ChatConfig, GenerateConfig, ServeConfig
+from smartmops.options.finished.surgery import AdviseConfig, ExpertsConfig
 from smartmops.options.method import Method
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
@@ -257,6 +258,22 @@ def push_command(config: PushConfig) -> dict[str, Any]:
     return found
 
 
+def experts_command(config: ExpertsConfig) -> dict[str, Any]:
+    """List, add, drop, merge, rename, freeze or calibrate the experts of a run; the others stay as they are."""
+    _ready(config)
+    from smartmops.surgery.told import change
+
+    return change(config, console)
+
+
+def advise_command(config: AdviseConfig) -> dict[str, Any]:
+    """Say whether a new task needs an expert of its own: how the gate sees it, perplexity, a short trial."""
+    _ready(config)
+    from smartmops.surgery.told import advice
+
+    return advice(config, console)
+
+
 def report_command(config: ReportConfig) -> Path:
     """Write the report and say where it is."""
     _ready(config)
@@ -356,6 +373,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "serve": serve_command,
     "export": export_command,
     "push": push_command,
+    "experts": experts_command,
+    "advise": advise_command,
     "report": report_command,
     "reproduce": reproduce_command,
     "bench": bench_command,

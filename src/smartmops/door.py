@@ -15,6 +15,18 @@ from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
 from smartmops.options.finished.handover import ExportConfig, PushConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
+from smartmops.options.finished.surgery import (
+    AddConfig,
+    AdviseConfig,
+    CalibrateConfig,
+    Change,
+    DropConfig,
+    ExpertsConfig,
+    FreezeConfig,
+    ListConfig,
+    MergeConfig,
+    RenameConfig,
+)
 from smartmops.options.training import CompareConfig, TrainConfig
 from smartmops.settings.reading import options_of
 
@@ -145,6 +157,72 @@ def push(config: PushConfig | str | Path | None = None, **options: Any) -> dict[
     return _run("handover.hub", "push", _made(PushConfig, config, options))
 
 
+def list_experts(run: str | Path, config: ListConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Each expert of a run: tasks, usage, nearest neighbours, cost of dropping it.
+
+    Args:
+        run: Run folder.
+        config: Everything `smartmops experts RUN list` takes.
+        **options: The same by name.
+
+    Returns:
+        As `smartmops.surgery.change.listed`.
+
+    Raises:
+        ValueError: there is no such run, or it has no experts that can be told apart.
+    """
+    return _changed("change", "listed", run, _made(ListConfig, config, options))
+
+
+def add_expert(run: str | Path, config: AddConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Add one expert to a run: trained on `data`, moved from another run (`source`), or made of a written `prompt`.
+
+    Returns:
+        As `smartmops.surgery.add.add`.
+
+    Raises:
+        ValueError, FileExistsError: as `train`.
+    """
+    return _changed("add", "add", run, _made(AddConfig, config, options))
+
+
+def drop_expert(run: str | Path, config: DropConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Take the expert `name` out of a run; returns what it cost, and where its instructions go."""
+    return _changed("change", "drop", run, _made(DropConfig, config, options))
+
+
+def merge_experts(run: str | Path, config: MergeConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Put one expert in the place of `first` and `second`; returns perplexity before and after."""
+    return _changed("change", "merge", run, _made(MergeConfig, config, options))
+
+
+def rename_expert(run: str | Path, config: RenameConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Call the expert `name` `to`; returns all names."""
+    return _changed("change", "rename", run, _made(RenameConfig, config, options))
+
+
+def freeze_expert(run: str | Path, config: FreezeConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Let further training leave the expert `name` as it is, or with `off` train it again; returns the frozen ones."""
+    return _changed("change", "freeze", run, _made(FreezeConfig, config, options))
+
+
+def calibrate(run: str | Path, config: CalibrateConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Set what is left to the base from texts (`unrelated`) that should be; returns shares before and after."""
+    return _changed("change", "calibrate", run, _made(CalibrateConfig, config, options))
+
+
+def advise(config: AdviseConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Whether a new task needs an expert of its own: how the gate sees it, perplexity, a short trial.
+
+    Returns:
+        As `smartmops.surgery.add.advise`: `advice`, one sentence, and its numbers.
+
+    Raises:
+        ValueError: there is no such run, or the data cannot be read.
+    """
+    return _run("surgery.add", "advise", _made(AdviseConfig, config, options))
+
+
 def load_run(path: str | Path) -> LoadedRun:
     """A finished run, loaded once: it answers, says which experts fire, and is measured.
 
@@ -155,6 +233,15 @@ def load_run(path: str | Path) -> LoadedRun:
     finished = import_module("smartmops.analysis.finished")
     found: LoadedRun = finished.LoadedRun.open(Path(path))
     return found
+
+
+def _changed(module: str, name: str, run: str | Path, change: Change) -> dict[str, Any]:
+    """A change of a run's experts, once it is known that it can be made."""
+    config = ExpertsConfig(run=Path(run), do=change)
+    check_named(config)
+    act: Callable[..., dict[str, Any]] = getattr(import_module(f"smartmops.surgery.{module}"), name)
+    with named_in_python(config), translated(config):
+        return act(config.run, config.do)
 
 
 def _made(kind: type[C], config: C | str | Path | None, options: dict[str, Any]) -> C:

@@ -74,6 +74,11 @@ class MoPsConfig(PeftConfig):
     gate_bias: bool = False  # whether the gate adds a constant to each score (a closed-form start needs one)
     null_expert: bool = False  # whether text unlike all training instructions is left to the base (see null.py)
     null_threshold: float = 0.5  # null weight from which on no column is seen at all; 0: always, above 1: never
+    routes: list[int] | None = None  # the expert that each row of the gate, then each rule of an expert added later,
+    # leads to (see routes.py); None: each row to its own
+    claims: int = 0  # rules of experts added later
+    expert_scale: list[float] | None = None  # G in log(G * g), of each expert; None: num_experts, or prompts
+    frozen_experts: list[str] | None = None  # names of experts that further training leaves as they are
     initialised: bool = False  # filled in: whether experts started from text, or were loaded
     key_value_shape: list[int] | None = None  # filled in: layers, key heads, width of keys, width of values
     modules_to_save: list[str] | None = None
@@ -104,13 +109,31 @@ class MoPsConfig(PeftConfig):
             raise ConfigError(f"num_recovery_prompts={self.num_recovery_prompts}: choose 0 or more")
         if not self.gate_temperature > 0:
             raise ConfigError(f"gate_temperature={self.gate_temperature}: choose a number above 0")
-        if self.gate_top_k is not None and not 1 <= self.gate_top_k <= self.num_groups:
-            raise ConfigError(f"gate_top_k={self.gate_top_k}, but there are {self.num_groups} gate weights: choose 1 "
-                              f"to {self.num_groups}, or None for all")  # fmt: skip
+        if self.gate_top_k is not None and not 1 <= self.gate_top_k <= self.num_rows:
+            raise ConfigError(f"gate_top_k={self.gate_top_k}, but there are {self.num_rows} gate weights: choose 1 to "
+                             f"{self.num_rows}, or None for all")  # fmt: skip
         if self.expert_names is not None and len(self.expert_names) != self.num_experts:
             raise ConfigError(
                 f"{len(self.expert_names)} expert_names for num_experts={self.num_experts}: give one each"
             )
+        self._check_routes()
+
+    def _check_routes(self) -> None:
+        """What `smartmops experts` writes."""
+        routes = self.routes
+        if (self.claims < 0 or (self.claims and routes is None)) or (routes is not None and (
+            len(routes) <= self.claims or not set(routes) <= set(range(self.num_experts))
+            or self.gate_granularity != "expert"
+        )):  # fmt: skip
+            raise ConfigError(f"routes={routes!r:.80} with claims={self.claims}: give an expert from 0 to "
+                             f"{self.num_experts - 1} for each row of the gate and each claim, and gate_granularity="
+                             "'expert'")  # fmt: skip
+        scale = self.expert_scale
+        if scale is not None and (len(scale) != self.num_experts or not all(0 < each < 1e30 for each in scale)):
+            raise ConfigError(f"expert_scale={scale!r:.80}: give a number above 0 for each of the {self.num_experts} "
+                             "experts, or None")  # fmt: skip
+        if unknown := [name for name in self.frozen_experts or [] if name not in self.named_experts]:
+            raise ConfigError(f"frozen_experts has {unknown[0]!r}, which is none of {self.named_experts}: name experts")
 
     def _check_key_values(self) -> None:
         shape = self.key_value_shape
@@ -153,12 +176,15 @@ class MoPsConfig(PeftConfig):
         found: dict[str, list[int | None]] = {
             "mops_recovery": [self.num_recovery_prompts, None],
             "mops_gate_in": [self.gate_hidden_size, width],
-            "mops_gate_out": [self.num_groups, self.gate_hidden_size],
+            "mops_gate_out": [self.num_rows, self.gate_hidden_size],
             "mops_gate_mean": [width],
             "mops_gate_scale": [width],
         }
         if self.gate_bias:
-            found["mops_gate_bias"] = [self.num_groups]
+            found["mops_gate_bias"] = [self.num_rows]
+        if self.claims:
+            found["mops_claim_basis"] = [self.claims, None, width]
+            found["mops_claim_cut"] = [self.claims, 4]
         shared = {"shared_": self.shared_prompts} if self.shared_prompts else {}
         for name, count in ({"": self.num_prompts} | shared).items():
             if self.experts == "keys_values":
@@ -187,6 +213,11 @@ class MoPsConfig(PeftConfig):
     def num_groups(self) -> int:
         """How many weights the gate gives out: E, or K under `gate_granularity="prompt"`."""
         return self.num_experts if self.gate_granularity == "expert" else self.num_prompts
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the gate's last matrix."""
+        return self.num_groups if self.routes is None else len(self.routes) - self.claims
 
     @classmethod
     def paper(cls, **overrides: Any) -> MoPsConfig:

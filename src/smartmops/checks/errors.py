@@ -96,6 +96,10 @@ class MissingExtra(SmartmopsError, ImportError):
     """An optional package is not installed; the message holds the line that installs it."""
 
 
+class HubError(SmartmopsError, OSError):
+    """The hub cannot be reached, or does not take what is sent to it."""
+
+
 class ResourceError(SmartmopsError):
     """The machine has too little of something."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -83,10 +84,16 @@ def by_expert(gate: Float[Tensor, "batch groups"], experts: int) -> Float[Tensor
     return gate.unflatten(-1, (experts, -1)).sum(-1)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def bias(log_g: Float[Tensor, "batch groups"], prompts: int) -> Float[Tensor, "batch prompts"]:
-    """log(G * g) on every prompt column: its attention weight times g, renormalised; uniform gates give zero."""
+def bias(
+    log_g: Float[Tensor, "batch groups"], prompts: int, scale: Sequence[float] | None = None
+) -> Float[Tensor, "batch prompts"]:
+    """log(G * g) on every prompt column: its attention weight times g, renormalised; uniform gates give zero.
+
+    G is the number of groups, or the `scale` of each: experts keep theirs when others come or go.
+    """
     groups = log_g.shape[-1]
-    lifted = (log_g + math.log(groups)).clamp(min=torch.finfo(log_g.dtype).min)
+    lift = math.log(groups) if scale is None else log_g.new_tensor([math.log(each) for each in scale])
+    lifted = (log_g + lift).clamp(min=torch.finfo(log_g.dtype).min)
     return lifted.repeat_interleave(prompts // groups, -1)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from smartmops.attention.attached import attention_modules
 from smartmops.backbone.halves import layers_name
+from smartmops.checks.errors import RunError
 from smartmops.experts.gate import CLOSED
 from smartmops.tuner.engine import Engine
 
@@ -39,7 +40,7 @@ class Columns:
         weights = self.log_weights.double().exp()
         copies = weights.round()
         if bool(((weights - copies).abs() > 1e-4 * copies).any()) or bool((copies < 1).any()):
-            raise ValueError(f"a column has the weight {float(weights.min()):.4f}, which no number of copies is: "
+            raise RunError(f"a column has the weight {float(weights.min()):.4f}, which no number of copies is: "
                              "choose --format kv")  # fmt: skip
         times = copies.long()
         keys, values = self.keys.repeat_interleave(times, 0), self.values.repeat_interleave(times, 0)
@@ -61,7 +62,7 @@ def pinned(model: Any, inputs: dict[str, Tensor]) -> dict[int, Columns]:
     passage = Engine.on(model).latest
     assert passage is not None
     if passage.beside:
-        raise ValueError("experts outside the softmax over text are no prefix: train with prefix_attention='joint'")
+        raise RunError("experts outside the softmax over text are no prefix: train with prefix_attention='joint'")
     found = {}
     for layer, ((key, value), bias) in sorted(passage.prefix.items()):
         seen = bias[0] > CLOSED / 2
@@ -83,7 +84,7 @@ def moved(backbone: Any, layer: int, keys: Float[Tensor, "columns kv_heads key"]
     module = next(attention_modules(getattr(backbone, layers_name(backbone))[layer]), None)
     turn = None if module is None else getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or turn is None:
-        raise ValueError(f"{type(backbone).__name__} has no rotary positions, so a prefix cannot move with the text: "
+        raise RunError(f"{type(backbone).__name__} has no rotary positions, so a prefix cannot move with the text: "
                          "choose --format kv")  # fmt: skip
     kind = {}
     if "layer_type" in inspect.signature(rotary.forward).parameters:

@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from smartmops.backbone import halves
+from smartmops.checks.errors import RunError
 from smartmops.experts.gate import by_expert
 from smartmops.options.finished.handover import PREFIXES, ExportConfig
 from smartmops.rows.example import Example
@@ -170,7 +171,7 @@ def _compared(asked: Sequence[Asked], follow: Follow, limit: float, name: str) -
         largest = max(largest, float(gap.gather(1, chosen[:, None]).abs().max()))
         same, tokens = same + int((logits.argmax(-1) == chosen).sum()), tokens + len(chosen)
     if not largest <= limit:
-        raise ValueError(f"expert {name!r} exported answers otherwise than pinned: log probabilities differ by up to "
+        raise RunError(f"expert {name!r} exported answers otherwise than pinned: log probabilities differ by up to "
                          f"{largest:.3g} nats, and {limit:g} is the limit ({same} of {tokens} tokens are the same), so "
                          "nothing was written: this base reads its cache in a way of its own")  # fmt: skip
     return {"tokens": tokens, "same": same, "largest_difference": largest}
@@ -183,7 +184,7 @@ def _router(folder: Path, answerer: Answerer, run: Run) -> dict[str, Any]:
         ValueError: the tokenizer cannot go along, or the graph weighs otherwise.
     """
     if not answerer.tokenizer.is_fast:
-        raise ValueError(f"{type(answerer.tokenizer).__name__} is not a fast tokenizer, and only those are one file: "
+        raise RunError(f"{type(answerer.tokenizer).__name__} is not a fast tokenizer, and only those are one file: "
                          "use the base with one")  # fmt: skip
     model, tokenizer = answerer.model, answerer.tokenizer
     layer, adapter = model.base_model.layer(), model.peft_config["default"]
@@ -229,7 +230,7 @@ def _weighed_alike(
         largest = max(largest, float((told - wanted).abs().max()))
         same += int(told[:-1].argmax() == wanted[:-1].argmax())
     if not largest <= limit:
-        raise ValueError(f"the exported gate weighs otherwise than the run's: weights differ by up to {largest:.3g}, "
+        raise RunError(f"the exported gate weighs otherwise than the run's: weights differ by up to {largest:.3g}, "
                          f"and {limit:g} is the limit, so nothing was written: this base does what the graph does "
                          "not")  # fmt: skip
     return {"texts": len(inputs), "same": same, "largest_difference": largest}

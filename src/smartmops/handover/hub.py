@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from smartmops.checks.errors import HubError
 from smartmops.methods.baselines import base_of, template_of
 from smartmops.options.finished.handover import PushConfig
 from smartmops.runs.card import ORIGINS, card
@@ -82,13 +83,13 @@ def _upload(folder: Path, config: PushConfig) -> str:
         api.create_repo(config.repo, private=config.private, exist_ok=True)
         done = api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message="Add an adapter of smartmops")
     except LocalTokenNotFoundError:
-        raise OSError(f"no token for {api.endpoint} is on this machine: {LOGIN}") from None
+        raise HubError(f"no token for {api.endpoint} is on this machine: {LOGIN}") from None
     except OfflineModeIsEnabled:
-        raise OSError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it") from None
+        raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         way = LOGIN if status in (401, 403) else "try again later"
-        raise OSError(f"{api.endpoint} answers {status} for {config.repo}: {way}") from None
+        raise HubError(f"{api.endpoint} answers {status} for {config.repo}: {way}") from None
     except (OSError, ConnectionError) as error:
-        raise OSError(f"{api.endpoint} cannot be reached ({type(error).__name__}): go online and try again") from None
+        raise HubError(f"{api.endpoint} cannot be reached ({type(error).__name__}): go online and try again") from None
     return str(done.commit_url)

@@ -14,6 +14,8 @@ import torch
 from peft import PeftConfig, PrefixTuningConfig
 from safetensors.torch import save_file
 
+from smartmops.checks.errors import MissingExtra, RunError
+
 from .columns import Columns, moved
 
 
@@ -31,7 +33,7 @@ def write_peft(folder: Path, kind: str, layers: Mapping[int, Columns], backbone:
     count = backbone.config.get_text_config().num_hidden_layers
     shapes = {tuple(each.keys.shape) for each in alike.values()} | {tuple(e.values.shape) for e in alike.values()}
     if sorted(alike) != list(range(count)) or len(shapes) != 1:
-        raise ValueError("PEFT's prefix has as many columns, key heads and widths in each layer, and these layers "
+        raise RunError("PEFT's prefix has as many columns, key heads and widths in each layer, and these layers "
                          "differ: choose --format kv")  # fmt: skip
     ((virtual, heads, width),) = shapes
     pairs = [each for number in range(count)
@@ -52,7 +54,7 @@ def _peft_config(kind: str, **options: Any) -> PeftConfig:
     try:
         from peft import CartridgeConfig
     except ImportError as error:
-        raise ImportError("this PEFT has no CARTRIDGE: pip install -U peft, or choose --format peft-prefix") from error
+        raise MissingExtra("this PEFT has no CARTRIDGE: pip install -U peft, or choose --format peft-prefix") from error
     return CartridgeConfig(num_frozen_tokens=0, **options)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smartmops.backbone import halves
+from smartmops.checks.errors import MissingExtra
 from smartmops.experts import gate, null
 from smartmops.tuner.layer import MoPsLayer
 
@@ -120,7 +121,7 @@ def check_installed() -> None:
     from importlib.util import find_spec
 
     if missing := [name for name in NEEDS if find_spec(name) is None]:
-        raise ImportError(MISSING.format(missing[0]))
+        raise MissingExtra(MISSING.format(missing[0]))
 
 
 def write_words(folder: Path, about: dict[str, Any], tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -259,6 +259,21 @@ class MoPsModel(BaseTuner):
         hidden = self._through(reduced)[reduced.targets()[0]]
         found[at] = each_nats(self._head, hidden, targets, self._vocabulary)
         return found
+
+    def predicting(
+        self, packed: Packed | Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "predicted hidden"], Int[Tensor, " predicted"]]:
+        """Of a packed batch, the normed last hidden states that predict labelled tokens, and these; `logits` of them.
+
+        With adapters off, those of the bare base.
+        """
+        reduced = self._reduced(Packed.of(packed))
+        at, targets = reduced.targets()
+        return self._through(reduced)[at], targets
+
+    def logits(self, hidden: Float[Tensor, "some hidden"]) -> Float[Tensor, "some vocabulary"]:
+        """Logits of normed last hidden states."""
+        return self._head(hidden)
 
     @property
     def _saved(self) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from smartmops.checks.errors import RunError, RunExists
 from smartmops.checks.folders import OutFolder, held_by
 from smartmops.checks.limits import Options, Text, listed
 
@@ -41,10 +42,10 @@ class ExportConfig(Options):
                 yield f"--experts {name} is no expert of {self.run}: choose {listed(names)}"
         yield from (f"--format {self.format}{said}" for said in uncarried(self.format, found))
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         held = held_by(self.out)
-        return FileExistsError(f"--out {self.out} holds {held[0]}: choose another folder") if held else None
+        return RunExists(f"--out {self.out} holds {held[0]}: choose another folder") if held else None
 
 
 @dataclass(frozen=True)
