@@ -30,8 +30,8 @@ SHARED = HERE.parents[2] / "shared"
 WORK = HERE / "checkpoints"
 EIGHTH = {"748": "task748_glucose_reverse_cause_event_detection", "591": "task591_sciq_answer_generation",
           "639": "task639_multi_woz_user_utterance_generation"}  # fmt: skip
-ROWS, LONGEST, TEST = 60, 450, 0.25  # examples of each task; tokens of one; share of them that is tested on
-EACH = 120  # examples of each task that a run sees in training
+ROWS, LONGEST, TEST = 40, 450, 0.25  # examples of each task; tokens of one; share of them that is tested on
+EACH, ADDED = 80, 160  # examples of each task that a run sees in training; of the eighth that `add` sees
 BATCH, TOKENS = 4, 8  # examples of a step; tokens of an answer that is compared bit by bit
 SETTINGS: dict[str, Any] = {"model": "smollm2", "dtype": "float32", "test_share": TEST, "validation_share": 0.15,
                             "batch_size": BATCH, "samples_per_task": 0, "max_length": 512}  # fmt: skip
@@ -98,13 +98,13 @@ def cell(number: str, seven: dict[str, list[Example]], data: Path) -> dict[str, 
     joint = train(both, WORK / f"joint-{number}", len(seven) + 1)
     out = WORK / f"added-{number}"
     if not (out / "metrics.json").exists():
-        sm.add_expert(WORK / "seven", data=str(new), out=out, name=name, steps=EACH // BATCH, test_share=TEST,
+        sm.add_expert(WORK / "seven", data=str(new), out=out, name=name, steps=ADDED // BATCH, test_share=TEST,
                       batch_size=BATCH)  # fmt: skip
     added = json.loads((out / "metrics.json").read_text())["change"]
     questions = list(splits(str(old), None, TEST, 0)[1])
     jointly = joint["perplexity"]["per_task"]
     return {
-        "eighth": name, "tasks": list(seven), "settings": SETTINGS, "examples_each": EACH, "rows_each": ROWS,
+        "eighth": name, "tasks": list(seven), "settings": SETTINGS, "examples_each": EACH, "examples_added": ADDED, "rows_each": ROWS,
         "seven": first["perplexity"], "frozen": first["perplexity_frozen"],
         "joint": joint["perplexity"], "added": added, "compared": compared(WORK / "seven", out, name, questions),
         "new_over_joint": added["new"]["after"] / jointly[name] - 1,

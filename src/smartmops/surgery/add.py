@@ -166,7 +166,7 @@ def _sent_there(other: Subject, expert: int, source: str) -> Task:
     if len(found["train"]) < claims.FEWEST:
         raise DataError(f"--from {source}: {len(found['train'])} instructions of that run go to this expert: give "
                          f"{claims.FEWEST} or more examples of its task by --data")  # fmt: skip
-    return replace(other.own, **found, validation=[])
+    return replace(other.own, train=found["train"], test=found["test"], validation=[])
 
 
 def _of_prompt(subject: Subject, config: AddConfig) -> dict[str, Any]:

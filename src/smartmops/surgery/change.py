@@ -188,7 +188,7 @@ def _sent_to(subject: Subject, pair: Sequence[int]) -> Task:
     if not found["train"]:
         raise RunError(f"no training instruction goes to {' or '.join(subject.parts.names[i] for i in pair)}: choose "
                          "--steps 0 to merge them untrained")  # fmt: skip
-    return replace(task, **found, caches={}, found={})
+    return replace(task, train=found["train"], validation=found["validation"], caches={}, found={})
 
 
 def rename(run: Path, config: RenameConfig) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from .adapter.parts import COLUMNS, Parts, alone, put, taken
 from .subject import Subject
 
 Columns = dict[str, Tensor]
+FRAME = 32  # tokens that a template may put around a system prompt
 AT_ONCE = 16  # questions that the base answers in one batch
 WARMUP = 0.06  # share of the steps
 CLIP = 2.0  # gradients are cut to so many times their median norm of late
@@ -109,14 +110,13 @@ def lesson(subject: Subject, prompt: str, questions: Sequence[Example], tokens: 
         replies = _replies(subject, [_under(prompt, each) for each in questions], tokens)
     plain = [replace(each, response=reply) for each, reply in zip(questions, replies, strict=True) if reply]
     told = [_under(prompt, each) for each in plain]
+    if not plain:
+        raise DataError(f"the base answers none of {len(questions)} questions under the prompt: give others by "
+                         "--inputs")  # fmt: skip
     config = subject.config("", validation_share=0.0)
-    rows: list[Task] = []
-    for part in (told, plain):
-        if not part:
-            raise DataError(f"the base answers none of {len(questions)} questions under the prompt: give others by "
-                             "--inputs")  # fmt: skip
-        rows.append(Task.of(subject.model, subject.tokenizer, part, [], config))
-    pairs = _paired(told, plain, *rows)
+    longer = replace(config, max_length=config.max_length + len(subject.tokenizer(prompt)["input_ids"]) + FRAME)
+    pairs = _paired(*(Task.of(subject.model, subject.tokenizer, part, [], how)
+                      for part, how in ((told, longer), (plain, config))))  # fmt: skip
     if not pairs:
         raise DataError(f"none of {len(plain)} questions fits with the prompt into {config.max_length} tokens: give a "
                          "shorter prompt, or shorter questions by --inputs")  # fmt: skip
@@ -136,14 +136,12 @@ def _replies(subject: Subject, examples: Sequence[Example], tokens: int) -> list
     return found
 
 
-def _paired(
-    told: Sequence[Example], plain: Sequence[Example], one: Task, other: Task
-) -> list[tuple[Encoded, Encoded, Example]]:
-    """Rows of the same question, both whole, with the same answer's tokens."""
-    first = {(e.instruction, e.context, e.response): row for e, row in zip(one.train_examples, one.train, strict=True)}
+def _paired(told: Task, plain: Task) -> list[tuple[Encoded, Encoded, Example]]:
+    """Rows of the same question with and without the prompt, both whole, with the same answer's tokens."""
+    first = {replace(e, system=""): row for e, row in zip(told.train_examples, told.train, strict=True)}
     pairs = []
-    for example, row in zip(other.train_examples, other.train, strict=True):
-        with_prompt = first.get((example.instruction, example.context, example.response))
+    for example, row in zip(plain.train_examples, plain.train, strict=True):
+        with_prompt = first.get(replace(example, system=""))
         if with_prompt is None or with_prompt.tokens_cut or row.tokens_cut:
             continue
         if _learnt(with_prompt) == _learnt(row):

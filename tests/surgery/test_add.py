@@ -1,0 +1,145 @@
+"""An added expert answers its own task, and every other answer is the same, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import smartmops as sm
+from smartmops.methods.baselines import load_run as opened
+from smartmops.serving.answering import Answerer, Settings
+from smartmops.tokens.batches import prompts
+from smartmops.tokens.template import Template
+
+OLD = ("apple apple number 3.", "banana banana number 50.", "cherry cherry number 7.", "Something else entirely?")
+NEW = "date date number 40."
+Added = tuple[Path, dict[str, Any]]
+
+
+def logits(run: sm.LoadedRun, text: str) -> torch.Tensor:
+    """Of the first greedy tokens of an answer."""
+    batch = prompts([sm.Example(text, "", "")], run.tokenizer, 96, Template.of("plain", run.tokenizer))
+    out = run.model.generate(**batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
+                             output_logits=True, pad_token_id=0)  # fmt: skip
+    return torch.cat(out.logits)
+
+
+@pytest.fixture(scope="module")
+def before(run: Path) -> sm.LoadedRun:
+    return sm.load_run(run)
+
+
+@pytest.fixture(scope="module")
+def after(added: Added) -> sm.LoadedRun:
+    return sm.load_run(added[0])
+
+
+@pytest.mark.parametrize("text", OLD)
+def test_what_is_not_sent_to_it_is_answered_bit_for_bit_as_before(
+    text: str, before: sm.LoadedRun, after: sm.LoadedRun
+) -> None:
+    assert torch.equal(logits(before, text), logits(after, text))
+    was, now = before.latest(), after.latest()
+    assert now[0] == was[0] | {"date": 0.0} and now[1] == was[1]
+
+
+def test_an_expert_that_is_named_answers_as_before(before: sm.LoadedRun, after: sm.LoadedRun) -> None:
+    for run in (before, after):
+        run.generate(OLD[0], expert="banana", max_new_tokens=1)
+        assert run.latest()[0]["banana"] == 1.0
+    answers = [run.generate(OLD[0], expert="banana", max_new_tokens=4) for run in (before, after)]
+    assert answers[0] == answers[1]
+
+
+def test_its_own_task_is_sent_to_it_and_gains(added: Added, before: sm.LoadedRun, after: sm.LoadedRun) -> None:
+    assert after.experts == ["apple", "banana", "cherry", "date"]
+    assert after.gate(NEW)["date"] == 1.0 and sum(after.gate(NEW).values()) == 1.0
+    assert not torch.equal(logits(before, NEW), logits(after, NEW))
+    found = added[1]
+    assert found["new"]["after"] < 0.9 * min(found["new"]["frozen"], found["new"]["before"])
+    assert found["new"]["after"] == pytest.approx(found["new"]["alone"], rel=1e-5)
+    assert found["rule"]["sent"] > 0.8 and found["rule"]["taken"] == 0
+    assert found["old"]["untouched"] == 1.0 and found["old"]["after"] == pytest.approx(found["old"]["before"], rel=1e-6)
+
+
+def test_the_others_tensors_are_untouched(
+    added: Added, run: Path, adapter_of: Callable[[Path], dict[str, Any]]
+) -> None:
+    was, now = adapter_of(run), adapter_of(added[0])
+    assert all(torch.equal(now[name][: len(value)], value) for name, value in was.items())
+    grown = {name for name, value in was.items() if value.shape != now[name].shape}
+    assert grown == {"mops_keys", "mops_values"}
+    assert now.keys() - was.keys() == {f"mops_claim_{name}" for name in ("basis", "centre", "direction", "cut")}
+
+
+def test_the_run_is_one_like_any_other(added: Added, folder: Path) -> None:
+    path = added[0]
+    found = sm.evaluate(run=path)["perplexity"]["overall"]
+    assert found == pytest.approx(added[1]["old"]["after"], rel=1e-5)
+    new = sm.evaluate(run=path, data=str(folder / "new.jsonl"))["perplexity"]["overall"]
+    assert new < sm.evaluate(run=folder / "run", data=str(folder / "new.jsonl"))["perplexity"]["overall"]
+    base = opened(path)[0].unload()
+    loaded = PeftModel.from_pretrained(base, path / "adapter").eval()
+    assert loaded.peft_config["default"].named_experts[-1] == "date"
+    answerer = Answerer.open(path)
+    asked = [answerer.ask(sm.Example(text, "", ""), Settings(max_new_tokens=2)) for text in (NEW, OLD[0])]
+    answers = answerer.answer(asked)
+    assert answers[0].weights["date"] == 1.0 and answers[1].weights["date"] == 0.0
+
+
+def test_dropped_again_the_run_is_what_it_was(
+    added: Added, run: Path, tmp_path: Path, adapter_of: Callable[[Path], dict[str, Any]]
+) -> None:
+    found = sm.drop_expert(added[0], name="date", out=tmp_path / "back")
+    assert found["goes_to"] == {} and found["perplexity"]["tasks"] == {}
+    was, now = adapter_of(run), adapter_of(tmp_path / "back")
+    assert was.keys() == now.keys() and all(torch.equal(now[name], value) for name, value in was.items())
+
+
+def test_an_expert_moves_between_runs(added: Added, run: Path, tmp_path: Path, folder: Path) -> None:
+    found = sm.add_expert(run, source=f"{added[0]}:date", data=str(folder / "new.jsonl"), out=tmp_path / "moved")
+    assert found["new"]["after"] == pytest.approx(added[1]["new"]["after"], rel=1e-3)
+    renamed = sm.add_expert(added[0], source=f"{run}:cherry", name="cherry two", out=tmp_path / "again")
+    assert renamed["old"]["untouched"] == 1.0
+    with pytest.raises(ValueError, match="'fig' is no expert of this run"):
+        sm.add_expert(run, source=f"{added[0]}:fig", out=tmp_path / "none")
+
+
+def test_a_prompt_becomes_an_expert_that_answers_by_name(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "terse.txt").write_text("Answer in as few words as you can, and always in capital letters.")
+    found = sm.add_expert(run, prompt=str(tmp_path / "terse.txt"), out=tmp_path / "told", steps=40, relative_lr=0.1,
+                          answer_tokens=6, questions=30)  # fmt: skip
+    assert found["rule"] is None and found["tokens_saved"] > 10
+    assert found["agreement"]["nats"] < found["agreement_without"]["nats"]
+    now = sm.load_run(tmp_path / "told")
+    assert now.experts[-1] == "terse" and now.gate(OLD[0])["terse"] == 0.0
+    now.generate(OLD[0], expert="terse", max_new_tokens=2)
+    assert now.latest()[0]["terse"] == 1.0
+
+
+def test_advice_is_a_sentence_first(run: Path, folder: Path) -> None:
+    found = sm.advise(run=run, data=str(folder / "new.jsonl"), steps=20, relative_lr=0.3)
+    assert found["advice"].startswith("A new expert helps: ") and next(iter(found)) == "advice"
+    assert found["perplexity"]["trial"] < min(found["perplexity"]["now"], found["perplexity"]["frozen"])
+    served = sm.advise(run=run, data=str(folder / "three.jsonl"), steps=1)
+    assert served["advice"].startswith("A new expert would not help: ")
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"data": "no.jsonl"}, "data='no.jsonl': no such file or folder"),
+    ({}, "nothing given: give --data"),
+    ({"data": "office", "name": "apple"}, "'apple' is an expert of"),
+    ({"data": "office", "inputs": "office"}, "are questions for"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_is_loaded(
+    run: Path, tmp_path: Path, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smartmops.surgery.subject.load_run", lambda path: pytest.fail("a base was loaded"))
+    with pytest.raises(ValueError) as caught:
+        sm.add_expert(run, out=tmp_path / "none", **options)
+    assert said.replace("--", "") in str(caught.value) and not (tmp_path / "none").exists()

@@ -1,0 +1,116 @@
+"""Experts listed, dropped, merged, renamed, frozen, and the null expert calibrated; into a new folder, or in place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import smartmops as sm
+
+
+def test_each_expert_is_listed_with_what_it_is_for(run: Path) -> None:
+    found = sm.list_experts(run)
+    assert list(found["experts"]) == ["apple", "banana", "cherry"] and found["unread"] == ""
+    for name, each in found["experts"].items():
+        assert each["tasks"] == [name] and each["chosen_by"] == "gate" and not each["frozen"]
+        assert each["usage"][name] > 0.5 and name not in each["nearest"] and len(each["nearest"]) == 2
+    assert any(each["cost"]["after"] > each["cost"]["before"] for each in found["experts"].values())
+
+
+def test_without_its_data_a_run_is_listed_by_its_tensors(run: Path, tmp_path: Path, folder: Path) -> None:
+    shutil.copytree(run, tmp_path / "moved")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    config["arguments"]["data"] = str(tmp_path / "gone.jsonl")
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
+    found = sm.list_experts(tmp_path / "moved")
+    assert "gone.jsonl" in found["unread"] and "usage" not in found["experts"]["apple"]
+    with pytest.raises(ValueError, match=r"cannot be read .* give instructions that the run serves by --old DATA"):
+        sm.drop_expert(tmp_path / "moved", name="apple", out=tmp_path / "less")
+    again = sm.list_experts(tmp_path / "moved", old=str(folder / "three.jsonl"))
+    assert again["experts"]["apple"]["usage"]["apple"] > 0.5
+
+
+def test_what_went_to_a_dropped_expert_goes_elsewhere(run: Path, tmp_path: Path) -> None:
+    found = sm.drop_expert(run, name="banana", out=tmp_path / "less")
+    assert sum(found["goes_to"].values()) == pytest.approx(1) and "banana" not in found["goes_to"]
+    assert sm.load_run(tmp_path / "less").experts == ["apple", "cherry"]
+    told = json.loads((tmp_path / "less" / "metrics.json").read_text())
+    assert told["perplexity"]["overall"] == pytest.approx(found["perplexity"]["after"])
+    assert sm.evaluate(run=tmp_path / "less")["perplexity"]["overall"] == pytest.approx(
+        found["perplexity"]["after"], rel=1e-5
+    )
+
+
+def test_two_become_one_and_the_third_stays(
+    run: Path, tmp_path: Path, adapter_of: Callable[[Path], dict[str, Any]]
+) -> None:
+    found = sm.merge_experts(run, first="apple", second="cherry", out=tmp_path / "one", steps=20, relative_lr=0.3)
+    assert found["name"] == "apple+cherry" and found["perplexity"]["after"] < found["untrained"]
+    was, now = adapter_of(run), adapter_of(tmp_path / "one")
+    assert torch.equal(was["mops_keys"][3:6], now["mops_keys"][3:6])
+    loaded = sm.load_run(tmp_path / "one")
+    assert loaded.experts == ["apple+cherry", "banana"]
+    assert loaded.gate("cherry cherry number 3.")["apple+cherry"] > 0.5
+
+
+def test_a_frozen_expert_is_not_merged(run: Path, tmp_path: Path) -> None:
+    assert sm.freeze_expert(run, name="banana", out=tmp_path / "frozen")["frozen"] == ["banana"]
+    assert sm.list_experts(tmp_path / "frozen")["experts"]["banana"]["frozen"]
+    with pytest.raises(ValueError, match="'banana' is frozen, and merging changes it"):
+        sm.merge_experts(tmp_path / "frozen", first="apple", second="banana", out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert sm.freeze_expert(tmp_path / "frozen", name="banana", off=True, in_place=True)["frozen"] == []
+
+
+def test_a_name_changes_in_place_and_nothing_else(
+    run: Path, tmp_path: Path, adapter_of: Callable[[Path], dict[str, Any]]
+) -> None:
+    shutil.copytree(run, tmp_path / "own")
+    assert sm.rename_expert(tmp_path / "own", name="cherry", to="kirsche", in_place=True)["experts"][2] == "kirsche"
+    was, now = adapter_of(run), adapter_of(tmp_path / "own")
+    assert all(torch.equal(now[name], value) for name, value in was.items())
+    told = [json.loads((path / "metrics.json").read_text())["perplexity"] for path in (run, tmp_path / "own")]
+    assert told[0] == told[1] and [each.name for each in tmp_path.iterdir()] == ["own"]
+    assert sm.evaluate(run=tmp_path / "own")["perplexity"]["overall"] == pytest.approx(told[0]["overall"], rel=1e-5)
+
+
+def test_a_change_that_fails_leaves_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run, tmp_path / "own")
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("smartmops.surgery.subject.keep", fail)
+    for where in ({"in_place": True}, {"out": tmp_path / "other"}):
+        with pytest.raises(OSError, match="no space left"):
+            sm.rename_expert(tmp_path / "own", name="cherry", to="kirsche", **where)
+    assert [each.name for each in tmp_path.iterdir()] == ["own"]
+    assert sm.load_run(tmp_path / "own").experts[2] == "cherry"
+
+
+def test_text_that_should_be_left_alone_sets_the_threshold(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text(
+        "\n\n".join(f"Once upon a time, on day {i}, a king went out." for i in range(30))
+    )
+    found = sm.calibrate(run, unrelated=str(tmp_path / "texts.txt"), out=tmp_path / "set")
+    through = found["let_through"]
+    assert through["after"]["unrelated"] <= through["before"]["unrelated"] and through["after"]["own"] >= 0.8
+    assert through["after"]["unrelated"] < 0.1
+    assert sm.load_run(tmp_path / "set").model.peft_config["default"].null_threshold == found["threshold"]
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"name": "fig"}, "'fig' is no expert of .* choose one of apple, banana, cherry"),
+    ({"name": "apple", "in_place": True}, "give one of them"),
+])  # fmt: skip
+def test_a_wrong_name_or_place_is_told(run: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        sm.drop_expert(run, out=tmp_path / "none", **options)
+    with pytest.raises(FileExistsError, match="exists and holds a finished run"):
+        sm.drop_expert(run, name="apple", out=run)
