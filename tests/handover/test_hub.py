@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from hub import Hub, hub
 
 import smartmops as sm
-from hub import Hub, hub
 from smartmops import cli
 from smartmops.handover.hub import without_folders
 
