@@ -9,7 +9,8 @@
 FROM python:3.11-slim
 
 ARG EXTRAS=serve
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# An index of CPU builds of torch keeps the image small: --build-arg TORCH_INDEX=URL.
+ARG TORCH_INDEX=
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/huggingface SMARTMOPS_CACHE=/cache/smartmops
@@ -18,7 +19,7 @@ WORKDIR /opt/smartmops
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY src ./src
 # torch first and alone: whatever else wants a torch then finds this one.
-RUN pip install --constraint constraints.txt --extra-index-url "$TORCH_INDEX" torch \
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch \
     && pip install --constraint constraints.txt ".[$EXTRAS]"
 
 RUN useradd --create-home --uid 1000 smartmops && mkdir -p /cache /work && chown smartmops /cache /work
