@@ -49,7 +49,7 @@ def saved(model: Any, batch: dict[str, Any]) -> int:
 def measure(base: str) -> dict[str, Any]:
     from run import Bench
 
-    from smartmops.training.baselines import parameter_groups
+    from smartmops.methods.baselines import parameter_groups
 
     bench = Bench("mixture", base)
     generator = torch.Generator().manual_seed(0)

@@ -52,8 +52,8 @@ class Watch:
 
     def pure(self) -> float:
         """Seconds of the same clients' steps without messages."""
+        from smartmops.clients.messages import unpack
         from smartmops.federated.client import train_locally
-        from smartmops.federated.messages import unpack
 
         work = [(self.worker.holdings[client], unpack(blob).local) for client, blob in self.jobs.items()]
         held = self.worker._held
@@ -66,7 +66,7 @@ class Watch:
 def watched(watch: Watch) -> None:
     """Put the watch around transport and log of the run to come."""
     from smartmops.federated import federate as module
-    from smartmops.training.runs import Run
+    from smartmops.runs.folder import Run
 
     exchange, append = module.InProcess.exchange, Run.append_curve
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from smartmops.bench_sides import BenchConfig, Lab, alternate, clocked
+from smartmops.bench.sides import BenchConfig, Lab, alternate, clocked
 
 HERE = Path(__file__).parent
 REPEATS = 5

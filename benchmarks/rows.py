@@ -25,8 +25,8 @@ STEPS, BATCH = 5, 8
 TRAIN = f"""
 import sys
 from pathlib import Path
-from smartmops.training.loop import EMBEDDED_SETTING
-from smartmops.training.trainer import TrainConfig, train
+from smartmops.fitting.loop import EMBEDDED_SETTING
+from smartmops.flow.trainer import TrainConfig, train
 data, rows, out = sys.argv[1:]
 found = train(TrainConfig(model="tiny", data=data, out=Path(out), rows=rows, activations="off", method="prompt-tuning",
     steps={STEPS}, batch_size={BATCH}, test_share=0.001, samples_per_task=0, init="random", prompt_lr=0.1,

@@ -19,7 +19,7 @@ import torch
 from compiled import epoch
 from torch.profiler import ProfilerActivity, profile
 
-from smartmops.bench_sides import BenchConfig, Lab, clocked, matmul_rate, step_flops
+from smartmops.bench.sides import BenchConfig, Lab, clocked, matmul_rate, step_flops
 
 HERE = Path(__file__).parent
 REPEATS = 5

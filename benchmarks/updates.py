@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from smartmops.base import load_base
 from smartmops.data.tasks import read
-from smartmops.training.task import Task
-from smartmops.training.trainer import TrainConfig, fit
+from smartmops.flow.task import Task
+from smartmops.flow.trainer import TrainConfig, fit
 
 HERE = Path(__file__).resolve().parent
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {

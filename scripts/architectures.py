@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from smartmops import MoPsConfig
-from smartmops.tuner.passage import Passage
+from smartmops.attention.passage import Passage
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs"
 KINDS = ("hidden_states", "keys_values")

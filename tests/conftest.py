@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerFast
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 # Rooms whose models are so small that a second thread only costs.
-TINY = {"tuner", "compression", "federated", "flower", "deployment", "reproduce", "serving"}
+TINY = {"backbone", "attention", "experts", "adapter", "calls", "tuner", "compression", "clients", "federated", "flower",
+        "deployment", "reproduce", "serving"}  # fmt: skip
 torch.set_num_threads(THREADS)
 # Neither an example nor its making is timed: on a busy machine both take what they take.
 settings.register_profile("smartmops", deadline=None, derandomize=True, max_examples=60,
@@ -102,3 +103,13 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 def tokenizer() -> PreTrainedTokenizerFast:
     """Shared by all tests, so never changed by one: `make_tokenizer` gives a fresh one."""
     return _tokenizer()
+
+
+@pytest.fixture
+def masked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every prompt, expert or recovery, is hidden from every token."""
+    from by_hand import HIDE
+    from smartmops.attention.passage import Passage
+
+    put = Passage.put
+    monkeypatch.setattr(Passage, "put", lambda self, kv, bias: put(self, kv, torch.full_like(bias, HIDE)))

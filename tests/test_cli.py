@@ -10,8 +10,8 @@ import pytest
 from smartmops import cli
 from smartmops.cli import EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.compression.compress import CompressConfig
-from smartmops.training.runs import Run
-from smartmops.training.trainer import TrainConfig
+from smartmops.flow.trainer import TrainConfig
+from smartmops.runs.folder import Run
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import smartmops as sm
 from smartmops import cli, door
+from smartmops.flow.task import Task
 from smartmops.options.method import GatePretraining
-from smartmops.training.task import Task
 
 API = Path(__file__).with_name("api.txt")
 OPTIONS: dict[str, Any] = {

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from smartmops.checks.quorum import QuorumLost
 from smartmops.ending import ending, is_full, lower, parsed, said
-from smartmops.federated.quorum import QuorumLost
 from smartmops.options.compression import CompressConfig
 from smartmops.options.training import TrainConfig
 

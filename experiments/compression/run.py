@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from smartmops.base import load_base
 from smartmops.compression import calibration, layerwise
 from smartmops.compression.solvers import Pattern
+from smartmops.flow.trainer import TrainConfig, train
 from smartmops.options.training import EMBEDDED_SETTING
 from smartmops.tiny import BASE
-from smartmops.training.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from smartmops.flow.trainer import TrainConfig, train
 from smartmops.options.training import EMBEDDED_SETTING
-from smartmops.training.runs import Run
-from smartmops.training.trainer import TrainConfig, train
+from smartmops.runs.folder import Run
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[2] / "shared/data/dolly15k/dolly-15k.jsonl"

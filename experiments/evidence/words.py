@@ -14,9 +14,9 @@ from scipy.stats import spearmanr
 
 from smartmops.evidence import paper, tables
 from smartmops.evidence.tables import gains
+from smartmops.flow.trainer import TrainConfig
 from smartmops.reproduce.reproduce import plan_of
 from smartmops.reproduce.studies import STUDIES
-from smartmops.training.trainer import TrainConfig
 
 Results = list[dict[str, Any]]
 Row = tuple[str, str, str, str]

@@ -46,8 +46,8 @@ THREADS, ROUND = 1, 10  # sums of several threads differ in their last bits; the
 def one(name: str, out: Path, resume: bool) -> None:
     """One federation in this process, which may not survive it."""
     import torch
-    from faulty import FAULTS, Faulty, Straggling, full_disk, struck
 
+    from faulty import FAULTS, Faulty, Straggling, full_disk, struck
     from smartmops.federated import federate as module
 
     torch.set_num_threads(THREADS)

@@ -13,9 +13,9 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from smartmops.analysis.holdings import save_holdings
 from smartmops.evidence import tables
 from smartmops.evidence.tables import Values, figure, gains
+from smartmops.report.holdings import save_holdings
 
 HERE = Path(__file__).parent
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from smartmops.data.tasks import splits
 from smartmops.federated.federate import FederateConfig, federate
+from smartmops.flow.trainer import TrainConfig, train
 from smartmops.options.training import EMBEDDED_SETTING
-from smartmops.training.trainer import TrainConfig, train
 
 HERE = Path(__file__).parent
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)

@@ -20,12 +20,12 @@ from smartmops.base import load_base
 from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.data.tasks import split
+from smartmops.evaluation.perplexity import evaluate
+from smartmops.flow.compare import CompareConfig, compare
+from smartmops.flow.task import Task
+from smartmops.flow.trainer import TrainConfig, fit
 from smartmops.options.method import Method
 from smartmops.options.training import EMBEDDED_SETTING
-from smartmops.training.compare import CompareConfig, compare
-from smartmops.training.evaluate import evaluate
-from smartmops.training.task import Task
-from smartmops.training.trainer import TrainConfig, fit
 
 HERE = Path(__file__).parent
 RATES = {40: (0.3, 1.0, 3.0, 10.0), 20: (1.0, 3.0, 10.0), 160: (0.3, 1.0, 3.0)}  # Adam, by budget in optimiser steps

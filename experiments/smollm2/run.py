@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from smartmops.base import load_base
-from smartmops.data.example import Example
 from smartmops.data.tasks import read
-from smartmops.training.evaluate import evaluate
-from smartmops.training.task import Task
-from smartmops.training.trainer import TrainConfig, fit
+from smartmops.evaluation.perplexity import evaluate
+from smartmops.flow.task import Task
+from smartmops.flow.trainer import TrainConfig, fit
+from smartmops.rows.example import Example
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[2] / "shared" / "data"

@@ -30,7 +30,7 @@ so that adaptation by prompts can be shown, tested and measured in minutes on tw
 per row; 17.5 % few-shot rows of {tasks} Natural Instructions tasks (none of the paper's seven, nor tasks built from
 their passages); 17.5 % English Wikipedia (CC BY-SA 3.0) and public-domain books.
 
-**Held out**: every fifth office content by hash (`smartmops.data.office.part`), and the house styles of adaptation.
+**Held out**: every fifth office content by hash (`smartmops.rows.office.part`), and the house styles of adaptation.
 
 **Reads its task from context** (held-out episodes, natural log, per response token):
 

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smartmops.data.example import Example
-from smartmops.data.office import TASKS, contents, episode, random_style
 from smartmops.data.superni import read_superni
-from smartmops.data.template import prompt_text
+from smartmops.rows.example import Example
+from smartmops.rows.office import TASKS, contents, episode, random_style
+from smartmops.tokens.template import prompt_text
 
 # Tasks of the paper, and tasks built from the same passages or questions: never in pretraining.
 EXCLUDED = ("subtask044", "subtask043", "task002_quoref", "task1510_evalution")
@@ -188,15 +188,30 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / 100, 1.0, 0.02 + (steps - step) / (0.4 * steps))
 
 
-def main() -> None:
-    """Train, or go on training, until `--steps`."""
+def network(vocabulary: int) -> LlamaForCausalLM:
+    """The base, untrained: 8 layers of width 256."""
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10_000.0,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def options() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, or go on training, until `--steps`."""
+    arguments = options()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     text, held = documents(arguments.data, 16_000_000)
@@ -207,12 +222,7 @@ def main() -> None:
     )
     rows = Rows(tokenizer, text, tasks, arguments.seed)
     held_out = torch.tensor(tokenizer(held, add_special_tokens=False)["input_ids"][: 8 * 512]).view(8, 512)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10_000.0,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = network(len(tokenizer))
     opts = optimisers(model)
     first = restore(arguments.work, model, opts)
     peaks = [[g["lr"] for g in o.param_groups] for o in opts]

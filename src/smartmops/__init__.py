@@ -14,17 +14,18 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smartmops.flow.prepare import Prepared, prepare
+    from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
+    from smartmops.rows.example import Example
+
     from .analysis.finished import LoadedRun
     from .base import load_base
-    from .data import render
-    from .data.example import Example
     from .data.tasks import read
     from .door import compare, compress, evaluate, federate, inspect, load_run, preview, train
     from .options.compression import CompressConfig
     from .options.federation import FederateConfig
-    from .options.reading import DataConfig, EvaluateConfig, InspectConfig
     from .options.training import CompareConfig, TrainConfig
-    from .training.prepare import Prepared, prepare
+    from .tokens import render
     from .tuner import MoPsConfig, MoPsModel
 
 # peft imports the first two where they are installed, and each then reports the optional kernels it has not got; torch
@@ -36,11 +37,11 @@ for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
 __version__ = "0.1.0"
 # Each public name and the module it is imported from when it is first asked for.
 _FROM = {
-    "MoPsConfig": "tuner", "MoPsModel": "tuner", "render": "data", "Example": "data.example", "read": "data.tasks",
-    "load_base": "base", "prepare": "training.prepare", "Prepared": "training.prepare",
+    "MoPsConfig": "tuner", "MoPsModel": "tuner", "render": "tokens", "Example": "rows", "read": "data.tasks",
+    "load_base": "base", "prepare": "flow.prepare", "Prepared": "flow.prepare",
     "TrainConfig": "options.training", "CompareConfig": "options.training", "CompressConfig": "options.compression",
-    "FederateConfig": "options.federation", "DataConfig": "options.reading", "EvaluateConfig": "options.reading",
-    "InspectConfig": "options.reading", "LoadedRun": "analysis.finished",
+    "FederateConfig": "options.federation", "LoadedRun": "analysis.finished",
+    **dict.fromkeys(("DataConfig", "EvaluateConfig", "InspectConfig"), "options.finished.reading"),
     **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "load_run",
                      "preview"), "door"),
 }  # fmt: skip

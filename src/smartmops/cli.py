@@ -18,15 +18,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from smartmops.checks.limits import Options, check
 from smartmops.ending import ending, parsed, quiet, unread
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
-from smartmops.options.limits import Options, check
+from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
+from smartmops.options.finished.serving import ChatConfig, GenerateConfig, ServeConfig
 from smartmops.options.method import Method
-from smartmops.options.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.reproduce import ReproduceConfig
-from smartmops.options.serving import ChatConfig, GenerateConfig, ServeConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
 
 console = Console()
@@ -74,8 +74,8 @@ def compress_command(config: CompressConfig) -> dict[str, Any]:
 def train_command(config: TrainConfig) -> dict[str, Any]:
     """Adapt a frozen model to a data set and write a run folder."""
     _ready(config)
-    from smartmops.training.trainer import train
-    from smartmops.training.validation import verdict
+    from smartmops.fitting.validation import verdict
+    from smartmops.flow.trainer import train
 
     metrics = train(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
@@ -89,7 +89,7 @@ def train_command(config: TrainConfig) -> dict[str, Any]:
 def compare_command(config: CompareConfig) -> dict[str, Any]:
     """Evaluate the frozen base, train each method under each seed, write a run folder; returns its metrics."""
     _ready(config)
-    from smartmops.training.compare import compare
+    from smartmops.flow.compare import compare
 
     return compare(config)
 
@@ -105,7 +105,7 @@ def federate_command(config: FederateConfig) -> dict[str, Any]:
     metrics = run(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     if metrics["holdings"] and find_spec("matplotlib"):
-        from smartmops.analysis.holdings import save_holdings
+        from smartmops.report.holdings import save_holdings
 
         save_holdings(metrics["holdings"]["table"], metrics["holdings"]["names"], config.out / "holdings.png")
         console.print(f"who holds what: {config.out / 'holdings.png'}")
@@ -154,7 +154,7 @@ def reproduce_command(config: ReproduceConfig) -> dict[str, Any]:
 def bench_command(config: BenchConfig) -> dict[str, Any]:
     """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run."""
     _ready(config)
-    from smartmops.bench import bench
+    from smartmops.bench.ratios import bench
 
     return bench(config)
 
@@ -235,7 +235,7 @@ def report_command(config: ReportConfig) -> Path:
 
 
 def _report(runs: list[Path], out: Path) -> Path:
-    from smartmops.analysis.report import report
+    from smartmops.report.report import report
 
     path = report(runs, out)
     console.print(f"report: {path}")
@@ -245,7 +245,7 @@ def _report(runs: list[Path], out: Path) -> Path:
 def _ready(config: Options) -> None:
     """All that can be known of options, of data and of the base before anything that takes time."""
     check(config)
-    from smartmops.training.early import look_at
+    from smartmops.flow.early import look_at
 
     look_at(config)
     quiet()

@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from smartmops.checks.limits import Options, check_named, hints_of, in_python
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
-from smartmops.options.limits import Options, check_named, hints_of, in_python
-from smartmops.options.reading import DataConfig, EvaluateConfig, InspectConfig
+from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
 from smartmops.options.training import CompareConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> dict[str, Any]:
         ValueError: options, data or base do not fit; one line for each, with value, limit and way out.
         FileExistsError: `out` holds a run already and `resume` is off.
     """
-    return _run("training.trainer", "train", _made(TrainConfig, config, options))
+    return _run("flow.trainer", "train", _made(TrainConfig, config, options))
 
 
 def compare(config: CompareConfig | None = None, **options: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def compare(config: CompareConfig | None = None, **options: Any) -> dict[str, An
     Raises:
         ValueError, FileExistsError: as `train`.
     """
-    return _run("training.compare", "compare", _made(CompareConfig, config, options))
+    return _run("flow.compare", "compare", _made(CompareConfig, config, options))
 
 
 def federate(config: FederateConfig | None = None, **options: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _near(name: str, names: set[str]) -> str:
 
 def _run(module: str, name: str, config: Options) -> dict[str, Any]:
     """The function behind a command, imported now: it brings torch along."""
-    early = import_module("smartmops.training.early")
+    early = import_module("smartmops.flow.early")
     run: Callable[[Options], dict[str, Any]] = getattr(import_module(f"smartmops.{module}"), name)
     try:
         early.look_at(config)

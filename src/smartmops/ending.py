@@ -22,9 +22,9 @@ from typing import Any, NoReturn, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from smartmops.federated.quorum import QuorumLost
+from smartmops.checks.limits import typed
+from smartmops.checks.quorum import QuorumLost
 from smartmops.options.compression import CompressConfig, beside
-from smartmops.options.limits import typed
 
 WRONG, NO_MEMORY, QUORUM, CTRL_C, UNREAD, KILLED = 2, 1, 3, 130, 141, 143  # exit statuses
 SIZES = ("batch_size", "max_length", "sequences", "sequence_length", "actors", "experts", "prompt_tokens")

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from smartmops.analysis.preview import preview, repeated
 from smartmops.cli import data_command
-from smartmops.data.example import Example
 from smartmops.data.tasks import splits
-from smartmops.options.reading import DataConfig
+from smartmops.options.finished.reading import DataConfig
+from smartmops.rows.example import Example
 from smartmops.tiny import BASE
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from tiny_models import VOCABULARY
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +27,7 @@ from smartmops.base import (
 from smartmops.compression.layerwise import linears, prune
 from smartmops.compression.solvers import Pattern
 from smartmops.tuner.engine import keep_unpacked
+from tiny_models import VOCABULARY
 
 
 def needs(kind: str) -> pytest.MarkDecorator:

@@ -15,7 +15,9 @@ import torch
 from gguf_files import write
 from transformers import AutoTokenizer
 
-from smartmops.base import builtin, cache, gguf, load_base, local
+from smartmops.base import builtin, load_base, local
+from smartmops.gguf import cache
+from smartmops.gguf import conversion as gguf
 
 
 class Pip:

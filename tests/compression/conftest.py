@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from smartmops.compression.compress import CompressConfig, compress
 from stored import llama
-
-sys.path.append(str(Path(__file__).parents[1] / "tuner"))  # for `tiny_models`
 
 
 @pytest.fixture(scope="session")

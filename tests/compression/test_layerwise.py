@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kill import Killed, kill_at_solve
-from tiny_models import MODELS, VOCABULARY, build
 from torch import Tensor, nn
 from transformers import LlamaModel
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +25,7 @@ from smartmops.compression.layerwise import (
     prune,
 )
 from smartmops.compression.solvers import SOLVERS, Pattern, Solver, sparsegpt
+from tiny_models import MODELS, VOCABULARY, build
 
 SUPPORTED = [name for name in MODELS if name != "mixtral"]  # whose experts are fused
 HALF = Pattern.parse(pattern="2:4")

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from smartmops.data import files, tasks
-from smartmops.data.batches import encode_all
-from smartmops.data.example import Example
 from smartmops.data.tasks import read, read_stored
+from smartmops.rows.example import Example
+from smartmops.tokens.batches import encode_all
 
 WORDS = [
     "None", "NA", "N/A", "null", "NULL", "nan", "NaN", "<NA>", "#N/A", "-nan", "02116", "00501", "3.10", "1e5", "1_000",

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from smartmops.data.example import Example
 from smartmops.data.tasks import read, split, splits
+from smartmops.rows.example import Example
 
 Rows = Sequence[Mapping[str, Any]]
 SAID = [("user", "Who?"), ("assistant", "Ada."), ("user", "Why?"), ("assistant", "Notes.")]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from smartmops.data.example import Example
 from smartmops.data.files import SUFFIXES
 from smartmops.data.tasks import read
+from smartmops.rows.example import Example
 
 ROOM = 2**32  # bytes of addresses beside those that the test has already: no small file may ask for more
 KNOWN = st.sampled_from([

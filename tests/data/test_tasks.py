@@ -16,8 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartmops.data import tasks
-from smartmops.data.example import Example
-from smartmops.data.office import HOUSE_STYLES, TASKS, episode, office, part, random_style
 from smartmops.data.superni import read_superni
 from smartmops.data.tasks import (
     DOLLY_TASKS,
@@ -29,6 +27,8 @@ from smartmops.data.tasks import (
     sample,
     split,
 )
+from smartmops.rows.example import Example
+from smartmops.rows.office import HOUSE_STYLES, TASKS, episode, office, part, random_style
 
 ROW = {"instruction": "Name it.", "context": "A cat.", "response": "Cat", "category": "closed_qa", "source": "team a"}
 

@@ -24,14 +24,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from safetensors.torch import load_file
 
+from smartmops.clients.messages import Reply, pack, unpack
 from smartmops.deployment import client as client_module
 from smartmops.deployment.client import ClientConfig, federate_client, free_port, serving, supernode
 from smartmops.deployment.keys import KeysConfig, make_keys
 from smartmops.deployment.server import ServerConfig, _superlink, federate_server
 from smartmops.federated.federate import FederateConfig, federate
-from smartmops.federated.messages import Reply, pack, unpack
 from smartmops.federated.rounds import State
-from smartmops.training.runs import Run
+from smartmops.runs.folder import Run
 
 Make = Callable[..., FederateConfig]
 Change = Callable[[str, bytes, bytes], bytes]  # kind, job and honest answer in, what is sent out
@@ -71,7 +71,9 @@ def client(config: ClientConfig, folder: Path, change: Change | None = None) -> 
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """SuperNodes without pauses."""
     program, beside = tmp_path / "flower-supernode", client_module.beside
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("impatient.py")} "$@"\n')
+    program.write_text(
+        f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parents[1] / "doubles" / "impatient.py"} "$@"\n'
+    )
     program.chmod(0o700)
     monkeypatch.setattr(client_module, "beside", lambda name: str(program) if name == program.name else beside(name))
 

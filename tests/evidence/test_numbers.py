@@ -15,7 +15,7 @@ import pytest
 
 from smartmops.evidence import paper
 from smartmops.federated.federate import FederateConfig
-from smartmops.training.trainer import TrainConfig
+from smartmops.flow.trainer import TrainConfig
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "experiments" / "evidence"
 NUMERAL = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smartmops.checks.limits import check
+from smartmops.clients.messages import Reply, pack
 from smartmops.federated.aggregation import BETAS, TAU, Aggregator, Layout, Update, admit, drift
-from smartmops.federated.messages import Reply, pack
 from smartmops.options.federation import AggregationConfig
-from smartmops.options.limits import check
 
 KINDS = ("fedavg", "uniform", "trimmed-mean", "median", "expert-weighted")
 LAYOUT = Layout(2, frozenset({"prompts"}))

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from smartmops.base import load_base
-from smartmops.data.template import Template
+from smartmops.clients.messages import Failure, Hello, Job, Local, Reply, pack, unpack
 from smartmops.federated.client import Worker, adapter_words, arrays_of, load_arrays, order, train_locally
 from smartmops.federated.federate import FederateConfig
-from smartmops.federated.messages import Failure, Hello, Job, Local, Reply, pack, unpack
-from smartmops.training.fingerprint import of_base
-from smartmops.training.task import Task
+from smartmops.flow.task import Task
+from smartmops.states.fingerprint import of_base
+from smartmops.tokens.template import Template
 
 LOCAL = Local(steps=5, batch_size=4, prompt_lr=0.1, gate_lr=1e-3, seed=11)
 

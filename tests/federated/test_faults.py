@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from faulty import FAULTS, Faulty, Straggling, silent
 from safetensors.torch import load_file
 
+from faulty import FAULTS, Faulty, Straggling, silent
 from smartmops import cli
 from smartmops.federated import federate as module
 from smartmops.federated.federate import FederateConfig, InProcess, federate
 from smartmops.federated.rounds import QuorumLost
-from smartmops.training.runs import Run
+from smartmops.runs.folder import Run
 
 Make = Callable[..., FederateConfig]
 REASONS = {

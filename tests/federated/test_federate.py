@@ -11,25 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from faulty import full_disk, struck
 from rich.filesize import decimal
 from safetensors.torch import load_file
 from torch import Tensor
 
+from faulty import full_disk, struck
 from federation import write
 from smartmops import cli
 from smartmops.base import load_base
+from smartmops.clients.admission import admitted
+from smartmops.clients.messages import Failure, Hello, Reply, pack
 from smartmops.federated import client as client_module
 from smartmops.federated import federate as module
-from smartmops.federated.admission import admitted
 from smartmops.federated.client import arrays_of
 from smartmops.federated.federate import FederateConfig, InProcess, federate, local_of, worker_of
-from smartmops.federated.messages import Failure, Hello, Reply, pack
 from smartmops.federated.rounds import chosen, seed_of
-from smartmops.training.baselines import load_run
-from smartmops.training.runs import Run, versions
-from smartmops.training.task import Task
-from smartmops.training.trainer import Schedule, fit
+from smartmops.flow.task import Task
+from smartmops.flow.trainer import Schedule, fit
+from smartmops.methods.baselines import load_run
+from smartmops.runs.folder import Run, versions
 
 Make = Callable[..., FederateConfig]
 Once = Callable[..., Path]

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from faulty import Faulty, magnified
 from scipy import optimize, stats
 
+from faulty import Faulty, magnified
+from smartmops.checks.limits import check
 from smartmops.federated import federate as module
 from smartmops.federated.federate import FederateConfig, InProcess, federate
 from smartmops.federated.privacy import Private, _normal
 from smartmops.federated.rounds import State
 from smartmops.options.federation import PrivacyConfig
-from smartmops.options.limits import check
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed: pip install 'smartmops[privacy]'")
 LIKE = {"a": torch.zeros(40, 50), "b": torch.zeros(3)}

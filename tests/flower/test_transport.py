@@ -15,7 +15,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'smartm
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid
 
-from smartmops.federated.messages import Failure, Hello, Lost, pack, unpack
+from smartmops.clients.messages import Failure, Hello, Lost, pack, unpack
 from smartmops.flower import app
 from smartmops.flower.frames import receive, send
 from smartmops.flower.transport import OverFlower, OverSocket

@@ -18,12 +18,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from smartmops.methods.baselines import load_run
 from smartmops.reproduce import grid as module
 from smartmops.reproduce.grid import Base, Cell, Data, Grid
 from smartmops.reproduce.plan import datas_of
 from smartmops.reproduce.reproduce import ReproduceConfig, plan_of, reproduce
 from smartmops.reproduce.studies import STUDIES
-from smartmops.training.baselines import load_run
 
 
 @pytest.fixture(scope="module")

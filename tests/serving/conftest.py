@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from patient import Patient
 from transformers import PreTrainedTokenizerFast
 
+from patient import Patient
+from smartmops.flow.trainer import TrainConfig, train
 from smartmops.serving.answering import Answerer
-from smartmops.training.trainer import TrainConfig, train
 from stored import narrow
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from questions import GREEDY, LONG, SHORT, mixed
 
-from smartmops.data.example import Example
+from questions import GREEDY, LONG, SHORT, mixed
+from smartmops.evaluation.perplexity import answer
+from smartmops.rows.example import Example
 from smartmops.serving.answering import Answer, Answerer, Settings, Spoken
-from smartmops.training.evaluate import answer
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Sequence
 
 import pytest
-from questions import GREEDY, mixed
 
-from smartmops.data.parts import Prompt
+from questions import GREEDY, mixed
 from smartmops.serving.answering import Answer, Answerer, Question
 from smartmops.serving.batching import Batcher, Closing, Full
+from smartmops.tokens.parts import Prompt
 
 
 def question(**how: object) -> Question:

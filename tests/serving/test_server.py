@@ -21,9 +21,8 @@ pytest.importorskip("fastapi")
 
 from patient import Patient  # noqa: E402
 from served import APPLE, Served, serving  # noqa: E402
-
 from smartmops import cli  # noqa: E402
-from smartmops.data.example import Example  # noqa: E402
+from smartmops.rows.example import Example  # noqa: E402
 from smartmops.serving.answering import Answerer, Settings  # noqa: E402
 from smartmops.serving.server import BODY  # noqa: E402
 

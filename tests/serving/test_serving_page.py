@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from smartmops.options.serving import ChatConfig, GenerateConfig, ServeConfig
+from smartmops.options.finished.serving import ChatConfig, GenerateConfig, ServeConfig
 from smartmops.serving.answering import Answerer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()

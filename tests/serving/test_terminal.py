@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from smartmops import cli
-from smartmops.data.example import Example
-from smartmops.options.serving import ChatConfig, GenerateConfig
+from smartmops.options.finished.serving import ChatConfig, GenerateConfig
+from smartmops.rows.example import Example
 from smartmops.serving.answering import Answer, Answerer, Settings
 from smartmops.serving.terminal import by, chat, generate
 

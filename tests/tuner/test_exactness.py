@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 import torch
-from adapted import ADAPTER, adapt, prompts_of
-from by_hand import by_hand
 from peft import PromptTuningConfig, get_peft_model
-from tiny_models import KERNELS, LAYERS, VOCABULARY, WIDTH, batch, build, relative
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
+from adapted import ADAPTER, adapt, prompts_of
+from by_hand import by_hand
 from smartmops import MoPsConfig
+from tiny_models import KERNELS, LAYERS, VOCABULARY, WIDTH, batch, build, relative
 
 LITERAL = dict(gate_target="hidden_states", expert_attention="causal")
 TOLERANCE = 1e-5

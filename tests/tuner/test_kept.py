@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from adapted import adapt
 from peft import LoraConfig, get_peft_model
-from tiny_models import batch, build
 
+from adapted import adapt
 from smartmops import MoPsConfig
+from tiny_models import batch, build
 
 
 @torch.no_grad()

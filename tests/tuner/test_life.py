@@ -9,13 +9,13 @@ import pickle
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from adapted import ADAPTER
 from peft import get_peft_model
 from test_packed import gradients, rows
-from tiny_models import batch, build
 from transformers import AutoModelForCausalLM
 
+from adapted import ADAPTER
 from smartmops import MoPsConfig
+from tiny_models import batch, build
 
 KINDS = [{}, dict(experts="keys_values"), dict(experts="keys_values", visible_to="answers")]
 

@@ -7,13 +7,13 @@ import json
 
 import pytest
 import torch
-from adapted import ADAPTER, adapt, prompts_of, scramble
-from by_hand import by_hand
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from tiny_models import VOCABULARY, WIDTH, batch, build, relative
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from adapted import ADAPTER, adapt, prompts_of, scramble
+from by_hand import by_hand
 from smartmops import MoPsConfig
+from tiny_models import VOCABULARY, WIDTH, batch, build, relative
 
 TRAINED = {"mops_prompts", "mops_gate_in", "mops_gate_out"}
 

@@ -9,11 +9,15 @@ import warnings
 
 import pytest
 import torch
-from adapted import ADAPTER, adapt
-from argument_tables import Try
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from test_arguments import grouped, missing
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from adapted import ADAPTER, adapt
+from argument_tables import Try
+from smartmops import MoPsConfig
+from smartmops.tuner.engine import Engine
 from tiny_models import VOCABULARY, batch, build, relative
 from training_tables import (
     LOADED,
@@ -27,10 +31,6 @@ from training_tables import (
     TRAINING_ARGUMENTS,
     TRAINING_ARGUMENTS_APART,
 )
-from transformers import Trainer, TrainingArguments, default_data_collator
-
-from smartmops import MoPsConfig
-from smartmops.tuner.engine import Engine
 
 trl = pytest.importorskip("trl", reason="TRL is an extra")
 QUESTION = 7  # tokens

@@ -1,1 +1,1 @@
-"""Run folders in, tables and pictures out. Loads no model."""
+"""Finished runs and data looked at: measured again, asked, previewed. Trains nothing, prints nothing."""

@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-from smartmops.data.example import Example, opened
-from smartmops.data.template import Template
-from smartmops.options.limits import check_named
+from smartmops.checks.limits import check_named
+from smartmops.evaluation.answers import questions, score
+from smartmops.evaluation.perplexity import answer
+from smartmops.evaluation.perplexity import evaluate as measured
+from smartmops.experts.gate import by_expert
+from smartmops.flow.task import Task
+from smartmops.methods.baselines import base_of, load_run, template_of
+from smartmops.options.finished.reading import EvaluateConfig, InspectConfig
 from smartmops.options.method import TOLD
-from smartmops.options.reading import EvaluateConfig, InspectConfig
 from smartmops.options.training import TrainConfig
-from smartmops.training.answers import questions, score
-from smartmops.training.baselines import base_of, load_run, template_of
-from smartmops.training.evaluate import answer
-from smartmops.training.evaluate import evaluate as measured
-from smartmops.training.pretrain import Embedder
-from smartmops.training.runs import Run
-from smartmops.training.task import Task
+from smartmops.preparing.embedder import Embedder
+from smartmops.rows.example import Example, opened
+from smartmops.runs.folder import Run
+from smartmops.tokens.template import Template
 from smartmops.tuner import MoPsModel
-from smartmops.tuner.gate import by_expert
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -13,16 +13,16 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from smartmops.attention.packed import IGNORED
 from smartmops.base.names import local
-from smartmops.data.batches import Encoded, Encoding, NoneFits, Truncation, encode_all
-from smartmops.data.example import Example
 from smartmops.data.tasks import splits
-from smartmops.data.template import Template, check_template
-from smartmops.options.reading import DataConfig
-from smartmops.training.early import shape_of
-from smartmops.training.unfit import Limit
-from smartmops.training.validation import hold_out
-from smartmops.tuner.packed import IGNORED
+from smartmops.fitting.validation import hold_out
+from smartmops.flow.early import shape_of
+from smartmops.options.finished.reading import DataConfig
+from smartmops.rows.example import Example
+from smartmops.tokens.batches import Encoded, Encoding, NoneFits, Truncation, encode_all
+from smartmops.tokens.template import Template, check_template
+from smartmops.tokens.unfit import Limit
 
 Parts = Mapping[str, Sequence[Example]]
 SHOWN = 3  # texts that stand twice, which are shown

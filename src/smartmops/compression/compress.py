@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartmops.base import dense_weight, describe, load_base, local, quantised_as, quantised_linears
-from smartmops.lock import alone
+from smartmops.checks.limits import check
+from smartmops.checks.lock import alone
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
-from smartmops.options.limits import check
 
 from . import calibration, layerwise
 from .solvers import Pattern, Solver

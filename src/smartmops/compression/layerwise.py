@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from smartmops.backbone import halves
 from smartmops.options.compression import Method
-from smartmops.tuner import halves
 
 from .solvers import SOLVERS, Pattern, Solver
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from .faults import Faults, shown
+from smartmops.rows.faults import Faults, shown
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 LONGEST = 2**26  # characters of a line: a file without line ends must not fill the memory

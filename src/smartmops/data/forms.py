@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .example import Example, conversation
-from .faults import SHOWN, Faults, places, shown
+from smartmops.rows.example import Example, conversation
+from smartmops.rows.faults import SHOWN, Faults, places, shown
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .example import Example
-from .faults import Faults, shown
+from smartmops.rows.example import Example
+from smartmops.rows.faults import Faults, shown
+
 from .files import NoJSON, first_character, value_of, whole
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from smartmops.options.columns import chosen_columns
+from smartmops.checks.columns import chosen_columns
+from smartmops.rows.example import Example
+from smartmops.rows.faults import Faults
+from smartmops.rows.office import office
+from smartmops.rows.stored import store, take
 
-from .example import Example
-from .faults import Faults
 from .files import SUFFIXES, rows_of, unit_of
 from .forms import CATEGORY, examples_of
-from .office import office
-from .stored import store, take
 from .superni import is_task, read_superni, task_files
 
 log = logging.getLogger(__name__)

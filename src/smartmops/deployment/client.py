@@ -24,17 +24,17 @@ from pathlib import Path
 from rich.console import Console
 
 from smartmops.base import load_base
+from smartmops.checks.limits import check
+from smartmops.clients.holdings import client_task
+from smartmops.clients.messages import Job, Reply, unpack
 from smartmops.data.tasks import read_jsonl
-from smartmops.data.template import Template
 from smartmops.federated.client import Worker
-from smartmops.federated.holdings import client_task
-from smartmops.federated.messages import Job, Reply, unpack
 from smartmops.flower.frames import receive, send
 from smartmops.flower.simulation import QUIET
 from smartmops.options.federation import ClientConfig
-from smartmops.options.limits import check
 from smartmops.options.training import TaskConfig
-from smartmops.training.fingerprint import of_base
+from smartmops.states.fingerprint import of_base
+from smartmops.tokens.template import Template
 
 from .guard import guarded
 from .keys import signed_now

@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
+from smartmops.checks.limits import check
 from smartmops.options.federation import KeysConfig
-from smartmops.options.limits import check
 
 from .knocks import KEY, SIGNATURE, TIME
 

@@ -22,11 +22,11 @@ from typing import Any
 
 from rich.console import Console
 
+from smartmops.checks.limits import check
+from smartmops.clients.messages import Transport
 from smartmops.federated.federate import federate
-from smartmops.federated.messages import Transport
 from smartmops.flower.transport import OverFlower, OverSocket
 from smartmops.options.federation import FederateConfig, ServerConfig
-from smartmops.options.limits import check
 
 from .client import beside, free_port, surroundings
 from .front import Front, standing

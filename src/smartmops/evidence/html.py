@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..analysis.gates import tables as gate_tables
-from ..training.runs import write_text
+from smartmops.report.gates import tables as gate_tables
+from smartmops.runs.folder import write_text
+
 from .page import Block, Gates, Page, Picture, Table, Text
 
 WIDE = 800  # pixels; a wider picture scrolls on a phone, for its words would be too small to read

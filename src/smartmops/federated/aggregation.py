@@ -13,9 +13,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from smartmops.clients.messages import Failure, Reply, unpack
 from smartmops.options.federation import AggregationConfig
-
-from .messages import Failure, Reply, unpack
 
 BETAS, TAU = (0.9, 0.99), 1e-3  # of FedAdam, as in Reddi et al. 2021
 WORDS = 1 << 20  # bytes that an answer may have beyond its arrays

@@ -16,15 +16,14 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor
 
+from smartmops.clients.messages import VERSION, Failure, Hello, Job, Local, Reply, pack, unpack
+from smartmops.experts.gate import by_expert
+from smartmops.flow.task import Task
+from smartmops.methods.baselines import parameter_groups
 from smartmops.options.method import MethodConfig
-from smartmops.training.baselines import parameter_groups
-from smartmops.training.pretrain import instructions
-from smartmops.training.runs import versions
-from smartmops.training.task import Task
+from smartmops.runs.folder import versions
+from smartmops.states.instructions import instructions
 from smartmops.tuner import MoPsModel
-from smartmops.tuner.gate import by_expert
-
-from .messages import VERSION, Failure, Hello, Job, Local, Reply, pack, unpack
 
 ADAPTER = "default"
 PROMPTS = ("mops_prompts", "mops_keys", "mops_values")  # in the names of arrays that are split by expert

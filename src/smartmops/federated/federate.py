@@ -17,18 +17,21 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from smartmops.base import load_base
-from smartmops.data.template import Template
-from smartmops.lock import alone
-from smartmops.options import limits
+from smartmops.checks import limits
+from smartmops.checks.lock import alone
+from smartmops.clients.admission import admitted
+from smartmops.clients.holdings import holdings_of
+from smartmops.clients.messages import Local, Transport
+from smartmops.clients.roster import Roster
+from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
+from smartmops.flow.task import Task
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE
-from smartmops.training.card import keep
-from smartmops.training.evaluate import Evaluation, evaluate, samples
-from smartmops.training.fingerprint import inputs_of, of_base
-from smartmops.training.runs import Run
-from smartmops.training.task import Task
+from smartmops.runs.card import keep
+from smartmops.runs.folder import Run
+from smartmops.states.fingerprint import inputs_of, of_base
+from smartmops.tokens.template import Template
 
-from .admission import admitted
 from .aggregation import Aggregator, Layout, check
 from .client import (
     Worker,
@@ -37,10 +40,7 @@ from .client import (
     split_by_expert,
     train_locally,
 )
-from .holdings import holdings_of
-from .messages import Local, Transport
 from .privacy import Private
-from .roster import Roster
 from .rounds import Server, State
 
 console = Console()

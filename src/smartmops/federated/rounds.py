@@ -23,14 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smartmops.checks.quorum import QuorumLost
+from smartmops.clients.messages import Failure, Job, Local, Lost, Transport, pack
+from smartmops.clients.roster import Roster, listed, short
+from smartmops.evaluation.perplexity import Evaluation
 from smartmops.options.federation import AggregationConfig, RoundsConfig
-from smartmops.training.evaluate import Evaluation
 
 from .aggregation import Aggregator, Layout, Update, admit, drift
-from .messages import Failure, Job, Local, Lost, Transport, pack
 from .privacy import Private
-from .quorum import QuorumLost
-from .roster import Roster, listed, short
 
 console = Console()
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from smartmops.data.partition import read_clients
+from smartmops.checks.limits import check
+from smartmops.clients.messages import Transport
+from smartmops.clients.partition import read_clients
 from smartmops.data.tasks import splits
 from smartmops.federated.client import Worker
 from smartmops.federated.federate import federate, worker_of
-from smartmops.federated.messages import Transport
 from smartmops.options.federation import FederateConfig
-from smartmops.options.limits import check
 
 from .transport import OverFlower
 

@@ -14,9 +14,9 @@ from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 
-from smartmops.federated.admission import greeting
-from smartmops.federated.messages import Hello, Lost, pack
-from smartmops.federated.roster import listed
+from smartmops.clients.admission import greeting
+from smartmops.clients.messages import Hello, Lost, pack
+from smartmops.clients.roster import listed
 
 from .frames import receive, send
 

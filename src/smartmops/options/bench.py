@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from .folders import OutFolder, refused
-from .limits import Count, Number, OneOf, Options, Several, Whole
+from smartmops.checks.folders import OutFolder, refused
+from smartmops.checks.limits import Count, Number, OneOf, Options, Several, Whole
+
 from .training import Columns, Data
 
 RATIOS = (

@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .folders import OutFolder, held_by, missing, near
-from .limits import LARGEST, Count, NotNegative, Number, OneOf, Options, Seed, Share, Text
+from smartmops.checks.folders import OutFolder, held_by, missing, near
+from smartmops.checks.limits import LARGEST, Count, NotNegative, Number, OneOf, Options, Seed, Share, Text
+
 from .training import Base, Columns, Zeros
 
 Method = Literal["sparsegpt", "wanda", "magnitude"]

@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .folders import Existing, OutFolder, refused
-from .limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole
+from smartmops.checks.folders import Existing, OutFolder, refused
+from smartmops.checks.limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole
+
 from .training import Activations, Base, Columns, TaskConfig, Template
 
 CENTRAL = {"mops": "mops", "fedprompt": "prompt-tuning", "fedlora": "lora"}  # what trains centrally under another name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .limits import Count, Number, Positive, Rate, Several, Text, Whole, typed
+from smartmops.checks.limits import Count, Number, Positive, Rate, Several, Text, Whole, typed
 
 Method = Literal[
     "mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3", "uniform-gate", "oracle", "nearest-cluster", "top-1"

@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from smartmops.checks.folders import OutFolder
+from smartmops.checks.limits import Count, Options, Positive, Rate, Seed, Several, Whole
+
 from .compression import Calibration
-from .folders import OutFolder
-from .limits import Count, Options, Positive, Rate, Seed, Several, Whole
 from .training import Activations, Data, Model
 
 Name = Literal[

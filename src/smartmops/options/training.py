@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .columns import FieldsOfColumns
-from .folders import OutFolder, WordOrFile, WordOrFolder, refused
-from .limits import Count, Number, Options, Positive, Rate, Seed, Several, Share, Text, Whole, typed
+from smartmops.checks.columns import FieldsOfColumns
+from smartmops.checks.folders import OutFolder, WordOrFile, WordOrFolder, refused
+from smartmops.checks.limits import Count, Number, Options, Positive, Rate, Seed, Several, Share, Text, Whole, typed
+
 from .method import OURS, GatePretraining, Method, MethodConfig, gate_problems, method_problems
 
 # The setting of the results on the embedded base in experiments/ and of `reproduce`, whose cells do not name it:

@@ -20,13 +20,13 @@ from rich.console import Console
 
 from smartmops.compression.compress import compress
 from smartmops.federated.federate import federate
+from smartmops.flow.trainer import train
+from smartmops.methods.baselines import load_run
 from smartmops.options.compression import CompressConfig, beside
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE, OURS
 from smartmops.options.training import EMBEDDED_SETTING, TrainConfig
-from smartmops.training.baselines import load_run
-from smartmops.training.runs import Run, write_text
-from smartmops.training.trainer import train
+from smartmops.runs.folder import Run, write_text
 
 try:
     import fcntl

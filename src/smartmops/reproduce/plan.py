@@ -14,9 +14,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from smartmops.base import local
-from smartmops.data.batches import encode_all
 from smartmops.data.tasks import splits
-from smartmops.data.template import Template
+from smartmops.tokens.batches import encode_all
+from smartmops.tokens.template import Template
 
 from .grid import Base, Cell, Data, Grid
 from .studies import Study, Variant, held_out, layered

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
+from smartmops.checks.limits import check
 from smartmops.evidence.page import markdown
-from smartmops.options.limits import check
 from smartmops.options.reproduce import ReproduceConfig
-from smartmops.training.runs import write_text
+from smartmops.runs.folder import write_text
 
 from .grid import Base, Grid
 from .pages import page_of, skew_page

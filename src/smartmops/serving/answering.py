@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from smartmops.data.batches import padded
-from smartmops.data.example import Example
-from smartmops.data.parts import Prompt
-from smartmops.data.template import Template
+from smartmops.calls.mixed import BASE
+from smartmops.evaluation.perplexity import room
+from smartmops.experts.gate import by_expert
+from smartmops.methods.baselines import load_run, template_of
 from smartmops.options.method import TOLD
-from smartmops.training.baselines import load_run, template_of
-from smartmops.training.evaluate import room
-from smartmops.training.pretrain import Embedder
+from smartmops.preparing.embedder import Embedder
+from smartmops.rows.example import Example
+from smartmops.tokens.batches import padded
+from smartmops.tokens.parts import Prompt
+from smartmops.tokens.template import Template
 from smartmops.tuner import MoPsModel
-from smartmops.tuner.gate import by_expert
-from smartmops.tuner.mixed import BASE
 
 HALF = "\ufffd"  # what a tokenizer makes of a character whose last bytes are still to come
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from smartmops.data.example import Example, opened
-from smartmops.data.faults import shown
+from smartmops.rows.example import Example, opened
+from smartmops.rows.faults import shown
 
 from .answering import Answer, Answers, Question, Settings
 

@@ -13,7 +13,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from smartmops.options.serving import ServeConfig, keys_in
+from smartmops.options.finished.serving import ServeConfig, keys_in
 
 from .answering import Answer, Answerer, Answers, Question
 from .batching import Batcher, Closing, Full

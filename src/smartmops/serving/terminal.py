@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from smartmops.data.example import Example
-from smartmops.data.faults import Faults, shown
 from smartmops.data.files import rows_of
-from smartmops.options.serving import AnswerConfig, ChatConfig, GenerateConfig
+from smartmops.options.finished.serving import AnswerConfig, ChatConfig, GenerateConfig
+from smartmops.rows.example import Example
+from smartmops.rows.faults import Faults, shown
 
 from .answering import Answer, Answerer, Settings
 

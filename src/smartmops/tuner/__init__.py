@@ -1,9 +1,10 @@
 """The method: gated prompt experts in the middle of a frozen decoder. Importing this room enters it into PEFT."""
 
-from .config import MoPsConfig
+from smartmops.adapter.config import MoPsConfig
+from smartmops.adapter.registry import enter
+
 from .layer import MoPsLayer
 from .model import MoPsModel
-from .registry import enter
 
 enter("mops", MoPsConfig, MoPsModel)
 

@@ -19,10 +19,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from . import attached, bases, call, experts, gate, growing, halves, mixed, packing, prefill, reading, trainers
-from .config import MoPsConfig
-from .packed import text_positions
-from .passage import Passage
+from smartmops.adapter.config import MoPsConfig
+from smartmops.attention import attached
+from smartmops.attention.packed import text_positions
+from smartmops.attention.passage import Passage
+from smartmops.backbone import bases, growing, halves
+from smartmops.calls import call, mixed, packing, prefill, reading, trainers
+from smartmops.experts import gate
+from smartmops.experts import hidden_states as experts
 
 
 def keep_unpacked(model: nn.Module) -> None:

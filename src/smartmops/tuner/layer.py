@@ -14,10 +14,14 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import experts, fresh, gate, keys_values, mixed, null
-from .config import MoPsConfig
+from smartmops.adapter import fresh
+from smartmops.adapter.config import MoPsConfig
+from smartmops.attention.passage import Beside, Passage
+from smartmops.calls import mixed
+from smartmops.experts import gate, keys_values, null
+from smartmops.experts import hidden_states as experts
+
 from .engine import Engine
-from .passage import Beside, Passage
 
 
 class MoPsLayer(nn.Module, BaseTunerLayer):

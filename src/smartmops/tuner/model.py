@@ -17,12 +17,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import gate, halves, head, keys_values, mixed, registry, states, stored
-from .bases import refuse_changed_embeddings
-from .config import MoPsConfig
+from smartmops.adapter import registry, stored
+from smartmops.adapter.config import MoPsConfig
+from smartmops.attention.packed import Packed, each_nats, mean_loss
+from smartmops.backbone import halves, head
+from smartmops.backbone.bases import refuse_changed_embeddings
+from smartmops.calls import mixed
+from smartmops.experts import gate, keys_values
+
+from . import states
 from .engine import Engine
 from .layer import MoPsLayer
-from .packed import Packed, each_nats, mean_loss
 
 NO_MERGE = "gated prompts depend on the input and cannot be merged into weights: keep the adapter, or call unload()"
 

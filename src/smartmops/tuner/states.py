@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from . import halves, reading
-from .config import MoPsConfig
+from smartmops.adapter.config import MoPsConfig
+from smartmops.attention.packed import IGNORED, Packed, Segments, text_positions
+from smartmops.attention.passage import Passage, Past
+from smartmops.backbone import halves
+from smartmops.calls import reading
+
 from .engine import Engine
-from .packed import IGNORED, Packed, Segments, text_positions
-from .passage import Passage, Past
 
 
 def passage(engine: Engine, batch: Packed) -> Passage:

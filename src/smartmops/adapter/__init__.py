@@ -1,0 +1,1 @@
+"""What an adapter is: its options, its fresh parameters, its name in PEFT, and whether stored tensors are its own."""

@@ -1,0 +1,1 @@
+"""Gated prefix attention. Keys, values and a bias in, attended hidden states out. No experts, no adapter, no tokens."""

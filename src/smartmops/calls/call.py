@@ -1,0 +1,125 @@
+"""One `generate` call: what its caller gave, and the texts it goes on from, each with a gate of its own.
+
+Knows the arguments of `generate`, and refuses those under which no adapter can answer. Knows no layers.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from smartmops.attention.passage import Passage
+
+# Of the thread that generates, so that calls at once do not meet.
+running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mops_call", default=None)
+
+
+@dataclass
+class Text:
+    """A prompt that a call goes on from: its gate is read from the first pass over it and kept, cache or no cache."""
+
+    prompt: Tensor | None  # ids or embeddings; what a first pass holds beyond them was guessed, by lookup or a helper
+    own: bool  # False: what guidance compares the caller's prompt with
+    passage: Passage | None = None
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of a row."""
+        return None if self.prompt is None else int(self.prompt.shape[1])
+
+    def begins(self, inputs: Tensor) -> bool:
+        """Whether a pass is over this text: its rows may be repeated, those of one beside each other, and go on."""
+        if self.prompt is None or inputs.dim() != self.prompt.dim() or len(inputs) % len(self.prompt):
+            return False
+        rows = self.prompt.repeat_interleave(len(inputs) // len(self.prompt), 0).to(inputs.device)
+        return torch.equal(inputs[:, : rows.shape[1]], rows)
+
+
+@dataclass
+class Call:
+    """What the caller of `generate` gave for the gate, and the texts of the call, the caller's own first."""
+
+    engine: Any
+    gate_mask: Tensor | None
+    gate_embedding: Tensor | None
+    gate_weights: Tensor | None
+    attended: Tensor | None  # as the caller gave it: `generate` may turn it into a 4-D mask before we see it
+    ids: Tensor | None  # the same, also where embeddings stand for them
+    texts: list[Text] = field(default_factory=list)
+    now: Text = field(init=False)  # the text of the pass that runs
+
+    def __post_init__(self) -> None:
+        self.now = self.texts[0]
+
+    @classmethod
+    def of(cls, engine: Any, given: Mapping[str, Any], mask: Any, embedding: Any, weights: Any) -> Call:
+        """By what `generate` was called with, by name, and what the gate is told."""
+        ids = next((each for each in (given.get("inputs"), given.get("input_ids")) if isinstance(each, Tensor)), None)
+        embeddings, other = given.get("inputs_embeds"), given.get("negative_prompt_ids")
+        prompt = next((each for each in (embeddings, ids) if isinstance(each, Tensor) and each.dim() > 1), None)
+        texts = [Text(prompt, True)] + ([] if other is None else [Text(other, False)])
+        return cls(engine, mask, embedding, weights, given.get("attention_mask"), ids, texts)
+
+    def begin(self, inputs: Tensor) -> Text:
+        """The text of a pass that has no cache of an earlier one; the first pass is over the caller's own."""
+        first, found = self.texts[0], [text for text in self.texts if text.begins(inputs)]
+        if found:
+            self.now = max(found, key=lambda text: text.length or 0)
+        elif first.passage is None:
+            self.now, first.prompt = first, inputs  # `generate` made a prompt, or changed its end (token healing)
+        else:
+            self.now = Text(inputs, False)
+            self.texts.append(self.now)
+        return self.now
+
+    def ids_of(self, inputs: Tensor) -> Tensor | None:
+        """The ids behind embeddings, where the caller gave both."""
+        if not self.now.own or self.ids is None or self.ids.dim() != 2 or self.ids.shape[1] != inputs.shape[1]:
+            return None
+        return self.ids.repeat_interleave(len(inputs) // len(self.ids), 0)
+
+
+def named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `generate` call by their names, however they were given."""
+    bound = inspect.signature(type(model).generate).bind(model, *args, **kwargs).arguments
+    return {**bound, **bound.pop("kwargs", {})}
+
+
+def refuse(given: Mapping[str, Any], model: Any) -> None:
+    """Refuse what no gate can serve, wherever it is set.
+
+    Raises:
+        ValueError: such an argument is set; the message says why and what to do instead.
+    """
+    places = [given.get("generation_config"), getattr(model, "generation_config", None)]
+    for name, why in WITHOUT.items():
+        found = [given.get(name), *(getattr(place, name, None) for place in places)]
+        value = next((each for each in found if each is not None), None)
+        if value is not None and (name != "cache_implementation" or value == "paged"):
+            raise ValueError(f"{name}={value!r}: {why}")
+
+
+BATCHING_CALLS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+BATCHING = ("continuous batching lays many texts into one row, and each needs a gate of its own: call generate with a "
+            "padded batch, or take the adapter off with unload()")  # fmt: skip
+WITHOUT = {
+    "prefill_chunk_size": "the gate must read the whole instruction at once: leave it unset",
+    "assistant_early_exit": "a draft by the first layers alone would miss the experts above them: leave it unset, or "
+    "give an assistant_model",
+    "cache_implementation": BATCHING,
+}
+
+
+def refuse_batching(name: str, *_: Any, **__: Any) -> NoReturn:
+    """Stands in for a way into continuous batching, which an attached attention cannot be part of.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{name}: {BATCHING}")

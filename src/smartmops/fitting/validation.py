@@ -1,0 +1,117 @@
+"""The validation part of the training split: who is in it, how often it is asked, and what it says in the end.
+
+Knows examples and perplexities. Knows no loop and no files.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from smartmops.data.tasks import conversations
+from smartmops.options.training import Schedule, ValidationConfig
+from smartmops.preparing.gating import close
+from smartmops.rows.example import Example
+from smartmops.rows.stored import take
+from smartmops.tuner import MoPsModel
+
+from .kept import Kept, put_state
+
+console = Console()
+ENOUGH = 5  # examples of a task, from which on one is held out
+MOST = 10  # evaluations of a run, where `eval_every` says nothing
+LEAST = 3
+COST = 0.6  # evaluated examples for each trained one: with three passes a trained one, a fifth of training's time
+SAVED = {
+    "trained": "",
+    "closed": " The saved adapter answers as the base does.",
+    "untrained": " The saved adapter is in its state before training.",
+}
+
+
+def hold_out(
+    train: Sequence[Example], config: ValidationConfig, seed: int
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Training and validation examples, each in the order given; the latter by task, and one at least of each task.
+
+    A task with fewer than five examples keeps them all; turns of one conversation stay together. Says so where that
+    leaves none.
+    """
+    if not train or not config.validation_share:
+        return train, []
+    share = min(config.validation_share, config.validation_limit / len(train))
+    talks: list[list[int]] = []
+    for category, own in conversations(train).items():
+        if len(own) >= ENOUGH:
+            talks += random.Random(f"{seed} validation {category}").sample(own, max(1, round(len(own) * share)))
+    if sum(map(len, talks)) > config.validation_limit:
+        talks = random.Random(f"{seed} validation").sample(talks, min(len(talks), config.validation_limit))
+    ends = accumulate(map(len, talks))  # whole conversations, as many as there is room for
+    held = [i for talk, end in zip(talks, ends, strict=True) if end <= config.validation_limit for i in talk]
+    if not held:
+        console.print(f"validation: none held out, no task has {ENOUGH} training examples; the last state is kept")
+        return train, []
+    without = set(held)
+    return take(train, (i for i in range(len(train)) if i not in without)), take(train, sorted(held))
+
+
+def spacing(schedule: Schedule, count: int, world: int) -> int:
+    """Optimiser steps between evaluations on `count` examples.
+
+    Ten times a run, or less often where that would take more than about a fifth of the training's time.
+    """
+    if schedule.eval_every is not None or not count:
+        return schedule.eval_every or max(1, schedule.steps)
+    times = round(COST * schedule.steps * schedule.batch_size * world / count)
+    return max(1, schedule.steps // min(MOST, max(LEAST, times)))
+
+
+def settle(model: Any, kept: Kept, start: Mapping[str, Tensor], frozen: float, count: int) -> dict[str, Any]:
+    """What validation says, as `metrics.json` holds it; where the frozen base is best, the model becomes it again.
+
+    Args:
+        model: Holding the best trained state.
+        kept: What training returned.
+        start: The adapter's state before training.
+        frozen: Perplexity of the frozen base on the validation examples.
+        count: Of these.
+    """
+    gained = kept.perplexity < frozen
+    best = {"step": kept.step if gained else 0, "validation_perplexity": kept.perplexity,
+            "frozen_validation_perplexity": frozen, "validation_examples": count,
+            "adapter": "trained" if gained else _shut(model, start)}  # fmt: skip
+    return {"best": best, "gained": gained}
+
+
+def _shut(model: Any, start: Mapping[str, Tensor]) -> str:
+    """Make the model answer as its base does; "untrained" where its method can only go back to where it began."""
+    if isinstance(model.base_model, MoPsModel):
+        close(model)
+        return "closed"
+    put_state(model, dict(start))
+    begins_at_base = model.peft_config["default"].peft_type in ("LORA", "IA3")
+    return "closed" if begins_at_base else "untrained"
+
+
+def verdict(metrics: Mapping[str, Any]) -> str | None:
+    """What a table must not hide: that nothing was gained, by which numbers, and what to try; None where something was.
+
+    Args:
+        metrics: Of a run, as `metrics.json` holds them.
+    """
+    found, frozen = metrics["perplexity"]["overall"], metrics["perplexity_frozen"]["overall"]
+    if metrics.get("gained", True) and found < frozen:
+        return None
+    best, said = metrics.get("best"), f"on the test split {found:.3f} against {frozen:.3f} frozen."
+    if best:
+        said = (f"on {best['validation_examples']} validation examples the frozen base has perplexity "
+                f"{best['frozen_validation_perplexity']:.3f}, the best trained state "
+                f"{best['validation_perplexity']:.3f}; {said}")  # fmt: skip
+        said += SAVED[best["adapter"]]
+    return (f"Nothing was gained: {said} Try more or cleaner data, another rate (--prompt-lr), fewer --experts, or "
+            "more --steps.")  # fmt: skip

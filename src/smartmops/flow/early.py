@@ -1,0 +1,253 @@
+"""What data and a base's shape tell of options, before anything that takes time is imported, loaded or trained.
+
+Reads text files of a moderate size and, where it lies on this machine, the base's `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from smartmops.base.names import is_converted, local
+from smartmops.checks.limits import Options
+from smartmops.data.tasks import splits
+from smartmops.options.bench import BenchConfig
+from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of
+from smartmops.options.federation import ClientConfig, FederateConfig
+from smartmops.options.finished.reading import DataConfig, EvaluateConfig
+from smartmops.options.method import OURS, unmet_by_shape
+from smartmops.options.reproduce import ReproduceConfig
+from smartmops.options.training import TaskConfig
+from smartmops.rows.example import Example
+
+LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it; it is read again later
+UNTOLD = ("nearest-cluster",)  # methods whose gate asks no task
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call them
+
+
+def look_at(config: Options) -> None:
+    """`look` for every command, as far as it has data or a base.
+
+    Raises:
+        ValueError: options do not fit the data or the base.
+        OSError: there is no such data or base.
+    """
+    if isinstance(config, TaskConfig):
+        look(config)
+    elif isinstance(config, CompressConfig):
+        look_at_compression(config)
+    elif isinstance(config, EvaluateConfig | BenchConfig) and config.data and at_hand(config.data):
+        splits(config.data, columns=config.columns)
+    elif isinstance(config, ReproduceConfig | ClientConfig | DataConfig) and config.model is not None:
+        look_at_model(config.model)
+
+
+def look(config: TaskConfig) -> None:
+    """Whether options fit the data and the base, as far as both can be known at once.
+
+    Raises:
+        ValueError: they do not, or there is no such data or base; one line for each.
+    """
+    found = [*_heard(lambda: _base_says(config)), *_heard(lambda: _data_say(config))]
+    if found:
+        raise ValueError("\n".join(dict.fromkeys(found)))
+
+
+def _heard(ask: Callable[[], Iterator[str]]) -> list[str]:
+    """What it says, or raises."""
+    try:
+        return list(ask())
+    except (OSError, ValueError) as error:
+        return [str(error)]
+
+
+def look_at_model(model: str) -> Path | None:
+    """The folder of a base, where it is on this machine and nothing has to be fetched or converted.
+
+    Raises:
+        OSError: there is no such model, or it cannot be asked for.
+        ValueError: it is no model.
+    """
+    if is_converted(model):
+        return None
+    folder = Path(local(model))
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _base_says(config: TaskConfig) -> Iterator[str]:
+    folder = look_at_model(config.model)
+    layers = layers_of(folder) if folder is not None else None
+    if layers:
+        yield from unmet_by_shape(config, config.trained(), layers)
+
+
+def look_at_compression(config: CompressConfig) -> None:
+    """Whether options of a compression fit the base and the text.
+
+    Raises:
+        OSError: there is no such model, or it cannot be asked for.
+        ValueError: they do not fit, or what is named is no model.
+    """
+    folder = look_at_model(config.model)
+    shape = {} if folder is None else shape_of(folder)
+    config.check_positions(shape.get("max_position_embeddings"))
+    if config.pattern and (pair := numbers_of(config.pattern)):
+        for columns in (shape.get("hidden_size"), shape.get("intermediate_size")):
+            if isinstance(columns, int) and columns % pair[1]:
+                raise ValueError(f"--pattern {config.pattern}, but a layer of this model has {columns} inputs, which "
+                                 f"{pair[1]} does not divide: choose an m that divides {columns}, such as 2:4 or 4:8, "
+                                 "or a sparsity")  # fmt: skip
+        if config.method == "sparsegpt" and config.block_size % pair[1]:
+            raise ValueError(f"--block-size {config.block_size}: choose a positive multiple of {pair[1]}")
+    if config.calibration and not config.calibration.endswith(TEXT_ENDINGS) and at_hand(config.calibration):
+        splits(config.calibration, config.limit, config.test_share, config.data_seed, columns=config.columns)
+
+
+def shape_of(folder: Path) -> dict[str, Any]:
+    """The numbers of a base's `config.json`, those of its text part where it has several; empty where it is broken."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = found.get("text_config", found)
+        return text if isinstance(text, dict) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}  # who loads it says what is wrong
+
+
+def layers_of(folder: Path) -> int | None:
+    """How many decoder layers a base has; None where its `config.json` does not say."""
+    shape = shape_of(folder)
+    return next((shape[name] for name in LAYERS if isinstance(shape.get(name), int)), None)
+
+
+def at_hand(data: str) -> bool:
+    """Whether DATA is a text file that is read in a moment, or none at all."""
+    path = Path(data)
+    if data == "office":
+        return True
+    if path.is_file():
+        return path.suffix in (".jsonl", ".json") and path.stat().st_size <= LOOKED_AT
+    return not path.exists() and (path.suffix in (".jsonl", ".json", ".csv", ".parquet") or data.startswith((".", "/")))
+
+
+@contextmanager
+def _in_silence(name: str) -> Iterator[None]:
+    """Whatever this logger says in the block goes unsaid."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _data_say(config: TaskConfig) -> Iterator[str]:
+    if not at_hand(config.data):
+        return
+    with _in_silence("smartmops.data"):  # the run itself reads them again, and says what they are
+        train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation,
+                             columns=config.columns)  # fmt: skip
+    if config.hold_out is not None:
+        check_hold_out(config.hold_out, {example.category for example in train})
+    check_parts(config.data, len(train), len(test))
+    if not isinstance(config, FederateConfig):
+        check_split(config, len(train), len(test), 1)
+    elif config.shares_data_out and config.clients > len(train):
+        yield (f"--clients {config.clients}, but there are {len(train)} training examples: choose 1 to {len(train)}, "
+               "or give more examples")  # fmt: skip
+    yield from _tasks_say(config, train)
+
+
+def _tasks_say(config: TaskConfig, train: Sequence[Example]) -> Iterator[str]:
+    """Whether there is an expert for every task, where tasks decide which expert an instruction is meant for."""
+    gated = [method for method in config.trained() if method in OURS and method not in ("prompt-tuning", *UNTOLD)]
+    tasks = sorted({example.category for example in train} - {config.hold_out})
+    if not gated or config.experts < 2 or (config.gate_pretraining != "labels" and "oracle" not in gated):
+        return
+    if tasks == [""]:
+        if isinstance(config, FederateConfig):
+            yield "--gate-pretraining labels, but no example has a category: add one, or choose clusters"
+        elif "oracle" in gated:
+            yield "--method oracle is told the category, but no example has one: add it, or choose mops"
+        return
+    if config.expert_names is not None and (unknown := [task for task in tasks if task not in config.expert_names]):
+        yield (f"--expert-names {' '.join(config.expert_names)} lack category {unknown[0]!r}: name an expert for it, "
+               "leave its examples out, or choose --gate-pretraining clusters")  # fmt: skip
+    if len(tasks) > config.experts:
+        yield (f"--experts {config.experts}, but there are {len(tasks)} tasks: choose {len(tasks)}, or "
+               "--gate-pretraining clusters")  # fmt: skip
+
+
+def check_split(config: Any, train: int, test: int, world: int) -> None:
+    """What can be known once the data are read.
+
+    Args:
+        config: A `TaskConfig`.
+        train: Training examples, those for validation among them.
+        test: Test examples.
+        world: Processes that train together.
+
+    Raises:
+        ValueError: a batch is larger than the training split, or there is nothing to train on or to test on.
+    """
+    check_parts(config.data, train, test)
+    if config.batch_size * world > train:
+        who = f" in each of {world} processes" if world > 1 else ""
+        raise ValueError(f"--batch-size {config.batch_size}{who}, but there are {train} training examples: choose 1 to "
+                         f"{max(1, train // world)}")  # fmt: skip
+
+
+def check_parts(data: str, train: int, test: int) -> None:
+    """Whether so many training and test examples are enough to train on and to test on.
+
+    Raises:
+        ValueError: there are none of either.
+    """
+    if not train or not test:
+        raise ValueError(f"--data {data}: {train} training and {test} test examples. Every category is split by "
+                         "itself, and one with a single example has none to test on: give two or more")  # fmt: skip
+
+
+def check_hold_out(category: str, found: set[str]) -> None:
+    """Whether a category to train nothing on is one of those `found` in the training split, and not the only one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if category not in found:
+        raise ValueError(f"--hold-out {category} is no category of the training split: choose one of {sorted(found)}")
+    if len(found) == 1:
+        raise ValueError(f"--hold-out {category} is the only category of the training split, so nothing is left to "
+                         "train on: give data of several tasks, or leave --hold-out away")  # fmt: skip
+
+
+def check_base(method: Any, name: str) -> None:
+    """Whether the method's settings fit a base whose `config.json` lies in the folder `name`; nothing where none does.
+
+    Raises:
+        ValueError: a layer is named that the base has not got.
+    """
+    layers = layers_of(Path(name))
+    methods = method.trained() if hasattr(method, "trained") else [method.method]
+    if layers and (found := list(unmet_by_shape(method, methods, layers))):
+        raise ValueError("\n".join(found))
+
+
+def warn_of_calibration(config: Any, folder: str, console: Console) -> None:
+    """Say so where the base was compressed on examples that are about to be tested on."""
+    record = Path(folder) / "compression.json"
+    text = json.loads(record.read_text())["calibration"] if record.is_file() else None
+    if not text or not text["sequences"] or text["data"] != config.data:
+        return
+    split = {"seed": config.data_seed, "limit": config.limit, "test_share": config.test_share}
+    if text["split"] != split:
+        console.print(
+            f"{config.model} was calibrated on another split of {config.data} ({text['split']}, here {split}), so on "
+            "examples of this test split: compress again with --data-seed, --limit and --test-share as here"
+        )

@@ -1,0 +1,102 @@
+"""Experts and gate of an adapter that someone else put on a model, started as `train` starts its own.
+
+Knows a PEFT model of our method and examples. Trains nothing but the gate, and writes no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from smartmops.options.method import GatePretraining, MethodConfig
+from smartmops.options.training import TaskConfig
+from smartmops.rows.example import Example
+from smartmops.tokens.batches import Collator, Encoded
+from smartmops.tuner import MoPsConfig, MoPsModel
+
+from .task import Task
+
+
+@dataclass
+class Prepared:
+    """What came of it.
+
+    Attributes:
+        expert_names: What each expert is meant for, in order.
+        gate_accuracy: Share of instructions sent to their own expert (held-out ones where the gate starts in closed
+            form); None: the gate was left alone.
+        rows: The examples in tokens, in order, without those that do not fit; a data set for HF's `Trainer`.
+        collator: Makes padded batches of them.
+    """
+
+    expert_names: list[str]
+    gate_accuracy: float | None
+    rows: Sequence[Encoded]
+    collator: Collator
+
+
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    gate: GatePretraining | None = None,
+    template: str = "auto",
+    max_length: int = 512,
+    unrelated: Path | None = None,
+    seed: int = 0,
+) -> Prepared:
+    """Start experts from real text of their tasks and fit the gate, in place (see `docs/python.md`).
+
+    Afterwards the model trains with HF's `Trainer`, TRL's `SFTTrainer` or a loop of one's own.
+
+    Args:
+        model: `get_peft_model(base, MoPsConfig(...))`, not trained yet.
+        tokenizer: Of the base.
+        examples: Training examples, as `read` returns them; their categories say which expert each is meant for.
+        gate: How the gate learns that; None: from categories, in closed form where the adapter can carry it.
+        template: `auto`, `chat`, `plain` or a Jinja file, as `train --template`.
+        max_length: Tokens; longer examples lose the end of their context.
+        unrelated: Texts of no task, a paragraph each, to fit a null expert by; None: those that come with it.
+        seed: Of the drawn text.
+
+    Raises:
+        ValueError: the model has no adapter `default` of ours or one that asks for recovery prompts or an embedder; no
+            example fits; more tasks than experts; the message names value and way out.
+    """
+    config = _config(model)
+    ungated = config.num_experts == 1
+    method = MethodConfig(
+        method="prompt-tuning" if ungated else "mops", experts=config.num_experts, unrelated=unrelated,
+        expert_kind=config.experts, visible_to=config.visible_to, init=config.init,  # type: ignore[arg-type]
+        gate_layer=config.gate_layer,
+    )  # fmt: skip
+    settings = TaskConfig(model="", data="", template=template, max_length=max_length, seed=seed)
+    task = Task.of(model.get_base_model(), tokenizer, examples, [], settings)
+    pretraining = gate or GatePretraining()
+    with model.disable_adapter():
+        config.gate_layer = task.placed(method, pretraining, None).gate_layer
+    for name, value in task.words(method).items():
+        setattr(config, name, value)
+    names, accuracy = task.start(model, method, pretraining, seed)
+    return Prepared(names, accuracy, task.train, task.collator)
+
+
+def _config(model: Any) -> MoPsConfig:
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, MoPsModel):
+        raise ValueError(f"a {type(model).__name__} has no experts to prepare: give get_peft_model(base, "
+                         "MoPsConfig(...))")  # fmt: skip
+    config = model.peft_config.get("default")
+    if not isinstance(config, MoPsConfig):
+        raise ValueError(f"the adapters {sorted(model.peft_config)} are none called 'default': prepare that one")
+    if config.num_recovery_prompts:
+        raise ValueError(f"num_recovery_prompts={config.num_recovery_prompts}: they are trained on the bare base, as "
+                         "`smartmops.train` does; choose 0 of them")  # fmt: skip
+    if config.embedding_size is not None:
+        raise ValueError(f"embedding_size={config.embedding_size}: an embedder is asked by `smartmops.train` alone; "
+                         "choose None")  # fmt: skip
+    return config

@@ -1,0 +1,189 @@
+"""A frozen base and the name of a method in, a trainable model and its parameter groups out. Knows no data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+
+from smartmops.adapter.config import default_injection_layer
+from smartmops.base import load_base
+from smartmops.experts import keys_values
+from smartmops.options.method import OURS, MethodConfig
+from smartmops.runs.adapters import check_config, load_adapter
+from smartmops.runs.folder import Run, check_adapter
+from smartmops.tokens.template import FILE, read_template
+from smartmops.tuner import MoPsConfig
+from smartmops.tuner.engine import Engine
+
+from . import targets
+
+
+def peft_config(
+    config: MethodConfig,
+    recovery_prompts: int = 0,
+    embedding_size: int | None = None,
+    words: dict[str, Any] | None = None,
+) -> PeftConfig:
+    """The PEFT config of the method; ungated prompts are one expert with all prompts, at the same layer.
+
+    `words` are the fields that say how text is rendered (`answer_header`, `gate_frame`).
+    """
+    prompts = config.experts * config.prompts_per_expert
+    if config.method == "lora":
+        return LoraConfig(task_type="CAUSAL_LM", r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.05,
+                          target_modules=["q_proj", "v_proj"], exclude_modules=config.excluded())  # fmt: skip
+    if config.method == "ia3":
+        return IA3Config(task_type="CAUSAL_LM")
+    if config.method == "input-prompt-tuning":
+        return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompts, prompt_tuning_init="SAMPLE_VOCAB")
+    shared: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "injection_layer": config.injection_layer,
+        "init": config.init,
+        "num_recovery_prompts": recovery_prompts,
+        "keep_recovery_prompts": config.keep_recovery_prompts,
+        "experts": config.expert_kind,
+        "prefix_attention": config.prefix_attention,
+        "freeze_first_column": config.freeze_first_column,
+        "visible_to": "answers" if config.answers_alone else "all",
+        **(words or {}),
+    }
+    if config.method == "prompt-tuning":
+        return MoPsConfig(num_experts=1, prompts_per_expert=prompts + config.shared_prompts,
+                          expert_attention="causal", **shared)  # fmt: skip
+    one = config.method in ("oracle", "nearest-cluster", "top-1")
+    return MoPsConfig(
+        num_experts=config.experts,
+        prompts_per_expert=config.prompts_per_expert,
+        gate_target=config.gate_target,
+        gate_input=config.gate_input,
+        gate_granularity=config.gate_granularity,
+        gate_hidden_size=max(config.gate_hidden_size, 2 * config.experts if config.closed_form else 0),
+        gate_bias=config.closed_form,
+        gate_layer=config.gate_layer if embedding_size is None else None,
+        shared_prompts=config.shared_prompts,
+        null_expert=config.leaves_to_base,
+        null_threshold=config.null_threshold,
+        gate_temperature=config.gate_temperature,
+        gate_top_k=1 if one else config.gate_top_k,
+        gate_renormalise=config.gate_renormalise and config.method != "top-1",
+        expert_attention=config.expert_attention,
+        embedding_size=embedding_size,
+        embedder=config.embedder,
+        **shared,
+    )
+
+
+def load_run(path: Path) -> tuple[Any, Any, Run]:
+    """The adapted model of a run in eval mode, its tokenizer, and the run; a run's own base wins over the one it names.
+
+    The tokenizer's chat template is the one that the run was trained with, whatever the base has today.
+
+    Raises:
+        FileNotFoundError: no finished run, or no adapter, at `path`.
+        ValueError: the adapter file is damaged, or belongs to another base model.
+    """
+    run = Run.open(path)
+    check_adapter(run.adapter_dir)  # before the base, which may be large
+    check_config(run.adapter_dir / "adapter_config.json")
+    dtype = run.config["arguments"].get("dtype", "float32")
+    base, tokenizer = load_base(base_of(run), dtype)
+    if (run.adapter_dir / FILE).is_file():
+        tokenizer.chat_template = read_template(run.adapter_dir / FILE)
+    return load_adapter(base, run.adapter_dir), tokenizer, run
+
+
+def base_of(run: Run) -> str:
+    """MODEL of a run: the base in its own folder, or the one it names."""
+    own = run.path / "base"
+    return str(own) if own.is_dir() else str(run.config["base"])
+
+
+def template_of(run: Run) -> str:
+    """The template that a run was trained with, for the tokenizer that `load_run` returns."""
+    return "chat" if (run.adapter_dir / FILE).is_file() else "plain"
+
+
+def matched(base: Any, config: MethodConfig) -> MethodConfig:
+    """The settings of LoRA with the rank, and the first layer, that `lora_match` asks for on this base."""
+    if config.method != "lora" or config.lora_match == "none":
+        return config
+    hidden, layers = base.config.hidden_size, base.config.num_hidden_layers
+    first = config.lora_from
+    if config.lora_match == "memory":
+        first = default_injection_layer(layers) if config.injection_layer is None else config.injection_layer
+    lora: Any = peft_config(config)
+    targets.choose(base, lora)
+    of_rank_one = sum(map(_both_sides, targets.modules(base, lora.target_modules))) * (layers - first) / layers
+    mops: Any = peft_config(replace(config, method="mops"))
+    gate = mops.gate_hidden_size * (hidden + config.experts) + mops.gate_bias * config.experts
+    wanted = (config.experts * config.prompts_per_expert + config.shared_prompts) * _column(base, config) + gate
+    return replace(config, lora_from=first, lora_rank=max(1, round(wanted / of_rank_one)))
+
+
+def _both_sides(module: Any) -> int:
+    """Inputs and outputs of a linear layer; GPT-2's has no names for them, and its weight the other way round."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features + module.out_features)
+    return int(sum(module.weight.shape))
+
+
+def _column(base: Any, config: MethodConfig) -> int:
+    """Trained numbers of one prompt column."""
+    if config.expert_kind == "hidden_states":
+        return int(base.config.hidden_size)
+    layers = int(base.config.num_hidden_layers)
+    first = default_injection_layer(layers) if config.injection_layer is None else config.injection_layer
+    adapted = "mops_engine" in base.__dict__
+    engine = Engine.on(base)
+    _, heads, key, value = keys_values.probe(engine.backbone, layers - 1).shape
+    if not adapted:
+        engine.remove()
+    return (layers - first) * heads * (key + value)
+
+
+def build(
+    base: Any, config: MethodConfig, recovery: torch.Tensor | None = None, width: int | None = None,
+    words: dict[str, Any] | None = None,
+) -> Any:  # fmt: skip
+    """The base with a fresh adapter of the method; `recovery` [R, hidden] are frozen prompts at the input.
+
+    Raises:
+        ValueError: the settings do not fit the base.
+    """
+    config = matched(base, config)
+    count = 0 if recovery is None or config.method not in OURS else len(recovery)
+    adapter = peft_config(config, count, width, words)
+    if isinstance(adapter, LoraConfig | IA3Config):
+        targets.choose(base, adapter)
+    model = get_peft_model(base, adapter)
+    if count and recovery is not None:
+        model.base_model.layer().mops_recovery["default"].data.copy_(recovery)
+    return model
+
+
+GATE_SIZE = 0.02  # taken for that of weights that start at zero
+
+
+def parameter_groups(model: Any, config: MethodConfig) -> list[dict[str, Any]]:
+    """Trainable parameters for Adam, each with the rate that suits its size.
+
+    Keys and values are held in units of their own size, so that their rate is relative as it stands; hidden states are
+    not. A rate that was given is taken as it is.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [{"params": [parameter], "lr": _rate_of(name, parameter, config)} for name, parameter in trained]
+
+
+def _rate_of(name: str, parameter: torch.Tensor, config: MethodConfig) -> float:
+    size = float(parameter.detach().float().pow(2).mean().sqrt())
+    if "mops_gate" in name:
+        return config.gate_lr if config.gate_lr is not None else config.relative_gate_lr * (size or GATE_SIZE)
+    if "mops_head_weight" in name:
+        return config.head_lr
+    relative = config.prompt_lr is None and ("mops_prompts" in name or "mops_shared." in name)
+    return config.rate * size if relative else config.rate

@@ -1,0 +1,1 @@
+"""How experts and gate start: recovery prompts, experts from real text, a gate that already tells tasks apart."""

@@ -1,0 +1,54 @@
+"""A second model that embeds the instruction for the gate. Texts in, vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Embedder:
+    """A second model embeds the instruction for the gate (paper, footnote 3): any sentence encoder or HF encoder.
+
+    Attributes:
+        width: Size of an embedding.
+    """
+
+    def __init__(self, name: str) -> None:
+        if (Path(name) / "modules.json").exists() or not Path(name).exists():
+            try:
+                from sentence_transformers import SentenceTransformer
+            except ImportError as error:
+                raise ImportError(
+                    f"embedder {name!r} needs sentence-transformers: pip install sentence-transformers"
+                ) from error
+            self.model: Any = SentenceTransformer(name, device="cpu")
+            self._encode = self._sentences
+        else:
+            from transformers import AutoModel, AutoTokenizer
+
+            self.model, self.tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+            self._encode = self._mean
+        self.width = len(self(["width"])[0])
+
+    def __call__(self, texts: Sequence[str]) -> list[list[float]]:
+        """One embedding for each text."""
+        found: list[list[float]] = self._encode(list(texts))
+        return found
+
+    def _sentences(self, texts: list[str]) -> list[list[float]]:
+        return self.model.encode(texts, show_progress_bar=False).tolist()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _mean(self, texts: list[str]) -> list[list[float]]:
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        found = []
+        for start in range(0, len(texts), 64):
+            batch = self.tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+            hidden = self.model(**batch).last_hidden_state
+            weight = batch["attention_mask"].unsqueeze(-1)
+            found += ((hidden * weight).sum(1) / weight.sum(1)).tolist()
+        return found

@@ -1,0 +1,80 @@
+"""Gates that nobody trains, to measure the learned one against: even weights, the true task, the nearest cluster.
+
+Knows encoded rows and a MoPs model's gate. What selects is told to the gate as a one-hot embedding; wired to pass
+it on and to keep the highest, the gate makes a weight of one of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import get_peft_model
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from smartmops.methods.baselines import peft_config
+from smartmops.options.method import MethodConfig
+from smartmops.states.instructions import instructions
+from smartmops.tokens.batches import Encoded
+
+
+def told(
+    base: Any, train: Sequence[Encoded], test: Sequence[Encoded], method: MethodConfig, seed: int
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Both splits with a one-hot `gate_embedding` [experts]: of the row's task, or of the nearest k-means centre.
+
+    Centres are those of the standardised training instructions.
+
+    Raises:
+        ValueError: more tasks than experts, or a test task that training never saw.
+    """
+    if method.method == "oracle":
+        tasks = sorted({row.category for row in train})
+        if unknown := sorted({row.category for row in test} - set(tasks)):
+            raise ValueError(f"method='oracle' is told the task, but {unknown[0]!r} is in no training example: choose "
+                             "another method, or data whose test tasks are trained on")  # fmt: skip
+        if len(tasks) > method.experts:
+            raise ValueError(f"{len(tasks)} tasks for experts={method.experts}: choose experts={len(tasks)}")
+        known, asked = ([tasks.index(row.category) for row in rows] for rows in (train, test))
+        return _marked(train, known, method.experts), _marked(test, asked, method.experts)
+    config = peft_config(replace(method, method="mops", embedder=None))
+    model = get_peft_model(base, config)
+    seen = instructions(model, train)
+    later = instructions(model, test) if test else seen[:0]
+    model.base_model.unload()
+    base.requires_grad_(False)
+    mean, scale = seen.mean(0), seen.std(0).clamp(min=1e-6)
+    found = KMeans(method.experts, n_init=4, random_state=seed).fit(((seen - mean) / scale).cpu().numpy())
+    after = found.predict(((later - mean) / scale).cpu().numpy()).tolist() if test else []
+    return _marked(train, found.labels_.tolist(), method.experts), _marked(test, after, method.experts)
+
+
+def _marked(rows: Sequence[Encoded], groups: Sequence[int], count: int) -> list[Encoded]:
+    eye = torch.eye(count)
+    return [replace(row, gate_embedding=eye[group]) for row, group in zip(rows, groups, strict=True)]
+
+
+@torch.no_grad()
+def wire(model: Any) -> None:
+    """The gate passes a one-hot embedding [experts] on as it is, and is trained no more."""
+    gate_in, gate_out = _gate(model)
+    for matrix in (gate_in, gate_out):
+        matrix.copy_(torch.eye(*matrix.shape))
+        matrix.requires_grad_(False)
+
+
+@torch.no_grad()
+def level(model: Any) -> None:
+    """Every expert the same weight, and never another."""
+    for matrix in _gate(model):
+        matrix.zero_()
+        matrix.requires_grad_(False)
+
+
+def _gate(model: Any) -> tuple[Float[Tensor, "d_g inputs"], Float[Tensor, "groups d_g"]]:
+    layer = model.base_model.layer()
+    return layer.mops_gate_in["default"], layer.mops_gate_out["default"]

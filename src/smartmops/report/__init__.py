@@ -1,0 +1,1 @@
+"""Finished run folders in, tables and pictures out. Loads no model."""

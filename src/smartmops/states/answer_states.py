@@ -1,0 +1,156 @@
+"""What never changes where answers alone see experts: the cache before each answer, and the answer's hidden states.
+
+Knows rows and a model; each row's states are computed when first asked for and kept while there is room. A filled one
+is a collator, and its indices are the data set, as with `ActivationCache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smartmops.tokens.batches import Encoded, by_budget, pack
+
+from .activations import evaluating, free_memory
+
+SHARE = 0.4  # of the free memory that may be filled; of a GPU's memory, what must stay free
+
+
+class AnswerStates:
+    """States of `rows`, in their order; on the model's GPU while it has room, else in main memory.
+
+    Attributes:
+        room: Bytes that may be kept in main memory; None: as many as there are.
+        kept: Bytes that are.
+    """
+
+    def __init__(self, model: Any, rows: Sequence[Encoded], room: int | None = None, budget: int = 1024) -> None:
+        self.model, self.rows, self.budget = model, rows, budget
+        free = free_memory()
+        self.room = room if room is not None else None if free is None else int(SHARE * free)
+        self.kept = 0
+        self._found: dict[int, dict[str, Tensor]] = {}
+        self._read: dict[int, int | None] = {}  # the layer whose hidden states `pooled` of a kept row is the mean of
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __call__(self, indices: Sequence[int]) -> dict[str, dict[str, Tensor]]:
+        """The keyword arguments of the model's `forward` for these examples."""
+        return {"packed": self.batch(indices)}
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Headers and answers of these examples end to end, and what came before (see `packed.Packed`).
+
+        Raises:
+            IndexError: an index is none of the rows'.
+        """
+        if outside := [i for i in indices if not 0 <= i < len(self)]:
+            raise IndexError(f"example {outside[0]} of {len(self)}: choose 0 to {len(self) - 1}")
+        fresh = self._compute([i for i in dict.fromkeys(indices) if i not in self._found])
+        device = self._device()
+        parts = [
+            {name: value.to(device) for name, value in (fresh[i] if i in fresh else self._found[i]).items()}
+            for i in indices
+        ]
+        pooled = {i: part["pooled"] for i, part in zip(indices, parts, strict=True)}
+        if elsewhere := [i for i in pooled if i not in fresh and self._read.get(i) != self._layer()]:
+            pooled |= {i: found.to(device) for i, found in self._instructions(elsewhere).items()}
+        lengths = torch.tensor([part["past_keys"].shape[2] for part in parts])
+        joined = {
+            name: torch.nn.utils.rnn.pad_sequence([part[name].permute(2, 0, 1, 3) for part in parts], batch_first=True)
+            .permute(2, 0, 3, 1, 4)
+            .contiguous()
+            for name in ("past_keys", "past_values")
+        }
+        return joined | {
+            "hidden": torch.cat([part["hidden"] for part in parts]),
+            "labels": torch.cat([part["labels"] for part in parts]),
+            "lengths": torch.tensor([len(part["labels"]) for part in parts]),
+            "pooled": torch.stack([pooled[i] for i in indices]),
+            "past_lengths": lengths,
+        }
+
+    @property
+    def pooled(self) -> Float[Tensor, "n inputs"]:
+        """What the gate reads of each example, before standardisation."""
+        return self.gate_inputs(range(len(self)))
+
+    def gate_inputs(self, indices: Sequence[int]) -> Float[Tensor, "some inputs"]:
+        """What the gate reads of these examples, before standardisation."""
+        fresh = self._instructions([i for i in indices if i not in self._found or self._read[i] != self._layer()])
+        return torch.stack([(fresh[i] if i in fresh else self._found[i]["pooled"]).cpu() for i in indices])
+
+    def _layer(self) -> int | None:
+        """The layer that the gate of the model reads; None where a single expert leaves a gate nothing to choose."""
+        config = self.model.base_model.layer().configs["default"]
+        if config.num_experts == 1:
+            return None
+        layer: int | None = config.injection_layer if config.gate_layer is None else config.gate_layer
+        return layer
+
+    def _instructions(self, indices: Sequence[int]) -> dict[int, Tensor]:
+        """What the gate reads of these rows, kept where their states are."""
+        from .instructions import instructions
+
+        if not indices:
+            return {}
+        if self._layer() is None:  # of no consequence
+            return {i: self._found[i]["pooled"] if i in self._found else self._idle() for i in indices}
+        with evaluating(self.model):
+            found = instructions(self.model, [self.rows[i] for i in indices]).cpu()
+        made = dict(zip(indices, found, strict=True))
+        for i in set(indices) & self._found.keys():
+            self._found[i]["pooled"], self._read[i] = made[i], self._layer()
+        return made
+
+    def _idle(self) -> Tensor:
+        config = self.model.base_model.layer().configs["default"]
+        return torch.zeros(config.embedding_size or config.base_hidden_size)
+
+    def _compute(self, indices: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """States of these rows; kept where there is room."""
+        made: dict[int, dict[str, Tensor]] = {}
+        device = self._device()
+        with evaluating(self.model):
+            for group in by_budget([len(self.rows[i].input_ids) for i in indices], self.budget):
+                chosen = [indices[k] for k in group]
+                given = pack([self.rows[i] for i in chosen])
+                found = self.model.base_model.answers({name: value.to(device) for name, value in given.items()})
+                assert found.past_keys is not None and found.past_values is not None and found.past_lengths is not None
+                ends = found.lengths.cumsum(0).tolist()
+                for k, i in enumerate(chosen):
+                    own = slice(ends[k] - int(found.lengths[k]), ends[k])
+                    before = int(found.past_lengths[k])
+                    part = {
+                        "hidden": found.hidden[own], "labels": found.labels[own], "pooled": found.pooled[k],
+                        "past_keys": found.past_keys[:, k, :, :before],
+                        "past_values": found.past_values[:, k, :, :before],
+                    }  # fmt: skip
+                    made[i] = {name: value.clone() for name, value in part.items()}
+                    self._keep(i, made[i])
+        return made
+
+    def _keep(self, index: int, part: dict[str, Tensor]) -> None:
+        size = sum(value.numel() * value.element_size() for value in part.values())
+        if self.room != 0 and _has_room(self._device(), size):
+            self._found[index], self._read[index] = part, self._layer()
+        elif self.room is None or self.kept + size <= self.room:
+            self._found[index], self._read[index] = {name: value.cpu() for name, value in part.items()}, self._layer()
+            self.kept += size
+
+    def _device(self) -> torch.device:
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    """Whether a GPU can take so many bytes more and leave enough for the training itself; False of any other device."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free - size > SHARE * total

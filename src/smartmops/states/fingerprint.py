@@ -1,0 +1,163 @@
+"""The key of what the frozen half computes: a digest of all that decides its numbers, and of nothing else."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from smartmops.backbone import halves
+from smartmops.tokens.batches import Encoded
+from smartmops.tokens.template import Template
+from smartmops.tuner.engine import Engine
+from smartmops.tuner.layer import MoPsLayer
+from smartmops.tuner.model import MoPsModel
+
+FORMAT = 1  # of how the numbers come about; a new one makes every older cache stale
+VOLATILE = {  # settings of a model that no hidden state depends on, or that its weights speak for
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
+    "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id",
+}  # fmt: skip
+
+
+def acting(model: Any) -> tuple[MoPsLayer, Any]:
+    """The wrapper of the adapter that acts, and its config.
+
+    Raises:
+        ValueError: the model has no MoPs adapter, or none is switched on.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, MoPsModel):
+        raise ValueError(
+            f"{type(model).__name__} has no MoPs adapter: adapt it with get_peft_model(model, MoPsConfig())"
+        )
+    wrapper = Engine.on(tuner.model).active()
+    if wrapper is None:
+        raise ValueError("no MoPs adapter is switched on, so no layer is the injection layer: call set_adapter")
+    return wrapper, wrapper.configs[wrapper.current]
+
+
+def fingerprint(model: Any, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
+    """What decides the cached numbers, as 32 hexadecimal digits.
+
+    Content, not names: every weight below the injection layer (quantised ones included), the base's settings, the
+    recovery prompts, every token, label and gate embedding (so tokenizer, template, truncation and data), the stored
+    dtype and the libraries' versions. A changed one is a new key; prompts, gate and the upper half are not in it.
+    Reads every weight below once: about 1 GB/s for each core; milliseconds for a small model.
+    """
+    wrapper, config = acting(model)
+    engine = Engine.on(model.base_model.model)
+    below = halves.lower(engine.backbone, wrapper.index)
+    weights = _weights(below)
+    if config.num_recovery_prompts:
+        weights["recovery prompts"] = wrapper.mops_recovery[wrapper.current]
+    device = engine.backbone.get_input_embeddings().weight.device.type
+    attention = [part.__dict__["mops_inner"] for part in engine.layers[0].__dict__["mops_attention"]]
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    settings = {
+        "format": FORMAT, "torch": torch.__version__, "transformers": transformers.__version__,
+        "backbone": type(engine.backbone).__name__, "config": _stable(engine.backbone.config.to_dict()),
+        "attention": sorted(f"{inner.__module__}.{inner.__qualname__}" for inner in attention),
+        "device": device, "autocast": str(autocast), "adapters below": _adapters_below(below),
+        "injection_layer": wrapper.index, "recovery": config.num_recovery_prompts, "gate_input": config.gate_input,
+        "embedding_size": config.embedding_size, "dtype": str(dtype),
+    }  # fmt: skip
+    total = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(weights, pool.map(_digest, weights.values()), strict=True):
+            total.update(name.encode() + b"\0" + digest)
+    for row in rows:
+        total.update(len(row.input_ids).to_bytes(8, "little") + len(row.labels).to_bytes(8, "little"))
+        total.update(array("q", row.input_ids).tobytes() + array("q", row.labels).tobytes())
+        if row.gate_mask is not None:
+            total.update(bytes(row.gate_mask))
+        if config.embedding_size is not None and row.gate_embedding is not None:
+            total.update(_digest(row.gate_embedding))
+    return total.hexdigest()
+
+
+def of_base(base: Any, tokenizer: Any, template: Template) -> str:
+    """What tells one frozen base with its tokenizer and template from any other, as 32 hexadecimal digits.
+
+    Take it unadapted. Content, not names, and no versions of libraries. Reads every weight once: about 1 GB/s for each
+    core.
+    """
+    total = blake2b(digest_size=16)
+    for digest in _of_parts(base, tokenizer, template).values():
+        total.update(digest.encode())
+    return total.hexdigest()
+
+
+def inputs_of(task: Any) -> dict[str, str]:
+    """What tells the unadapted base, the template and the data of a `Task` from any others, each as 32 digits.
+
+    Which examples fit depends on the template, so data say something only where the template is the same.
+    """
+    examples = blake2b(digest_size=16)
+    for part in (task.train_examples, task.test_examples, [row.input_ids for row in task.validation]):
+        examples.update(len(part).to_bytes(8, "little"))
+        for each in part:
+            examples.update(repr(each).encode("utf-8", "backslashreplace"))
+    return _of_parts(task.base, task.tokenizer, task.template) | {"data set": examples.hexdigest()}
+
+
+def _of_parts(base: Any, tokenizer: Any, template: Template) -> dict[str, str]:
+    settings = _stable(base.config.to_dict())
+    weights = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    found = dict(sorted(base.state_dict().items()))
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(found, pool.map(_digest, found.values()), strict=True):
+            weights.update(name.encode() + b"\0" + digest)
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str)
+    words = blake2b(vocabulary.encode() + (template.source or "").encode(), digest_size=16)
+    return {"base": weights.hexdigest(), "tokenizer or template": words.hexdigest()}
+
+
+def _weights(below: nn.Module) -> dict[str, Tensor]:
+    """By name, other injection layers' parameters left out. Buffers too: not all are in a state dict."""
+    found = {**dict(below.named_buffers()), **below.state_dict()}
+    return {
+        name.replace("base_layer.", ""): value for name, value in sorted(found.items()) if MoPsModel.prefix not in name
+    }
+
+
+def _adapters_below(below: nn.Module) -> list[str]:
+    """Which adapters of other methods act, and how strongly: their weights alone do not say."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    return [
+        f"{name} {type(module).__name__} {[getattr(module, each, None) for each in names]}"
+        for name, module in below.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, MoPsLayer)
+    ]
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _stable(each) for name, each in value.items() if name not in VOLATILE}
+    return value
+
+
+def _digest(tensor: Any) -> bytes:
+    """Of dtype, shape and bytes; of what a quantised tensor is made of."""
+    if not isinstance(tensor, Tensor):
+        return blake2b(repr(tensor).encode()).digest()
+    if tensor.is_meta:
+        raise ValueError("a weight below the injection layer is not loaded (offloaded, or on the meta device), so no "
+                         "cache on disk can be tied to it: load the model whole, or cache in memory")  # fmt: skip
+    found = blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, context = tensor.__tensor_flatten__()
+        found.update(repr(context).encode())
+        for name in names:
+            found.update(_digest(getattr(tensor, name)))
+    else:
+        found.update(tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy().data)
+    return found.digest()

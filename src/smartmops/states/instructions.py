@@ -1,0 +1,38 @@
+"""What the gate reads of each example's instruction, through the lower half alone. The responses are cut off first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.progress import track
+from torch import Tensor
+
+from smartmops.attention.packed import IGNORED
+from smartmops.tokens.batches import Encoded, by_budget, pack
+
+
+def instructions(model: Any, rows: Sequence[Encoded], budget: int = 4096) -> Float[Tensor, "n d_in"]:
+    """What the gate reads of each example, before standardisation; the responses are cut off first.
+
+    `budget` tokens go through the lower half at once.
+    """
+    embedded = [row.gate_embedding for row in rows if row.gate_embedding is not None]
+    if embedded:
+        return torch.stack(embedded)
+    groups = by_budget([row.labels.count(IGNORED) for row in rows], budget)
+    found = []
+    for group in track(groups, "instructions", transient=True):
+        batch = {name: value.to(model.device) for name, value in pack([_instruction(rows[i]) for i in group]).items()}
+        found.append(model.base_model.lower(batch)[1])
+    order = torch.tensor([i for group in groups for i in group])
+    return torch.cat(found)[order.argsort().to(found[0].device)]
+
+
+def _instruction(row: Encoded) -> Encoded:
+    count = row.labels.count(IGNORED)
+    mask = None if row.gate_mask is None else row.gate_mask[:count]
+    return replace(row, input_ids=row.input_ids[:count], labels=row.labels[:count], gate_mask=mask)

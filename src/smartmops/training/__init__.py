@@ -1,1 +1,0 @@
-"""From a frozen base and data to a run folder: recovery prompts, gate pretraining, training, evaluation."""

@@ -1,0 +1,149 @@
+"""The gate reads nothing that does not exist when the answer is generated: whatever comes later is changed, on every road."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from smartmops import MoPsConfig
+from tiny_models import VOCABULARY, build
+
+HEADER, OPEN, CLOSE = [7, 8], [5, 6], 4
+FRAME = {"user": OPEN, "header": HEADER, "close": [CLOSE], "system": [9], "default_system": []}
+ANSWER = 9  # column of the first token that carries a label, below
+KINDS = [
+    dict(experts=experts, visible_to=visible, gate_reads=reads, gate_target=target)
+    for experts, visible, reads, target in itertools.product(
+        ("hidden_states", "keys_values"), ("all", "answers"), ("own", "all"), ("attention", "hidden_states")
+    )
+    if (experts, visible) != ("hidden_states", "answers") and (experts, target) != ("keys_values", "hidden_states")
+]
+EVERY = pytest.mark.parametrize("options", KINDS, ids=lambda options: " ".join(options.values()))
+
+
+def adapt(**options):
+    torch.manual_seed(0)
+    config = MoPsConfig(num_experts=3, prompts_per_expert=2, injection_layer=2, gate_hidden_size=8, gate_frame=FRAME,
+                        answer_header=HEADER, task_type="CAUSAL_LM", **options)  # fmt: skip
+    model = get_peft_model(build(), config).eval()
+    torch.nn.init.normal_(model.base_model.layer().mops_gate_out["default"], std=3)
+    return model
+
+
+def turns() -> tuple[torch.Tensor, torch.Tensor]:
+    """A question, its answer, a later question and its answer; labels on the answers but not on what closes the first."""
+    torch.manual_seed(1)
+    first, answer, later, last = (torch.randint(10, VOCABULARY, (n,)).tolist() for n in (4, 4, 3, 3))
+    question = [*OPEN, *first, CLOSE, *HEADER]
+    ids = torch.tensor([[*question, *answer, CLOSE, *OPEN, *later, CLOSE, *HEADER, *last, CLOSE]])
+    labels = torch.full_like(ids, -100)
+    labels[0, ANSWER : ANSWER + 4] = ids[0, ANSWER : ANSWER + 4]
+    labels[0, -4:-1] = ids[0, -4:-1]
+    return ids, labels
+
+
+def padded(model, ids, labels):
+    model(input_ids=ids, labels=labels)
+
+
+def left_padded(model, ids, labels):
+    """Beside a shorter row, whose gate is its own."""
+    gap = torch.full_like(ids[:, :3], 2)
+    both = torch.cat([torch.cat([gap, ids], 1), torch.cat([ids, gap], 1)])
+    marks = torch.cat([torch.cat([gap * 0 - 100, labels], 1), torch.cat([labels, gap * 0 - 100], 1)])
+    mask = torch.ones_like(both)
+    mask[0, :3], mask[1, -3:] = 0, 0
+    model(input_ids=both, labels=marks, attention_mask=mask)
+
+
+def packed(model, ids, labels):
+    """Behind an example of its own."""
+    row, marks = ids[0].repeat(2), labels[0].repeat(2)
+    lengths = torch.tensor([ids.shape[1]] * 2)
+    model(packed={"input_ids": row, "labels": marks, "lengths": lengths, "headers": torch.tensor([2, 2])})
+
+
+ROADS = [padded, left_padded, packed]
+
+
+@EVERY
+@pytest.mark.parametrize("road", ROADS, ids=lambda road: road.__name__)
+@pytest.mark.filterwarnings("ignore:labels of some rows hold several answers")
+@torch.no_grad()
+def test_no_later_token_moves_the_gate(road, options):
+    model, (ids, labels) = adapt(**options), turns()
+    road(model, ids, labels)
+    gate = model.base_model.last_gate.clone()
+    for column in range(ANSWER, ids.shape[1]):
+        other = ids.clone()
+        other[0, column] = OPEN[0] if column % 2 else 299  # also what would open a turn
+        road(model, other, torch.where(labels == -100, labels, other))
+        assert torch.equal(model.base_model.last_gate, gate), f"token {column} is read"
+    other = ids.clone()
+    other[0, 3] = 299
+    road(model, other, labels)
+    assert not torch.equal(model.base_model.last_gate, gate), "no token is read at all, so this test shows nothing"
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:labels of some rows hold several answers")
+@torch.no_grad()
+def test_every_road_reads_the_same(options):
+    model, (ids, labels) = adapt(**options), turns()
+    gates = []
+    for road in ROADS:
+        road(model, ids, labels)
+        gates.append(model.base_model.last_gate[-1])
+    assert all(torch.allclose(gate, gates[0], atol=1e-5) for gate in gates)
+
+
+@EVERY
+@pytest.mark.parametrize("masked", ["nothing", "every EOS"])
+@pytest.mark.filterwarnings("ignore:labels")
+@torch.no_grad()
+def test_labels_over_the_whole_text_leave_the_first_token(options, masked):
+    """As transformers' collator for language models makes them, which masks every EOS where that also pads."""
+    model, (ids, _) = adapt(**options), turns()
+    for road in ROADS:
+        found = []
+        for change in (0, 1):
+            other = ids.clone()
+            other[0, 2:4] += change
+            labels = other.masked_fill(other == CLOSE, -100) if masked == "every EOS" else other
+            if road is packed and options["visible_to"] == "answers":
+                continue  # refused: experts that answers alone see need something before the answer
+            road(model, other, labels)
+            found.append(model.base_model.last_gate)
+        assert len(found) == 0 or torch.equal(*found)
+
+
+@EVERY
+@pytest.mark.parametrize("way", [dict(prompt_lookup_num_tokens=3), "helper"], ids=["prompt lookup", "assisted"])
+@torch.no_grad()
+def test_guessed_tokens_are_not_read(options, way):
+    model = adapt(**options)
+    unit = torch.tensor([[*OPEN, 20, 21, 22, CLOSE, *HEADER]])
+    ids = torch.cat([unit, unit], 1)
+    inputs = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5, min_new_tokens=5
+    )
+    want = model.generate(**inputs)
+    gate = model.base_model.last_gate
+    way = dict(assistant_model=build(seed=3)) if way == "helper" else way
+    assert torch.equal(model.generate(**inputs, **way), want)
+    assert torch.equal(model.base_model.last_gate, gate)
+
+
+@torch.no_grad()
+def test_a_gate_mask_of_the_prompt_serves_guessed_tokens_too():
+    model = adapt()
+    ids = torch.tensor([[20, 21, 22, 23, 20, 21, 22, 23, 20, 21]])
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5)
+    mask = (torch.arange(10) < 4).long()[None]
+    want = model.generate(**inputs, gate_mask=mask)
+    gate = model.base_model.last_gate
+    assert torch.equal(model.generate(**inputs, gate_mask=mask, prompt_lookup_num_tokens=3), want)
+    assert torch.allclose(model.base_model.last_gate, gate, atol=1e-6)

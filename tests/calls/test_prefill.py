@@ -1,0 +1,134 @@
+"""The first pass of `generate` without padding against the same pass with it. Every way of decoding: test_generation.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from adapted import adapt
+from smartmops import MoPsConfig
+from smartmops.calls import prefill
+from tiny_models import KERNELS, build, relative
+
+REAL = [4, 7, 2, 12]  # tokens of each row
+
+
+def padded() -> dict[str, torch.Tensor]:
+    mask = torch.arange(max(REAL)) >= max(REAL) - torch.tensor(REAL)[:, None]
+    ids = torch.randint(3, 300, mask.shape, generator=torch.Generator().manual_seed(5))
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+@contextmanager
+def tokens_of_layers(model, layer: int = 0) -> Iterator[list[int]]:
+    """How many tokens each pass hands to a decoder layer."""
+    seen: list[int] = []
+    backbone = getattr(model, "base_model", model).model
+    engine = backbone.mops_engine
+    handle = engine.layers[layer].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel()),
+        with_kwargs=True,
+    )
+    yield seen
+    handle.remove()
+
+
+def scores(model, **options) -> torch.Tensor:
+    """Logits of two new tokens."""
+    out = model.generate(
+        max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True, output_logits=True, **options
+    )
+    return torch.stack(out.logits)
+
+
+OPTIONS = {
+    "attention": {},
+    "recovery": dict(num_recovery_prompts=2),
+    "recovery below only": dict(num_recovery_prompts=2, keep_recovery_prompts=False),
+    "hidden states": dict(gate_target="hidden_states", expert_attention="causal"),
+    "sequence": dict(gate_input="sequence"),
+    "top 1": dict(gate_top_k=1),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_real_tokens_alone_give_the_logits_of_the_padded_pass(options, monkeypatch):
+    _, model = adapt(**options)
+    with tokens_of_layers(model) as seen:
+        got = scores(model, **padded())
+    gate = model.base_model.last_gate
+    assert max(seen) == sum(REAL), "the first pass was padded, so this test shows nothing"
+    monkeypatch.setattr(prefill, "PADDING", 1.0)
+    with tokens_of_layers(model) as seen:
+        want = scores(model, **padded())
+    assert max(seen) == len(REAL) * max(REAL)
+    assert relative(got, want) < 1e-5 and relative(gate, model.base_model.last_gate) < 1e-5
+    assert got.shape == (2, len(REAL), 300)
+
+
+@pytest.mark.parametrize(("name", "kernel"), KERNELS)
+def test_every_architecture_gives_the_logits_of_the_padded_pass(name, kernel, monkeypatch):
+    _, model = adapt(name, kernel)
+    got = scores(model, **padded())
+    monkeypatch.setattr(prefill, "PADDING", 1.0)
+    assert relative(got, scores(model, **padded())) < 2e-5
+
+
+def test_a_gate_mask_and_long_rows_keep_their_meaning(monkeypatch):
+    _, model = adapt()
+    inputs = padded()
+    long = {name: torch.cat([x, x[:, -1:].expand(-1, 200)], 1) for name, x in inputs.items()}
+    read = long["attention_mask"] * (torch.arange(long["input_ids"].shape[1]) % 3 != 0)
+    got = scores(model, gate_mask=read, **long)
+    gate = model.base_model.last_gate
+    monkeypatch.setattr(prefill, "PADDING", 1.0)
+    assert relative(got, scores(model, gate_mask=read, **long)) < 1e-5
+    assert relative(gate, model.base_model.last_gate) < 1e-5
+
+
+def right(inputs):
+    return {name: x.flip(1) for name, x in inputs.items()}
+
+
+PLAIN = {
+    "padding on the right": right,
+    "little padding": lambda inputs: inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])},
+    "hidden states wanted": lambda inputs: inputs | dict(output_hidden_states=True),
+    "attentions wanted": lambda inputs: inputs | dict(output_attentions=True),
+    "no cache": lambda inputs: inputs | dict(use_cache=False),
+    "a static cache": lambda inputs: inputs | dict(cache_implementation="static"),
+    "positions of their own": lambda inputs: inputs | dict(position_ids=torch.arange(12).expand(4, -1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*padding_side")
+@pytest.mark.parametrize("change", PLAIN.values(), ids=PLAIN)
+def test_what_is_no_plain_case_stays_padded(change):
+    _, model = adapt("llama", "eager")
+    with tokens_of_layers(model) as seen:
+        model.generate(max_new_tokens=1, **change(padded()))
+    assert max(seen) == len(REAL) * max(REAL)
+
+
+def test_a_forward_pass_outside_generate_stays_padded():
+    _, model = adapt()
+    with torch.no_grad(), tokens_of_layers(model) as seen:
+        logits = model(use_cache=True, **padded()).logits
+    assert max(seen) == logits.shape[:2].numel() == len(REAL) * max(REAL)
+
+
+def test_an_adapter_underneath_sees_real_tokens_only(monkeypatch):
+    lora = get_peft_model(build(), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    model = get_peft_model(lora, MoPsConfig(num_experts=3, prompts_per_expert=4, injection_layer=2)).eval()
+    torch.nn.init.normal_(model.base_model.layer().mops_prompts["default"])
+    widths: list[int] = []
+    part = next(module for name, module in lora.named_modules() if name.endswith("lora_A.default"))
+    part.register_forward_hook(lambda _, args, out: widths.append(out.shape[:-1].numel()))
+    got = scores(model, **padded())
+    assert max(widths) == sum(REAL)
+    monkeypatch.setattr(prefill, "PADDING", 1.0)
+    assert relative(got, scores(model, **padded())) < 1e-5

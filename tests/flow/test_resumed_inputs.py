@@ -1,0 +1,99 @@
+"""A run goes on with what it was begun with, and belongs to one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from smartmops.flow import trainer
+from smartmops.flow.compare import CompareConfig, compare
+from smartmops.flow.trainer import TrainConfig, train
+
+Make = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def killed(config: Make, two_tasks: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """A config of a run that was killed before training; its data and its base are copies of its own."""
+    shutil.copy(two_tasks, tmp_path / "rows.jsonl")
+    shutil.copytree(base_folder, tmp_path / "base")
+
+    def make(**changes: Any) -> TrainConfig:
+        return config(data=str(tmp_path / "rows.jsonl"), model=str(tmp_path / "base"), **changes)
+
+    def kill(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer, "learn", kill)
+        train(make())
+    return make
+
+
+def another(what: str) -> str:
+    """The words of the refusal, as a regular expression."""
+    return rf"another {what} \(fingerprint [0-9a-f]{{32}}, now [0-9a-f]{{32}}\): give"
+
+
+def test_unchanged_it_goes_on(killed: Make) -> None:
+    assert train(killed(resume=True))["tokens"]
+
+
+def test_other_answers_of_the_same_name_are_refused(killed: Make, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[-1]["response"] += "!"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=another("data set")):
+        train(killed(resume=True))
+
+
+def test_other_weights_of_the_same_name_are_refused(killed: Make, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=another("base")):
+        train(killed(resume=True))
+
+
+def test_another_tokenizer_of_the_same_name_is_refused(killed: Make, tmp_path: Path) -> None:
+    file = tmp_path / "base" / "tokenizer.json"
+    known = json.loads(file.read_text())
+    one, other = sorted(known["model"]["vocab"], key=known["model"]["vocab"].get)[-2:]
+    vocab = known["model"]["vocab"]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    file.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=another("tokenizer or template")):
+        train(killed(resume=True))
+
+
+def test_the_folder_is_held_while_it_trains_and_given_back(killed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bool] = []
+    learn = trainer.learn
+    monkeypatch.setattr(trainer, "learn", lambda *args, **kwargs: (
+        held.append((args[2].out / ".lock").is_file()), learn(*args, **kwargs))[1])  # fmt: skip
+    train(settings := killed(resume=True))
+    assert held == [True]
+    assert not (settings.out / ".lock").exists()
+
+
+def test_a_comparison_goes_on_with_its_data_alone(config: Make, two_tasks: Path, tmp_path: Path) -> None:
+    given = dict(vars(config()))
+    settings = CompareConfig(**given | {"data": str(tmp_path / "rows.jsonl"), "methods": {"ia3": None}, "steps": 1,
+                                        "shots": 0})  # fmt: skip
+    shutil.copy(two_tasks, tmp_path / "rows.jsonl")
+    compare(settings)
+    (settings.out / "metrics.json").unlink()
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('{"instruction": "apple again.", "response": "A", "category": "a"}\n')
+    settings.resume = True
+    with pytest.raises(ValueError, match="another data set"):
+        compare(settings)
