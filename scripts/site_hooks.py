@@ -16,7 +16,7 @@ import latex2mathml.converter
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "README.md", "examples/*.md", "experiments/**/*.md",
+OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "examples/*.md", "experiments/**/*.md",
            "benchmarks/*.md", "src/smartmops/**/README.md")  # fmt: skip
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
@@ -26,9 +26,7 @@ UNESCAPED = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
 def site_path(path: str) -> str:
     """Where a file of the repository stands in the site."""
-    if path == "README.md":
-        return "readme.md"  # docs/index.md is the start page
-    return path.removeprefix("docs/").replace("/.", "/")
+    return path.removeprefix("docs/")
 
 
 def outside() -> Iterator[str]:
