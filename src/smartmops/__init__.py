@@ -14,14 +14,45 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smartmops.checks.errors import (
+        AdapterError,
+        BaseModelError,
+        ConfigError,
+        DataError,
+        FederationError,
+        MissingExtra,
+        ResourceError,
+        RunError,
+        SmartmopsError,
+    )
     from smartmops.flow.prepare import Prepared, prepare
+    from smartmops.options.finished.handover import ExportConfig, PushConfig
     from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
     from smartmops.rows.example import Example
 
     from .analysis.finished import LoadedRun
     from .base import load_base
     from .data.tasks import read
-    from .door import compare, compress, evaluate, federate, inspect, load_run, preview, train
+    from .door import (
+        add_expert,
+        advise,
+        calibrate,
+        compare,
+        compress,
+        drop_expert,
+        evaluate,
+        export,
+        federate,
+        freeze_expert,
+        inspect,
+        list_experts,
+        load_run,
+        merge_experts,
+        preview,
+        push,
+        rename_expert,
+        train,
+    )
     from .options.compression import CompressConfig
     from .options.federation import FederateConfig
     from .options.training import CompareConfig, TrainConfig
@@ -41,34 +72,59 @@ _FROM = {
     "load_base": "base", "prepare": "flow.prepare", "Prepared": "flow.prepare",
     "TrainConfig": "options.training", "CompareConfig": "options.training", "CompressConfig": "options.compression",
     "FederateConfig": "options.federation", "LoadedRun": "analysis.finished",
+    **dict.fromkeys(("SmartmopsError", "ConfigError", "DataError", "BaseModelError", "AdapterError", "RunError",
+                     "FederationError", "MissingExtra", "ResourceError"), "checks.errors"),
+    "ExportConfig": "options.finished.handover", "PushConfig": "options.finished.handover",
     **dict.fromkeys(("DataConfig", "EvaluateConfig", "InspectConfig"), "options.finished.reading"),
-    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "load_run",
-                     "preview"), "door"),
+    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "export", "push", "inspect", "load_run",
+                     "preview", "list_experts", "add_expert", "drop_expert", "merge_experts", "rename_expert",
+                     "freeze_expert", "calibrate", "advise"), "door"),
 }  # fmt: skip
 __all__ = [
+    "AdapterError",
+    "BaseModelError",
     "CompareConfig",
     "CompressConfig",
+    "ConfigError",
     "DataConfig",
+    "DataError",
     "EvaluateConfig",
     "Example",
+    "ExportConfig",
     "FederateConfig",
+    "FederationError",
     "InspectConfig",
     "LoadedRun",
+    "MissingExtra",
     "MoPsConfig",
     "MoPsModel",
     "Prepared",
+    "PushConfig",
+    "ResourceError",
+    "RunError",
+    "SmartmopsError",
     "TrainConfig",
     "__version__",
+    "add_expert",
+    "advise",
+    "calibrate",
     "compare",
     "compress",
+    "drop_expert",
     "evaluate",
+    "export",
     "federate",
+    "freeze_expert",
     "inspect",
+    "list_experts",
     "load_base",
     "load_run",
+    "merge_experts",
     "prepare",
     "preview",
+    "push",
     "read",
+    "rename_expert",
     "render",
     "train",
 ]

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import write
 from transformers import AutoTokenizer
 
+from gguf_files import write
 from smartmops.base import builtin, load_base, local
 from smartmops.gguf import cache
 from smartmops.gguf import conversion as gguf

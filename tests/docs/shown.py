@@ -32,7 +32,7 @@ ELSEWHERE = {
 TRAINED = ["--steps", "2", "--batch-size", "4", "--samples-per-task", "0", "--dtype", "float32"]
 SMALL = {
     "train": TRAINED, "compare": [*TRAINED, "--seeds", "0", "--shots", "1"],
-    "federate": ["--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--limit", "60", "--clients-per-round", "2",
+    "federate": ["--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--limit", "40", "--clients-per-round", "2",
                  "--dtype", "float32"],
     "generate": ["--max-new-tokens", "2"], "inspect": ["--max-new-tokens", "2"],
     "compress": ["--sequences", "2", "--sequence-length", "32"],

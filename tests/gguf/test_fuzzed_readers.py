@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
 import fuzzing
+from gguf_files import write
 from smartmops.adapter import fresh
 from smartmops.clients.messages import unpack
 from smartmops.gguf.conversion import check, convert

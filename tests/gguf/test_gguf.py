@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import LAYERS, TEMPLATE, tokens, weights, write
 
 import gguf as library
 from gguf import GGMLQuantizationType as Kind
+from gguf_files import LAYERS, TEMPLATE, tokens, weights, write
 from smartmops.base import describe, load_base, local
 from smartmops.gguf import conversion as ours
 

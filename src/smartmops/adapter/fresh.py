@@ -11,12 +11,14 @@ from smartmops.experts import keys_values, null
 
 from .config import MoPsConfig
 
+CLAIM_RANK = 8  # directions in which the rule of an added expert measures distance
+
 
 def parameters(backbone: Any, first: int, config: MoPsConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """By name, what is trained and what stays as it is; `config` learns the shape of keys and values.
 
     Raises:
-        ValueError: experts are to be keys and values, and the layers' own differ in shape.
+        BaseModelError: experts are to be keys and values, and the layers' own differ in shape.
     """
     hidden, width = config.base_hidden_size, config.embedding_size or config.base_hidden_size
     assert hidden is not None and width is not None
@@ -25,9 +27,9 @@ def parameters(backbone: Any, first: int, config: MoPsConfig) -> tuple[dict[str,
     made = _keys_values(backbone, first, config) if config.experts == "keys_values" else _hidden_states(config, spread)
     trained, frozen = made
     trained["mops_gate_in"] = torch.randn(config.gate_hidden_size, width) * (2 / width) ** 0.5
-    trained["mops_gate_out"] = torch.zeros(config.num_groups, config.gate_hidden_size)
+    trained["mops_gate_out"] = torch.zeros(config.num_rows, config.gate_hidden_size)
     if config.gate_bias:
-        trained["mops_gate_bias"] = torch.zeros(config.num_groups)
+        trained["mops_gate_bias"] = torch.zeros(config.num_rows)
     frozen |= {
         "mops_recovery": torch.randn(config.num_recovery_prompts, hidden) * spread,
         "mops_gate_mean": torch.zeros(width),
@@ -37,9 +39,17 @@ def parameters(backbone: Any, first: int, config: MoPsConfig) -> tuple[dict[str,
         rank = min(null.RANK, width)
         frozen |= {
             "mops_null_basis": torch.zeros(rank, width),
-            "mops_null_centres": torch.zeros(config.num_experts, rank),
+            "mops_null_centres": torch.zeros(config.num_rows if config.routes else config.num_experts, rank),
             "mops_null_direction": torch.zeros(width),
             "mops_null_cut": torch.tensor([torch.inf, 1.0, torch.inf]),
+        }
+    if config.claims:  # rules that hold nowhere
+        rank = min(CLAIM_RANK, width)
+        frozen |= {
+            "mops_claim_basis": torch.zeros(config.claims, rank, width),
+            "mops_claim_centre": torch.zeros(config.claims, rank),
+            "mops_claim_direction": torch.zeros(config.claims, width),
+            "mops_claim_cut": torch.tensor([[torch.inf, 1.0, torch.inf, -torch.inf]]).repeat(config.claims, 1),
         }
     return trained, frozen
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from smartmops.checks.errors import AdapterError
 
 CLOSED = -1e30  # on a column: nobody attends to it, and no sum of such biases is infinite
 
@@ -53,15 +56,15 @@ def checked(weights: Float[Tensor, "rows any"], experts: int) -> Float[Tensor, "
     """Weights that a caller tells: of each expert, or NaN in a whole row that the gate is to decide.
 
     Raises:
-        ValueError: they are of another shape, negative, or do not sum to one.
+        AdapterError: they are of another shape, negative, or do not sum to one.
     """
     if weights.dim() != 2 or weights.shape[1] != experts:
-        raise ValueError(f"gate_weights is of shape {list(weights.shape)}: give a row for each text, with {experts} "
-                         "weights")  # fmt: skip
+        raise AdapterError(f"gate_weights is of shape {list(weights.shape)}: give a row for each text, with {experts} "
+                           "weights")  # fmt: skip
     given = weights[~weights.isnan().all(-1)].float()
     if not bool((given >= 0).all()) or not torch.allclose(given.sum(-1), torch.ones(len(given)).to(given), atol=1e-4):
-        raise ValueError("gate_weights are no shares: give weights of 0 or more that sum to one in each row, or NaN in "
-                         "a whole row that the gate is to decide")  # fmt: skip
+        raise AdapterError("gate_weights are no shares: give weights of 0 or more that sum to one in each row, or NaN "
+                           "in a whole row that the gate is to decide")  # fmt: skip
     return weights
 
 
@@ -81,10 +84,16 @@ def by_expert(gate: Float[Tensor, "batch groups"], experts: int) -> Float[Tensor
     return gate.unflatten(-1, (experts, -1)).sum(-1)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def bias(log_g: Float[Tensor, "batch groups"], prompts: int) -> Float[Tensor, "batch prompts"]:
-    """log(G * g) on every prompt column: its attention weight times g, renormalised; uniform gates give zero."""
+def bias(
+    log_g: Float[Tensor, "batch groups"], prompts: int, scale: Sequence[float] | None = None
+) -> Float[Tensor, "batch prompts"]:
+    """log(G * g) on every prompt column: its attention weight times g, renormalised; uniform gates give zero.
+
+    G is the number of groups, or the `scale` of each: experts keep theirs when others come or go.
+    """
     groups = log_g.shape[-1]
-    lifted = (log_g + math.log(groups)).clamp(min=torch.finfo(log_g.dtype).min)
+    lift = math.log(groups) if scale is None else log_g.new_tensor([math.log(each) for each in scale])
+    lifted = (log_g + lift).clamp(min=torch.finfo(log_g.dtype).min)
     return lifted.repeat_interleave(prompts // groups, -1)
 
 

@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from smartmops.adapter import fresh
 from smartmops.adapter.config import MoPsConfig
 from smartmops.attention.passage import Beside, Passage
 from smartmops.calls import mixed
-from smartmops.experts import gate, keys_values, null
+from smartmops.checks.errors import AdapterError
+from smartmops.experts import gate, keys_values, null, routes
 from smartmops.experts import hidden_states as experts
 
 from .engine import Engine
@@ -32,7 +33,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     `mops_shared_values` with S for K, all in units of `mops_key_size`, `mops_value_size` [layers];
     `mops_head_weight` [layers, heads]. The gate: `mops_gate_in` [d_g, inputs]; `mops_gate_out` [groups, d_g];
     `mops_gate_bias` [groups]. Buffers, for they never train: those sizes, `mops_recovery` [R, hidden], `mops_gate_mean`
-    and `mops_gate_scale` [inputs], which standardise the gate's input, and the null expert's `mops_null_*`.
+    and `mops_gate_scale` [inputs], which standardise the gate's input, the null expert's `mops_null_*`, and the rules
+    of experts added later, `mops_claim_*` (see experts/routes.py).
     """
 
     adapter_layer_names = (
@@ -41,7 +43,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     )  # fmt: skip
     other_param_names = (
         "mops_recovery", "mops_gate_mean", "mops_gate_scale", "mops_key_size", "mops_value_size", "mops_null_basis",
-        "mops_null_centres", "mops_null_direction", "mops_null_cut",
+        "mops_null_centres", "mops_null_direction", "mops_null_cut", "mops_claim_basis", "mops_claim_centre",
+        "mops_claim_direction", "mops_claim_cut",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, index: int, engine: Engine) -> None:
@@ -65,8 +68,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     def add(self, adapter: str, config: MoPsConfig, inference: bool) -> None:
         """Create the parameters of one adapter: random experts of the base's own size, a uniform gate."""
         if not adapter or "." in adapter or hasattr(nn.ParameterDict, adapter):
-            raise ValueError(f"adapter_name={adapter!r} cannot name parameters: choose a word without dots, such as "
-                             "'default'")  # fmt: skip
+            raise AdapterError(f"adapter_name={adapter!r} cannot name parameters: choose a word without dots, such as "
+                               "'default'")  # fmt: skip
         trained, frozen = fresh.parameters(self.engine.backbone, self.index, config)
         self.configs[adapter] = config
         for name, value in trained.items():
@@ -99,7 +102,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         """The adapter of this layer that is switched on."""
         on = [name for name in self.active_adapters if name in self.configs]
         if len(on) > 1:
-            raise ValueError(f"adapters {on} are active at once: activate one with set_adapter({on[0]!r})")
+            raise AdapterError(f"adapters {on} are active at once: activate one with set_adapter({on[0]!r})")
         return on[0] if on and not self.disable_adapters else None
 
     def _float(self, name: str, adapter: str) -> Tensor:
@@ -110,10 +113,13 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         """Columns of all experts; no gradient reaches those that stay as they start."""
         config = self.configs[adapter]
         found: Tensor = getattr(self, name)[adapter]
-        if not config.freeze_first_column:
+        if not config.freeze_first_column and not config.frozen_experts:
             return found
-        first = torch.arange(len(found), device=found.device) % config.prompts_per_expert == 0
-        return torch.where(first.view(-1, *[1] * (found.dim() - 1)), found.detach(), found)
+        at = torch.arange(len(found), device=found.device)
+        kept = at % config.prompts_per_expert == 0 if config.freeze_first_column else torch.zeros_like(at).bool()
+        for each in config.frozen_experts or []:
+            kept = kept | (at // config.prompts_per_expert == config.named_experts.index(each))
+        return torch.where(kept.view(-1, *[1] * (found.dim() - 1)), found.detach(), found)
 
     def standardised(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch inputs"]:
         """Pooled inputs by the mean and scale of the training instructions."""
@@ -127,7 +133,17 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         )
         how = (config.gate_temperature, config.gate_top_k, config.gate_renormalise)
         constant = self._float("mops_gate_bias", adapter) if config.gate_bias else None
-        return gate.log_gate(pooled, mean, scale, w_in, w_out, *how, constant)
+        found = gate.log_gate(pooled, mean, scale, w_in, w_out, *how, constant)
+        if config.routes is None:
+            return found
+        return routes.log_weights(found, self._held(pooled, adapter), config.routes, config.num_experts)
+
+    def _held(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Bool[Tensor, "batch claims"] | None:
+        """Which rules of experts added later hold; None: there are none."""
+        if not self.configs[adapter].claims:
+            return None
+        rules = (self._float(f"mops_claim_{name}", adapter) for name in ("basis", "centre", "direction", "cut"))
+        return routes.held(self.standardised(pooled, adapter), *rules)
 
     def gate(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch groups"]:
         """Gate weights for pooled inputs; they sum to one, less what goes to the null expert."""
@@ -145,7 +161,9 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         names = ("basis", "centres", "direction", "cut")
         basis, centres, direction, cut = (self._float(f"mops_null_{name}", adapter) for name in names)
         features = self.standardised(pooled, adapter)
-        return null.weight(features, basis, centres, direction, cut, config.null_threshold)
+        found = null.weight(features, basis, centres, direction, cut, config.null_threshold)
+        holds = self._held(pooled, adapter)
+        return found if holds is None else found.masked_fill(holds.any(-1), 0.0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """At prefill, read the gate and put the experts in front of this and all later layers; then run the layer."""
@@ -173,6 +191,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     def enter(self, passage: Passage, pooled: Float[Tensor, "batch inputs"]) -> None:
         """Read the gate from pooled inputs, and put the experts in front of this and all later layers."""
         adapter, config = passage.adapter, self.configs[passage.adapter]
+        passage.pooled = pooled.detach()
         if self.training and not config.initialised:
             self._warn(adapter, config)
         with torch.autocast(pooled.device.type, enabled=False):
@@ -182,7 +201,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
                 log_g, lost = gate.told(log_g, lost, passage.gate_weights)
             passage.lost = lost
         passage.gate = log_g.exp() if lost is None else log_g.exp() * (1 - lost)[:, None]
-        columns, scale = gate.bias(log_g, config.num_prompts), None
+        columns, scale = gate.bias(log_g, config.num_prompts, config.expert_scale), None
         shared = columns.new_zeros(len(columns), config.shared_prompts)
         if lost is not None:
             if bool((lost >= 1).all()):

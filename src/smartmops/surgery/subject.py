@@ -1,0 +1,298 @@
+"""A run on the table: opened once, its data read again, measured before and after, and written as a run of its own.
+
+Knows run folders and a model with an adapter. Knows nothing of what is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from smartmops.checks.errors import RunError
+from smartmops.checks.folders import refused
+from smartmops.checks.lock import alone
+from smartmops.data.tasks import read, split
+from smartmops.evaluation.perplexity import Evaluation
+from smartmops.flow.task import Task
+from smartmops.methods.baselines import base_of, load_run, template_of
+from smartmops.options.training import TrainConfig
+from smartmops.preparing import gating
+from smartmops.rows.example import Example
+from smartmops.rows.stored import take
+from smartmops.runs.card import keep
+from smartmops.runs.folder import Run
+from smartmops.states.instructions import instructions
+from smartmops.tokens.batches import Encoded
+from smartmops.tokens.template import Template
+
+from .adapter.parts import ADAPTER, Parts, put, taken
+
+SEEN = 200  # instructions of the run's data, and of the new data, that a rule is fitted by
+
+
+@dataclass
+class Subject:
+    """A run, its adapted model, and its own data where they can still be read."""
+
+    run: Run
+    model: Any
+    tokenizer: Any
+    parts: Parts
+    rows: int  # examples that are measured, at most
+    own: Task | None = None
+    why: str = ""  # why its own data cannot be read
+    found: dict[Any, Any] = field(default_factory=dict)  # rows and tasks that are asked for again
+    pooled: dict[str, Tensor] = field(default_factory=dict)  # what the gate reads, before standardisation
+
+    @classmethod
+    def open(cls, path: Path, old: str | None, columns: Sequence[str], rows: int, kept: Any = None) -> Subject:
+        """Load a run; `kept` is one that is loaded already, whose adapter is that of the run at `path`.
+
+        Raises:
+            FileNotFoundError: there is no finished run.
+            ValueError: it has no experts of keys and values that a gate chooses, or its adapter is damaged.
+        """
+        _check_kind(Run.open(path))
+        model, tokenizer, run = kept or load_run(path)
+        subject = cls(run, model, tokenizer, taken(model), rows)
+        try:
+            subject.own = subject.task(*_again(run, old, columns), old is None)
+        except (OSError, ValueError) as error:
+            if old is not None:
+                raise
+            subject.why = str(error)
+        return subject
+
+    def task(self, data: str, columns: Sequence[str] = (), same: bool = False, share: float = 0.1,
+             limit: int | None = None, seed: int = 0) -> Task:  # fmt: skip
+        """Examples in tokens, as this run reads them; with `same`, split as it was when the run was trained."""
+        given = self.run.config["arguments"]
+        config = self.config(data, share if not same else given["test_share"])
+        if same:
+            config = replace(config, limit=given.get("limit"), columns=tuple(columns),
+                             data_seed=given.get("data_seed", given["seed"]),
+                             validation_share=given.get("validation_share", 0.1),
+                             validation_limit=given.get("validation_limit", 200),
+                             hold_out=given.get("hold_out"), validation=given.get("validation", False))  # fmt: skip
+            return Task.load(config, self.model, self.tokenizer)
+        examples = read(data, columns=columns)
+        return self.of(examples if limit is None else some(examples, limit), config, seed)
+
+    def of(self, examples: Sequence[Example], config: TrainConfig, seed: int) -> Task:
+        """These examples, split into training and test part."""
+        train, test = split(examples, config.test_share, seed)
+        return Task.of(self.model, self.tokenizer, train, test, config)
+
+    def config(self, data: str, share: float = 0.1, **more: Any) -> TrainConfig:
+        """What the run was trained with, as far as reading data is concerned."""
+        given = self.run.config["arguments"]
+        return TrainConfig(model=base_of(self.run), out=self.run.path, data=data, test_share=share,
+                           max_length=given["max_length"], template=template_of(self.run), **more)  # fmt: skip
+
+    @property
+    def template(self) -> Template:
+        """That texts are rendered with."""
+        return Template.of(template_of(self.run), self.tokenizer)
+
+    def known(self) -> Task:
+        """The run's own data.
+
+        Raises:
+            ValueError: they cannot be read any more.
+        """
+        if self.own is None:
+            raise RunError(f"the data of {self.run.path} cannot be read ({self.why}): give instructions that the run "
+                             "serves by --old DATA")  # fmt: skip
+        return self.own
+
+    def read(self, what: str, rows: Sequence[Encoded]) -> Float[Tensor, "n inputs"]:
+        """What the gate reads of rows, standardised; `what` they are is read once."""
+        if what not in self.pooled:
+            self.pooled[what] = instructions(self.model, rows)
+        found: Tensor = self.model.base_model.layer(ADAPTER).standardised(self.pooled[what], ADAPTER)
+        return found
+
+    def unrelated(self, file: Path | None = None) -> Float[Tensor, "n inputs"]:
+        """What the gate reads of texts of no task."""
+        examples = [Example(text, "", ".") for text in gating.unrelated_texts(file)]
+        task = Task.of(self.model, self.tokenizer, examples, [], self.config("", validation_share=0.0))
+        return self.read(f"unrelated {file}", task.train)
+
+    def instructions(self) -> tuple[Sequence[Encoded], Float[Tensor, "n inputs"]]:
+        """Some of the run's training rows, as many of each task, and what the gate reads of them."""
+        task = self.known()
+        tasks = sorted({row.category for row in task.train})
+        chosen = gating.draw([tasks.index(row.category) for row in task.train], SEEN, 0)
+        rows = [task.train[i] for i in chosen]
+        return rows, self.read("own", rows)
+
+    def held(self, part: str = "test") -> Sequence[Encoded]:
+        """Rows of the run's data that it was not trained on, at most `rows` of them: the same object every time."""
+        if part not in self.found:
+            task = self.known()
+            every = task.test if part == "test" or not task.validation else task.validation
+            self.found[part] = some(every, self.rows)
+        found: Sequence[Encoded] = self.found[part]
+        return found
+
+    def measure(self, task: Task, rows: Sequence[Encoded], parts: Parts | None = None) -> Evaluation:
+        """Perplexity of rows with the adapter as it is, or another in its place."""
+        put(self.model, parts or self.parts)
+        return task.evaluate(self.model, rows=rows)
+
+    def frozen(self, task: Task, rows: Sequence[Encoded]) -> Evaluation:
+        """Perplexity of rows without any expert."""
+        put(self.model, replace(self.parts, config=replace(self.parts.config, null_threshold=0.0)))
+        found = task.evaluate(self.model, rows=rows)
+        put(self.model, self.parts)
+        return found
+
+    def weights(self, rows: Sequence[Encoded], what: str, parts: Parts | None = None) -> Weights:
+        """Who answers rows."""
+        put(self.model, parts or self.parts)
+        self.read(what, rows)
+        return self.weigh(self.pooled[what])
+
+    def weigh(self, pooled: Float[Tensor, "n inputs"]) -> Weights:
+        """Who answers instructions, of which the gate reads this, with the adapter that the model has."""
+        layer = self.model.base_model.layer(ADAPTER)
+        with torch.no_grad():
+            gate, lost = layer.gate(pooled, ADAPTER), layer.null_weight(pooled, ADAPTER)
+        return Weights(gate, gate.new_zeros(len(gate)) if lost is None else lost)
+
+    def write(self, parts: Parts, out: Path | None, command: str, said: Mapping[str, Any],
+              metrics: Mapping[str, Any] | None = None) -> Path:  # fmt: skip
+        """Write the changed run into `out`, or (None) in the place of this one; returns where it is.
+
+        Args:
+            parts: Its adapter.
+            out: Run folder.
+            command: That changed it.
+            said: What is told of the change.
+            metrics: Perplexities as `metrics.json` holds them; None: those of the run as it was hold still.
+        """
+        target = out or self.run.path
+        if out is not None and (error := refused(out, False)) is not None:
+            raise error
+        put(self.model, parts)
+        with alone(target):
+            place = target if out is not None else target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            if out is None:
+                shutil.rmtree(place, ignore_errors=True)
+            try:
+                self._fill(place, command, said, metrics)
+            except BaseException:
+                shutil.rmtree(place, ignore_errors=True)
+                raise
+            if out is None:
+                _swap(place, target)
+        return target
+
+    def _fill(self, place: Path, command: str, said: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> None:
+        config = {name: value for name, value in self.run.config.items() if name != "versions"}
+        config["arguments"] = config["arguments"] | {"out": place.name}
+        config |= {"changed": [*self.run.config.get("changed", []), {"command": command, "run": self.run.path.name}]}
+        run = Run.create(place, config)
+        if (self.run.path / "base").is_dir():
+            shutil.copytree(self.run.path / "base", place / "base", symlinks=True)
+        for name in ("inputs.json", "curves.jsonl"):
+            if (self.run.path / name).is_file():
+                shutil.copy2(self.run.path / name, place / name)
+        keep(run, self.model, self.template)
+        kept = self.run.read_metrics()
+        if metrics is not None:
+            stale = ("perplexity", "perplexity_frozen", "tokens", "best", "answers", "gate", "interference", "examples")
+            kept = {name: value for name, value in kept.items() if name not in stale} | dict(metrics)
+        run.write_metrics(kept | {"experts": parts_names(self.model), "change": dict(said)})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Who answers some instructions."""
+
+    gate: Float[Tensor, "n experts"]  # weights, less what is left to the base
+    lost: Float[Tensor, " n"]  # weight of the null expert
+
+    def mean(self) -> list[float]:
+        """Of each expert."""
+        return [float(each) for each in self.gate.mean(0)]
+
+    def left(self) -> float:
+        """Share of the instructions that are left to the base entirely."""
+        return float((self.lost >= 1).float().mean())
+
+
+def parts_names(model: Any) -> list[str]:
+    """Names of a model's experts."""
+    found: list[str] = model.peft_config[ADAPTER].named_experts
+    return found
+
+
+def some(items: Sequence[Any], count: int) -> Sequence[Any]:
+    """At most so many, drawn at random, in the order given."""
+    if len(items) <= count:
+        return items
+    return take(items, sorted(random.Random(0).sample(range(len(items)), count)))
+
+
+def fingerprints(run: Run) -> dict[str, str]:
+    """What tells a run's base and template from any others.
+
+    Raises:
+        ValueError: the run kept nothing of the kind.
+    """
+    file = run.path / "inputs.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = ("base", "tokenizer or template")
+    if not set(names) <= stored.keys():
+        raise RunError(f"{run.path} has no fingerprint of its base in inputs.json, so nothing tells whether experts "
+                         "of it would fit: train it again with `smartmops train`")  # fmt: skip
+    return {name: stored[name] for name in names}
+
+
+def _again(run: Run, old: str | None, columns: Sequence[str]) -> tuple[str, Sequence[str]]:
+    given = run.config["arguments"]
+    return (old, columns) if old is not None else (given["data"], given.get("columns", ()))
+
+
+def _check_kind(run: Run) -> None:
+    """Whether experts of this run can be changed, by its adapter's config alone.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    file = run.adapter_dir / "adapter_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("peft_type") != "MOPS" or (found.get("num_experts", 0) < 2 and not found.get("routes")):
+        raise RunError(f"{run.path} was trained with method {run.config.get('method')!r}, which has no experts to "
+                         "choose from: give a run of --method mops")  # fmt: skip
+    wanted = {"experts": "keys_values", "gate_granularity": "expert", "gate_input": "instruction", "embedder": None}
+    for name, value in wanted.items():
+        if found.get(name, value) != value:
+            raise RunError(f"{run.path} has {name}={found[name]!r}, and experts of such a run are not changed one by "
+                             f"one: train with {name}={value!r}")  # fmt: skip
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    """Put a folder in the place of another; whoever is stopped between the two renames finds both beside it."""
+    former = target.with_name(f".{target.name}.before.tmp")
+    shutil.rmtree(former, ignore_errors=True)
+    os.rename(target, former)
+    try:
+        os.rename(fresh, target)
+    except BaseException:
+        with suppress(OSError):
+            os.rename(former, target)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
