@@ -1,4 +1,5 @@
 # make quickstart   install, then train, compare and report on the embedded model
+# make docs         build the documentation into build/site
 # make test         install with the tools of development, then every check
 PYTHON ?= python3
 OUT ?= $(shell d=runs/quickstart; n=2; while [ -e $$d ]; do d=runs/quickstart-$$n; n=$$((n + 1)); done; echo $$d)
@@ -8,10 +9,14 @@ export MALLOC_MMAP_THRESHOLD_ = 8589934592
 export MALLOC_TRIM_THRESHOLD_ = 17179869184
 PIP = .venv/bin/python -m pip install --constraint constraints.txt
 
-.PHONY: quickstart test
+.PHONY: quickstart docs test
 
 quickstart: .venv/installed
 	.venv/bin/smartmops quickstart --out $(OUT)
+
+docs: .venv/installed-dev
+	.venv/bin/python scripts/site/write.py --check
+	.venv/bin/python -m mkdocs build --strict --quiet
 
 test: .venv/installed-dev
 	scripts/check

@@ -17,7 +17,7 @@ from typing import Any
 from smartmops.checks.errors import RunError
 
 STAGES = ("before", "during", "after")  # training of prompts and gate, in order of time
-_ROUNDING = 0.05  # how far a row of weights written in low precision may sum from 1
+_ROUNDING = 0.05  # how far above 1 a row of weights written in low precision may sum
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GateTable:
 
     Attributes:
         experts: Names of the columns.
-        weights: Per task, one weight per expert; each row sums to 1.
+        weights: Per task, one weight per expert; each row sums to 1, less what a null expert left to the base.
     """
 
     experts: tuple[str, ...]
@@ -39,8 +39,9 @@ class GateTable:
 
 
 def entropy(weights: Sequence[float]) -> float:
-    """Entropy in nats (natural logarithm): 0 for one expert alone, log(E) for E experts used alike."""
-    return math.fsum(-w * math.log(w) for w in weights if w > 0)
+    """Entropy in nats (natural logarithm) of the experts' shares: 0 for one alone, log(E) for E experts used alike."""
+    total = math.fsum(weights)
+    return math.fsum(-w / total * math.log(w / total) for w in weights if w > 0)
 
 
 def experts_used(weights: Sequence[float]) -> float:
@@ -90,6 +91,6 @@ def _checked(stage: str, task: str, row: Sequence[float | None], experts: Sequen
     weights = tuple(float(w) for w in row if w is not None and 0 <= w <= 1 + _ROUNDING)
     if len(weights) != len(row):
         raise RunError(f"{where}={list(row)} has a weight outside 0 to 1: write gate weights, not scores")
-    if abs(math.fsum(weights) - 1) > _ROUNDING:
-        raise RunError(f"{where} sums to {math.fsum(weights):.3g}, not 1: write the mean of softmax weights")
+    if math.fsum(weights) > 1 + _ROUNDING:
+        raise RunError(f"{where} sums to {math.fsum(weights):.3g}, more than 1: write the mean of softmax weights")
     return weights

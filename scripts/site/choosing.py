@@ -1,0 +1,370 @@
+"""docs/choosing.md, its charts, and the table in docs/relatives.md, from results files. Words here, numbers from there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+
+import results
+from results import below, by_hand, change, family, figure, loaded, on, pruned, real, said, signed
+from svg import Drawing, curves, rows
+
+PAGE, RELATIVES, FIGURES = "docs/choosing.md", "docs/relatives.md", "docs/figures"
+FAMILIES = {"frozen": "frozen", "ungated": "ungated", "mops": "MoPs", "lora": "LoRA"}
+SETS = results.SETS
+COUNTS = ("1 expert", "2 experts", "mops", "14 experts", "28 experts")
+PROMPTS = (1, 2, 5, 10, 20, 40)
+PATTERNS = {"0.5": "50 %", "0.75": "75 %", "0.85": "85 %", "0.9": "90 %", "2:4": "2:4", "4:8": "4:8", "3:4": "3:4", "7:8": "7:8"}
+
+
+def files() -> dict[str, str]:
+    """Page, charts, and the other page with its table."""
+    drawn = {"methods": methods(), "forgetting": forgetting(), "experts": experts(), "prompts": prompts(),
+             "injection": injection(), "compression": compression()}  # fmt: skip
+    page = "\n\n".join(part.strip() for part in parts()) + "\n"
+    return {PAGE: page, RELATIVES: relatives(), **{f"{FIGURES}/{name}.svg": str(each) for name, each in drawn.items()}}
+
+
+def parts() -> Iterator[str]:
+    """Of the page, in order: each a question, its answer, the picture, the table, and how to measure it on one's own."""
+    yield opening()
+    yield gate_or_not()
+    yield left_alone()
+    yield how_many_experts()
+    yield how_many_prompts()
+    yield which_layer()
+    yield which_kind()
+    yield which_compression()
+    yield federated()
+    yield closing()
+
+
+def opening() -> str:
+    """The chart of choices."""
+    return """# How to choose
+
+Written by `python scripts/site/write.py` from the results files of this repository; what a number is of stands beside it. The
+defaults are a good start: name your data, and give `--experts` the number of your tasks. What follows says when to depart.
+
+![Flow chart: from a situation to settings](figures/flow.svg)
+
+Two bases were measured on. **SmolLM2** is SmolLM2-135M-Instruct, a model one would use. **The embedded base** has 6 M
+parameters, comes with the package and reads its context poorly, so what is known from it alone is a hint."""
+
+
+def gate_or_not() -> str:
+    """Gated experts, one prompt, or one LoRA."""
+    answer = []
+    for data, what in SETS.items():
+        ours, ungated, lora = (on(data, family(data, name), "test") for name in ("mops", "ungated", "lora"))
+        answer.append(f"- On {what}, MoPs' perplexity is {worded(ours, ungated)} that of ungated prompts "
+                      f"({below(ours, ungated)} lower) and {worded(ours, lora)} that of one tuned LoRA.")  # fmt: skip
+    table = ["| data | frozen | ungated | MoPs | one LoRA | gate told tasks apart |", "|---|---|---|---|---|---|"]
+    for data, what in SETS.items():
+        cells = [said(on(data, family(data, name), "test")) for name in FAMILIES]
+        gate = mean(cell["gate_accuracy"] for cell in real(data)["mops"].values())
+        table.append(f"| {what} | {' | '.join(cells)} | {100 * gate:.0f} % |")
+    chosen = ", ".join(f"{family(data, 'lora').split()[-1]}" for data in SETS)
+    tasks = {data: means(data, "test") for data in SETS}
+    gated = claim(all((each["mops"] < each["ungated"]) == (data != "dolly") for data, each in tasks.items()),
+                  "Where tasks conflict, gated experts beat one shared prompt; where they are styles of one kind, they do "
+                  "not.")  # fmt: skip
+    first = claim(all(each["lora"] < min(each["mops"], each["ungated"]) for each in tasks.values()),
+                  "For quality on the tasks alone, one tuned LoRA is ahead of both.")  # fmt: skip
+    return f"""## A gate, one prompt, or one LoRA?
+
+**{gated} {first}**
+
+{chr(10).join(answer)}
+
+![Test perplexity by method and data](figures/methods.svg)
+
+{chr(10).join(table)}
+
+SmolLM2, perplexity over the answers of the test split, mean ± standard deviation over seeds; as many trained numbers in the same
+layers for all, 150 steps of 4 examples. LoRA's rate was chosen on validation data of each set ({chosen}), where the other two
+have their defaults. On your data: `smartmops compare MODEL --data DATA --out RUN --methods mops None prompt-tuning None lora None`.
+All variants: [the ablation on SmolLM2](../experiments/smollm2/README.md)."""
+
+
+def left_alone() -> str:
+    """What text of no task loses."""
+    found, table = [], ["| data trained on | frozen | ungated | MoPs | one LoRA |", "|---|---|---|---|---|"]
+    for data, what in SETS.items():
+        frozen = on(data, "frozen", "unrelated")
+        moved = {name: change(on(data, family(data, name), "unrelated"), frozen) for name in ("ungated", "mops", "lora")}
+        table.append(f"| {what} | {figure(frozen[0])} | {' | '.join(signed(moved[name]) for name in moved)} |")
+        found.append(moved["mops"])
+    kept = sum(abs(each) <= 0.5 for each in found)
+    changed = claim(all(abs(mean(on(data, family(data, name), "unrelated")) / on(data, "frozen", "unrelated")[0] - 1) > 0.05
+                        for data in SETS for name in ("ungated", "lora")),
+                    "Ungated prompts and LoRA changed it in each of them.")  # fmt: skip
+    return f"""## Must other text stay as it was?
+
+**Then take MoPs with their null expert, which is the default: encyclopedic text of no task kept its perplexity, within half a
+percent, in {kept} of {len(found)} data sets. {changed}**
+
+![Perplexity of unrelated text by method and data](figures/forgetting.svg)
+
+{chr(10).join(table)}
+
+SmolLM2, change of the perplexity of Wikipedia text that nobody trained on. A lower perplexity there is no gain to rely on: the
+model has changed where nobody asked it to. On Dolly, whose instructions are about anything, the null expert lets some text
+through. `--null-threshold` says how sure it has to be, `--no-null-expert` takes it away."""
+
+
+def how_many_experts() -> str:
+    """E."""
+    table = ["| data | " + " | ".join(name.replace("mops", "7 experts") for name in COUNTS) + " | clusters for labels |",
+             "|---|" + "---|" * (len(COUNTS) + 1)]  # fmt: skip
+    for data in ("superni", "dolly"):
+        cells = [said(by_hand(data, name)) for name in (*COUNTS, "gate pretrained on clusters")]
+        table.append(f"| {data} | {' | '.join(cells)} |")
+    growth = {each["experts"]: each for each in loaded("benchmarks/speed.json")["growth"]["experts"]}
+    least = min(growth)
+    steps = ", ".join(f"{count} experts {growth[count]['seconds'] / growth[least]['seconds']:.1f} times" for count in sorted(growth)[1:4])
+    few, labels = by_hand("superni", "2 experts"), by_hand("superni", "mops")
+    return f"""## How many experts?
+
+**One for each task. Fewer than tasks costs where tasks conflict ({signed(change(few, labels))} perplexity with 2 experts for six tasks);
+twice or four times as many bring no more than seeds differ by.**
+
+![Perplexity by number of experts](figures/experts.svg)
+
+{chr(10).join(table)}
+
+The embedded base, experts of 10 prompts; `superni` are six tasks that conflict. **Without task labels**, `--gate-pretraining
+clusters` groups instructions by what the base makes of them, and was {worded(by_hand("superni", "gate pretrained on clusters"), labels)}
+what labels gave on `superni` and {worded(by_hand("dolly", "gate pretrained on clusters"), by_hand("dolly", "mops"))} it on Dolly. **Time**: against {least} experts, a step with
+{steps} as long ([speed](../benchmarks/speed.md))."""
+
+
+def how_many_prompts() -> str:
+    """P."""
+    ours = {count: by_hand("dolly", f"mops, {count} prompts an expert") for count in PROMPTS}
+    table = ["| | " + " | ".join(map(str, PROMPTS)) + " |", "|---|" + "---|" * len(PROMPTS)]
+    for name, label in (("mops", "MoPs"), ("prompt-tuning", "ungated, as many in all")):
+        cells = [said(by_hand("dolly", f"{name}, {count} prompts an expert")) for count in PROMPTS]
+        table.append(f"| {label} | {' | '.join(cells)} |")
+    first, second = change(ours[10], ours[1]), change(ours[40], ours[10])
+    return f"""## How many prompts in each expert?
+
+**Ten. From 1 to 10, perplexity changed by {signed(first)}; from 10 to 40, by {signed(second)}, for four times as many columns that
+every token of an answer attends to.**
+
+![Perplexity by prompts of an expert](figures/prompts.svg)
+
+{chr(10).join(table)}
+
+The embedded base, Dolly, seven experts, one seed. `--prompts-per-expert`. With several hundred examples a task and a base that
+infers little, more are worth a try; validation data decide ([the best state is kept](commands.md#train))."""
+
+
+def which_layer() -> str:
+    """L_int."""
+    saved = loaded("benchmarks/saved_activations.json")
+    whole = saved["peft_prompt_tuning_bytes"]
+    layers = sorted(map(int, saved["bytes"]))
+    table = ["| injection layer | " + " | ".join(f"{each} of {saved['layers']}" for each in layers) + " |",
+             "|---|" + "---|" * len(layers),
+             "| kept for the backward pass | " + " | ".join(f"{saved['bytes'][str(each)] / whole:.0%}" for each in layers) + " |"]  # fmt: skip
+    early, late = by_hand("dolly", "mops at layer 0"), by_hand("dolly", "mops at layer 7")
+    middle = by_hand("dolly", "mops at layer 2")
+    return f"""## Which layer?
+
+**The default, 9 of 32 layers from the bottom (and the same share of other depths). Lower costs time and memory, higher costs
+quality: layer 7 of 8 has {signed(change(late, middle))} perplexity against the default, layer 0 {signed(change(early, middle))}.**
+
+![Perplexity by injection layer](figures/injection.svg)
+
+{chr(10).join(table)}
+
+Above, the embedded base of 8 layers, Dolly, one seed; the table, against PEFT's prompt tuning at the input
+([saved activations](../benchmarks/saved_activations.md)). `--injection-layer` counts from 0. The gate may read another layer
+(`--gate-layer`): by default the one where held-out instructions are told apart best."""
+
+
+def which_kind() -> str:
+    """Keys and values or hidden states; who sees them."""
+    found = loaded("benchmarks/experts.json")
+    lines = ["| experts | a step | kept for the backward pass |", "|---|---|---|"]
+    lines += [f"| {name} | {found['ratios'][name]:.2f} | {found['memory_ratios'][name]:.2f} |" for name in found["ratios"]]
+    table = ["| | " + " | ".join(SETS.values()) + " |", "|---|" + "---|" * len(SETS)]
+    for variant in ("mops", "mops shared half", "mops separate"):
+        table.append(f"| {variant} | " + " | ".join(said(on(data, variant, "test")) for data in SETS) + " |")
+    return f"""## Which kind of expert, and who sees it?
+
+**Keys and values, seen by answers alone (both defaults): a step takes {found["ratios"]["keys and values, seen by answers"]:.0%} of the time it
+takes with hidden states, and keeps {found["memory_ratios"]["keys and values, seen by answers"]:.0%} of the memory.**
+
+{chr(10).join(lines)}
+
+SmolLM2, relative to hidden states ([a step by kind of expert](../benchmarks/experts.md)). `--visible-to all` lets instructions see the
+experts too, which costs the difference between the last two rows. `--expert-kind hidden_states` is the paper's, and the one to
+take for its tables. Columns that all tasks share (`--shared-prompts`), or a softmax of their own (`--prefix-attention separate`),
+gained nothing beyond the seeds where tasks conflict, and a little on Dolly:
+
+{chr(10).join(table)}"""
+
+
+def which_compression() -> str:
+    """Pruning and quantisation."""
+    dense = loaded("experiments/compression/results.json")["wiki"]["dense"]
+    base = dense["perplexity"]
+    table = ["| | SparseGPT | Wanda | magnitude | SparseGPT + int8 | + NF4 |", "|---|---|---|---|---|---|",
+             f"| dense | {figure(base)} | | | {figure(dense['int8'])} | {figure(dense['nf4'])} |"]  # fmt: skip
+    for setting, name in PATTERNS.items():
+        cells = [pruned("sparsegpt", setting), pruned("wanda", setting), pruned("magnitude", setting),
+                 pruned("sparsegpt", setting, "int8"), pruned("sparsegpt", setting, "nf4")]  # fmt: skip
+        table.append(f"| {name} | {' | '.join(said(each) for each in cells)} |")
+    half, three = (change(pruned("sparsegpt", each), [base]) for each in ("0.5", "0.75"))
+    gains = {data: ", ".join(f"{signed(change(by_hand(data, 'mops', base), by_hand(data, 'prompt-tuning', base)))} {where}"
+                             for base, where in (("dense", "dense"), ("75%", "at 75 %"), ("90%", "at 90 % zeros")))
+             for data in ("superni", "dolly")}  # fmt: skip
+    return f"""## Which compression?
+
+**If memory is short: `--int8`, or `--nf4` where that is not enough. They changed perplexity by {signed(change([dense["int8"]], [base]))} and
+{signed(change([dense["nf4"]], [base]))}. Pruning saves neither memory nor time in dense kernels; where zeros are what you need, SparseGPT at 50 %
+costs {signed(half)}, at 75 % {signed(three)}.**
+
+![Perplexity by pattern and solver](figures/compression.svg)
+
+{chr(10).join(table)}
+
+The embedded base, held-out Wikipedia text ([compression](../experiments/compression/README.md)). `--pattern 2:4` zeroes 2 of every 4,
+as GPUs' sparse kernels want it. Adapters train on all of these. What a gate is
+worth on a pruned base depends on the tasks more than on the zeros: against ungated prompts MoPs had {gains["superni"]} on six tasks
+that conflict, and {gains["dolly"]} on Dolly."""
+
+
+def federated() -> str:
+    """Which averaging."""
+    table = ["| data | FedPrompt | MoPs, FedAvg | MoPs, weighted by use |", "|---|---|---|---|"]
+    wins = total = 0
+    for data in ("superni", "dolly"):
+        for base in ("dense", "75%", "85%", "7:8"):
+            cells = [by_hand(data, name, base, "federate") for name in ("fedprompt", "mops", "mops-expert-weighted")]
+            wins += sum(a < b for a, b in zip(cells[2], cells[1], strict=True))
+            total += len(cells[1])
+            table.append(f"| {data}, {base} | {' | '.join(said(each) for each in cells)} |")
+    return f"""## Federated: which average?
+
+**`--aggregation expert-weighted` where clients' tasks are skewed: each expert is averaged by how much each client's gate used it, and
+that was lower than FedAvg in {wins} of {total} pairs of runs. Whether to gate at all is the first question above.**
+
+{chr(10).join(table)}
+
+The embedded base, a hundred skewed clients, ten a round ([federated](../experiments/federated/README.md), [federation](federation.md))."""
+
+
+def closing() -> str:
+    """How to let one's own data decide."""
+    return """## Let your data decide
+
+Hold a part out, try few things, and keep the test split for the end:
+
+```
+smartmops compare smollm2 --data yours.jsonl --out runs/choice --validation --steps 150 --batch-size 4 \\
+    --methods mops None prompt-tuning None lora None --seeds 0 1 2
+smartmops report runs/choice
+```
+
+`--validation` measures on a part of the training split instead of the test split. The report has perplexity by task and seed, what
+each expert is used for, and answers side by side."""
+
+
+def claim(holds: bool, words: str) -> str:
+    """Words that results have to carry.
+
+    Raises:
+        ValueError: they no longer do, so the page has to be written anew by hand.
+    """
+    if not holds:
+        raise ValueError(f"the results no longer say {words!r}: read them, and change scripts/site/choosing.py")
+    return words
+
+
+def worded(ours: Sequence[float], other: Sequence[float]) -> str:
+    """How the first mean lies to the second; `level with` where they differ by less than either's spread."""
+    percent = change(ours, other)
+    spread = max((max(each) - min(each)) / 2 for each in (ours, other))
+    if abs(mean(ours) - mean(other)) <= spread:
+        return f"level with ({signed(percent)})"
+    return f"{abs(percent):.1f} % {'above' if percent > 0 else 'below'}"
+
+
+def means(data: str, part: str) -> dict[str, float]:
+    """Of each family, over seeds."""
+    return {name: mean(on(data, family(data, name), part)) for name in FAMILIES}
+
+
+def relative(part: str) -> list[tuple[str, Mapping[str, Sequence[float]]]]:
+    """By data and method, perplexities on a part as a share of the frozen model's."""
+    found: list[tuple[str, Mapping[str, Sequence[float]]]] = []
+    for data, what in SETS.items():
+        frozen = on(data, "frozen", part)[0]
+        found.append((what, {label: [value / frozen for value in on(data, family(data, name), part)]
+                             for name, label in FAMILIES.items() if name != "frozen"}))  # fmt: skip
+    return found
+
+
+def methods() -> Drawing:
+    """Quality on the tasks."""
+    return rows("Tasks trained on: test perplexity (SmolLM2)", "perplexity as a share of the frozen model's; lower is better",
+                relative("test"), ["ungated", "MoPs", "LoRA"], log=True)  # fmt: skip
+
+
+def forgetting() -> Drawing:
+    """What unrelated text pays."""
+    return rows("Text of no task: perplexity after training (SmolLM2)",
+                "perplexity as a share of the frozen model's; 1 is unchanged", relative("unrelated"),
+                ["ungated", "MoPs", "LoRA"], log=True, mark=1.0)  # fmt: skip
+
+
+def experts() -> Drawing:
+    """Perplexity by number of experts, as a share of that with seven."""
+    lines = {}
+    for data, label in (("superni", "six tasks that conflict"), ("dolly", "Dolly")):
+        seven = mean(by_hand(data, "mops"))
+        lines[label] = [(count, mean(by_hand(data, name)) / seven) for count, name in zip((1, 2, 7, 14, 28), COUNTS, strict=True)]
+    return curves("Perplexity by number of experts (embedded base, three seeds)", "experts", "against seven experts", lines, log=True)
+
+
+def prompts() -> Drawing:
+    """Perplexity by prompts of each expert."""
+    lines = {label: [(count, mean(by_hand("dolly", f"{name}, {count} prompts an expert"))) for count in PROMPTS]
+             for name, label in (("prompt-tuning", "ungated"), ("mops", "MoPs"))}  # fmt: skip
+    return curves("Perplexity by prompts of each of seven experts (embedded base, Dolly, one seed)", "prompts of an expert", "perplexity", lines, log=True)
+
+
+def injection() -> Drawing:
+    """Perplexity by injection layer."""
+    lines = {label: [(layer, mean(by_hand("dolly", f"{name} at layer {layer}"))) for layer in range(8)]
+             for name, label in (("prompt-tuning", "ungated"), ("mops", "MoPs"))}  # fmt: skip
+    return curves("Perplexity by injection layer (embedded base of 8 layers, Dolly, one seed)", "injection layer, from 0", "perplexity", lines)
+
+
+def compression() -> Drawing:
+    """Perplexity by pattern and solver."""
+    dense = loaded("experiments/compression/results.json")["wiki"]["dense"]["perplexity"]
+    found = [(name, {label: pruned(solver, setting) for solver, label in
+                     (("sparsegpt", "SparseGPT"), ("wanda", "Wanda"), ("magnitude", "magnitude"))})
+             for setting, name in PATTERNS.items()]  # fmt: skip
+    return rows("What pruning costs (embedded base, Wikipedia text)", "perplexity; the line is the dense base",
+                found, ["SparseGPT", "Wanda", "magnitude"], log=True, mark=dense)  # fmt: skip
+
+
+def relatives() -> str:
+    """docs/relatives.md, whose block of measured numbers is written anew."""
+    speed, table = loaded("benchmarks/speed.json")["ratios"], []
+    for words, key in (("training, examples a second against PEFT's prompt tuning", "train_vs_prompt_tuning"),
+                       ("the same against PEFT's LoRA", "train_vs_lora"),
+                       ("memory at the peak of training against prompt tuning", "train_memory_vs_prompt_tuning"),
+                       ("reading an instruction, seconds against the bare model", "prefill_vs_bare"),
+                       ("a token at batch 1, seconds against the bare model", "decode_vs_bare_batch_1"),
+                       ("one batch of all tasks, tokens a second against a LoRA for each row in PEFT", "mixed_batch_vs_lora")):  # fmt: skip
+        table.append(f"| {words} | {speed[key]:.2f} |")
+    block = "\n".join(["| measured | ratio |", "|---|---|", *table])
+    text = (results.ROOT / RELATIVES).read_text(encoding="utf-8")
+    return re.sub(r"(<!-- written -->\n).*?(\n<!-- /written -->)", lambda m: m[1] + block + m[2], text, flags=re.DOTALL)
