@@ -13,11 +13,12 @@ from pathlib import Path
 
 # A room imports only rooms before it.
 ROOMS = (
-    "checks", "options", "rows", "backbone", "attention", "experts", "adapter", "calls", "tuner",
+    "checks", "options", "settings", "progress", "rows",
+    "backbone", "attention", "experts", "adapter", "calls", "tuner",
     "tiny", "data", "tokens", "gguf", "base", "compression",
     "runs", "states", "evaluation", "methods", "preparing", "fitting", "flow", "analysis",
     "clients", "federated", "flower", "deployment",
-    "report", "evidence", "reproduce", "bench", "door", "serving", "surgery", "ending", "cli",
+    "report", "evidence", "reproduce", "bench", "door", "playground", "serving", "surgery", "handover", "ending", "cli",
 )  # fmt: skip
 FILE_LINES = 400
 FUNCTION_LINES = 60

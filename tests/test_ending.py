@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,11 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from smartmops.checks.quorum import QuorumLost
-from smartmops.ending import ending, is_full, lower, parsed, said
+from smartmops.checks import errors
+from smartmops.checks.errors import QuorumLost
+from smartmops.checks.resources import is_full, lower, translated
+from smartmops.ending import ending, said
 from smartmops.options.compression import CompressConfig
 from smartmops.options.training import TrainConfig
+from smartmops.runs.folder import versions
+from smartmops.settings.line import parsed
 
 
 def ended(config: Any, act: Any, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
@@ -61,20 +67,50 @@ def test_a_lack_of_memory_says_what_to_lower(
     error: Exception, config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, line = ended(config, raises(error), capsys)
-    assert status == 1 and line.count("\n") == 1
+    assert status == 2 and line.count("\n") == 1
     assert line.startswith("error: out of memory") and "lower --batch-size (now 64) or --max-length (now 512)" in line
     assert "--dtype bfloat16" in line and "--activations off" in line
 
 
-def test_other_faults_of_ours_keep_their_traceback(config: TrainConfig) -> None:
-    with pytest.raises(RuntimeError, match="shapes"), ending(config):
-        raise RuntimeError("shapes do not fit")
-    assert not is_full(RuntimeError("shapes do not fit"))
-    assert "close other programs" in lower(None, MemoryError())
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), ValueError("a bug of ours"), KeyError("a"),
+                                   BrokenPipeError("a client hung up"), AssertionError()])  # fmt: skip
+def test_a_bug_shows_its_traceback_and_asks_for_a_report(
+    error: Exception, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = ended(config, raises(error), capsys)
+    assert status == 1 and "Traceback (most recent call last)" in said and type(error).__name__ in said
+    assert "This is a bug in smartmops. Please report it" in said
+    last = said.splitlines()[-1]
+    assert all(f"{name} {version}" in last for name, version in versions().items()), last
+    assert not is_full(error) and "close other programs" in lower(None, MemoryError())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type)],
+                         ids=lambda kind: kind.__name__)  # fmt: skip
+def test_what_a_user_can_mend_is_a_line(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    assert issubclass(kind, errors.SmartmopsError)
+    stopped = kind is errors.QuorumLost
+    title, status = ("stopped", 3) if stopped else ("error", 2)
+    assert ended(None, raises(kind("mend it")), capsys) == (status, f"{title}: mend it\n")
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device", "/runs/a/metrics.json"),
+    PermissionError(errno.EACCES, "Permission denied", "/runs/a/metrics.json"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+])  # fmt: skip
+def test_a_full_or_closed_disk_is_a_line(
+    error: Exception, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, line = ended(config, raises(error), capsys)
+    assert status == 2 and line.count("\n") == 1 and "free some disk space" in line and "--resume" in line
+    assert getattr(error, "filename", None) is None or "/runs/a/metrics.json: " in line
+    with pytest.raises(errors.DiskError, match="free some disk space"), translated(config):
+        raise error
 
 
 def test_every_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended(None, raises(ValueError("a [b] " * 60 + "\n--two 2: choose 1")), capsys)[1].count("\n") == 2
+    assert ended(None, raises(errors.DataError("a [b] " * 60 + "\n--two 2: choose 1")), capsys)[1].count("\n") == 2
     assert ended(None, raises(QuorumLost("too few")), capsys) == (3, "stopped: too few\n")
     said("error", "[/red] is printed as it is")
     assert capsys.readouterr().err == "error: [/red] is printed as it is\n"
@@ -99,7 +135,3 @@ def test_a_command_whose_reader_has_gone_ends_without_a_word(words: list[str]) -
     finally:
         os.close(writer)
     assert ended.stderr == b"" and ended.returncode in (1, 141), "141 as SIGPIPE would have it; rich says 1"
-
-
-def test_another_broken_pipe_is_an_error_like_others(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended(config, raises(BrokenPipeError("a client hung up")), capsys) == (2, "error: a client hung up\n")

@@ -14,7 +14,19 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smartmops.checks.errors import (
+        AdapterError,
+        BaseModelError,
+        ConfigError,
+        DataError,
+        FederationError,
+        MissingExtra,
+        ResourceError,
+        RunError,
+        SmartmopsError,
+    )
     from smartmops.flow.prepare import Prepared, prepare
+    from smartmops.options.finished.handover import ExportConfig, PushConfig
     from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
     from smartmops.rows.example import Example
 
@@ -29,6 +41,7 @@ if TYPE_CHECKING:
         compress,
         drop_expert,
         evaluate,
+        export,
         federate,
         freeze_expert,
         inspect,
@@ -36,6 +49,7 @@ if TYPE_CHECKING:
         load_run,
         merge_experts,
         preview,
+        push,
         rename_expert,
         train,
     )
@@ -58,23 +72,37 @@ _FROM = {
     "load_base": "base", "prepare": "flow.prepare", "Prepared": "flow.prepare",
     "TrainConfig": "options.training", "CompareConfig": "options.training", "CompressConfig": "options.compression",
     "FederateConfig": "options.federation", "LoadedRun": "analysis.finished",
+    **dict.fromkeys(("SmartmopsError", "ConfigError", "DataError", "BaseModelError", "AdapterError", "RunError",
+                     "FederationError", "MissingExtra", "ResourceError"), "checks.errors"),
+    "ExportConfig": "options.finished.handover", "PushConfig": "options.finished.handover",
     **dict.fromkeys(("DataConfig", "EvaluateConfig", "InspectConfig"), "options.finished.reading"),
-    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "inspect", "load_run",
+    **dict.fromkeys(("train", "compare", "federate", "compress", "evaluate", "export", "push", "inspect", "load_run",
                      "preview", "list_experts", "add_expert", "drop_expert", "merge_experts", "rename_expert",
                      "freeze_expert", "calibrate", "advise"), "door"),
 }  # fmt: skip
 __all__ = [
+    "AdapterError",
+    "BaseModelError",
     "CompareConfig",
     "CompressConfig",
+    "ConfigError",
     "DataConfig",
+    "DataError",
     "EvaluateConfig",
     "Example",
+    "ExportConfig",
     "FederateConfig",
+    "FederationError",
     "InspectConfig",
     "LoadedRun",
+    "MissingExtra",
     "MoPsConfig",
     "MoPsModel",
     "Prepared",
+    "PushConfig",
+    "ResourceError",
+    "RunError",
+    "SmartmopsError",
     "TrainConfig",
     "__version__",
     "add_expert",
@@ -84,6 +112,7 @@ __all__ = [
     "compress",
     "drop_expert",
     "evaluate",
+    "export",
     "federate",
     "freeze_expert",
     "inspect",
@@ -93,6 +122,7 @@ __all__ = [
     "merge_experts",
     "prepare",
     "preview",
+    "push",
     "read",
     "rename_expert",
     "render",

@@ -8,29 +8,27 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from functools import partial, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import tyro
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from smartmops.checks.limits import Options, check
-from smartmops.ending import ending, parsed, quiet, unread
+from smartmops.ending import ending, quiet, unread
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import ClientConfig, FederateConfig, KeysConfig, ServerConfig
+from smartmops.options.finished.handover import ExportConfig, PushConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.options.finished.serving import ChatConfig, GenerateConfig, ServeConfig
 from smartmops.options.finished.surgery import AdviseConfig, ExpertsConfig
 from smartmops.options.method import Method
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
-
-console = Console()
+from smartmops.progress.bars import console
+from smartmops.settings.line import asked
 
 # Adam's rates for so short a budget, tuned on a tenth of the training split: experiments/office/tuning.json.
 QUICKSTART_RATES: dict[Method, float | None] = {"prompt-tuning": 3.0, "mops": 3.0}
@@ -229,6 +227,37 @@ def serve_command(config: ServeConfig) -> None:
     serve(config, lambda words: print(words, flush=True))
 
 
+def export_command(config: ExportConfig) -> dict[str, Any]:
+    """Write a run's experts, or its gate, in a form that other programs load; each is compared with the run first."""
+    _ready(config)
+    from smartmops.handover.export import export
+
+    found = export(config)
+    sides = found["experts"] if config.format != "router" else {"gate": found}
+    table = Table("compared with the run", "same", "of", "largest difference")
+    for name, each in sides.items():
+        count = each.get("tokens", each.get("texts"))
+        table.add_row(escape(name), str(each["same"]), str(count), f"{each['largest_difference']:.1e}")
+    console.print(table)
+    console.print(f"{config.out}: README.md says how it is loaded")
+    return found
+
+
+def push_command(config: PushConfig) -> dict[str, Any]:
+    """Put a run's adapter and its card on the hub; --dry-run only lists what would go there."""
+    _ready(config)
+    from smartmops.handover.hub import push
+
+    found = push(config)
+    table = Table(f"{'would be ' if config.dry_run else ''}pushed to {found['repo']}", "bytes")
+    for name, size in found["files"].items():
+        table.add_row(escape(name), f"{size:,}")
+    console.print(table)
+    if found["url"]:
+        console.print(found["url"])
+    return found
+
+
 def experts_command(config: ExpertsConfig) -> dict[str, Any]:
     """List, add, drop, merge, rename, freeze or calibrate the experts of a run; the others stay as they are."""
     _ready(config)
@@ -327,7 +356,7 @@ def _print_answers(found: dict[str, Any]) -> None:
     console.print(table)
 
 
-COMMANDS: dict[str, Any] = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "quickstart": quickstart,
     "compress": compress_command,
     "train": train_command,
@@ -342,6 +371,8 @@ COMMANDS: dict[str, Any] = {
     "generate": generate_command,
     "chat": chat_command,
     "serve": serve_command,
+    "export": export_command,
+    "push": push_command,
     "experts": experts_command,
     "advise": advise_command,
     "report": report_command,
@@ -350,26 +381,13 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def _later(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command that is called once its options are parsed, so that what it prints and raises is no parser's."""
-
-    @wraps(command)
-    def bound(*args: Any, **kwargs: Any) -> Any:
-        return partial(command, *args, **kwargs)
-
-    return bound
-
-
 def main() -> None:
-    """Entry point; an error of the user's is one line on stderr and exit status 2."""
+    """Entry point; an error that the user can mend is a line for each fault on stderr, and exit status 2."""
     logging.basicConfig(format="%(message)s")
     # Which form the data have, and what was left out of them.
     logging.getLogger("smartmops.data").setLevel(logging.INFO)
     with unread():
-        call = parsed(lambda: tyro.extras.subcommand_cli_from_dict(
-            {name: _later(command) for name, command in COMMANDS.items()}, prog="smartmops",
-            description="Mixture of Prompts: one frozen model, many tasks.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        ))  # fmt: skip
-        with ending(next(iter([*call.args, *call.keywords.values()]), None)):
+        with ending():
+            call, config = asked(COMMANDS, sys.argv[1:])
+        with ending(config):
             call()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from smartmops.checks.limits import Options, check_named, hints_of, in_python
+from smartmops.checks.errors import UnknownOption
+from smartmops.checks.limits import Options, check_named, hints_of, named_in_python
+from smartmops.checks.resources import translated
 from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
+from smartmops.options.finished.handover import ExportConfig, PushConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig, InspectConfig
 from smartmops.options.finished.surgery import (
     AddConfig,
@@ -25,6 +28,7 @@ from smartmops.options.finished.surgery import (
     RenameConfig,
 )
 from smartmops.options.training import CompareConfig, TrainConfig
+from smartmops.settings.reading import options_of
 
 if TYPE_CHECKING:
     from smartmops.analysis.finished import LoadedRun
@@ -32,43 +36,46 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Options)
 
 
-def train(config: TrainConfig | None = None, **options: Any) -> dict[str, Any]:
+def train(config: TrainConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Adapt a frozen model to a data set and write a run folder.
 
     Args:
-        config: Everything `smartmops train` takes.
+        config: Everything `smartmops train` takes, or a YAML file of options such as a run's `config.yaml`.
         **options: The same by name, in place of a config: `train(model="smollm2", data="yours.jsonl", out="run")`.
+            Beside a file, they count for more than what stands in it.
 
     Returns:
         What `metrics.json` holds: `perplexity`, `perplexity_frozen` {`overall`, `per_task`} and more.
 
     Raises:
-        ValueError: options, data or base do not fit; one line for each, with value, limit and way out.
-        FileExistsError: `out` holds a run already and `resume` is off.
+        ConfigError, DataError, BaseModelError: options, data or base do not fit; one line for each fault, with value,
+            limit and way out.
+        RunExists: `out` holds a run already and `resume` is off.
+        ResourceError: memory or disk space was not enough.
     """
     return _run("flow.trainer", "train", _made(TrainConfig, config, options))
 
 
-def compare(config: CompareConfig | None = None, **options: Any) -> dict[str, Any]:
+def compare(config: CompareConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Evaluate the frozen base, train each method under each seed, write a run folder.
 
     Returns:
         What `metrics.json` holds: `perplexity` {method: mean over seeds} and `per_task` {method: {task: value}}.
 
     Raises:
-        ValueError, FileExistsError: as `train`.
+        SmartmopsError: as `train`.
     """
     return _run("flow.compare", "compare", _made(CompareConfig, config, options))
 
 
-def federate(config: FederateConfig | None = None, **options: Any) -> dict[str, Any]:
+def federate(config: FederateConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Train one adapter over clients whose data stay with them, and write a run folder.
 
     Returns:
         What `metrics.json` holds: as `train`, and `rounds`, a list.
 
     Raises:
-        ValueError, FileExistsError: as `train`.
+        SmartmopsError: as `train`.
         QuorumLost: too few clients answered, again and again.
     """
     made = _made(FederateConfig, config, options)
@@ -76,55 +83,81 @@ def federate(config: FederateConfig | None = None, **options: Any) -> dict[str, 
     return _run(*(("flower.simulation", "simulate") if simulated else ("federated.federate", "federate")), made)
 
 
-def compress(config: CompressConfig | None = None, **options: Any) -> dict[str, Any]:
+def compress(config: CompressConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Prune a model, quantise it, or both, into a folder that transformers loads.
 
     Returns:
         `sparsity`, `perplexity_before`, `perplexity_after`, `bytes_before`, `bytes_after` and `seconds`.
 
     Raises:
-        ValueError, FileExistsError: as `train`.
+        SmartmopsError: as `train`.
     """
     return _run("compression.compress", "compress", _made(CompressConfig, config, options))
 
 
-def evaluate(config: EvaluateConfig | None = None, **options: Any) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Perplexity of a finished run over response tokens, on its test split or other data.
 
     Returns:
         `perplexity` {`overall`, `per_task`}; also `answers` where some are asked for.
 
     Raises:
-        ValueError: there is no such run, or the data do not fit.
+        SmartmopsError: there is no such run, or the data do not fit.
     """
     return _run("analysis.finished", "evaluate", _made(EvaluateConfig, config, options))
 
 
-def inspect(config: InspectConfig | None = None, **options: Any) -> dict[str, Any]:
+def inspect(config: InspectConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Which experts a run's gate chooses for an instruction, and both models' answers.
 
     Returns:
         `gate` {expert: weight}, `left_to_base`, `frozen` and `adapted`.
 
     Raises:
-        ValueError: there is no such run, or its method has no gate.
+        SmartmopsError: there is no such run, or its method has no gate.
     """
     return _run("analysis.finished", "inspect", _made(InspectConfig, config, options))
 
 
-def preview(config: DataConfig | None = None, **options: Any) -> dict[str, Any]:
+def preview(config: DataConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """What `train` would read of DATA: counts, lengths in tokens, what is cut, what stands twice, examples.
 
     Returns:
         As `smartmops.analysis.preview.preview`.
 
     Raises:
-        ValueError: the data cannot be read.
+        DataError, BaseModelError: data or tokenizer cannot be read.
     """
     return _run("analysis.preview", "preview", _made(DataConfig, config, options))
 
 
-def list_experts(run: str | Path, config: ListConfig | None = None, **options: Any) -> dict[str, Any]:
+def export(config: ExportConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Write a run's experts, or its gate, in a form that other programs load.
+
+    Returns:
+        How far what was written is from the run; the same is in `export.json`.
+
+    Raises:
+        ValueError: there is no such run, or it cannot be carried in that form.
+        ImportError: a package is missing; the message has its `pip install` line.
+    """
+    return _run("handover.export", "export", _made(ExportConfig, config, options))
+
+
+def push(config: PushConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Put a run's adapter, its template and its card into a repository of the hub.
+
+    Returns:
+        `repo`, `files` {name: bytes} and `url` (None with `dry_run`, which sends nothing).
+
+    Raises:
+        OSError: the hub cannot be reached, or does not let us write.
+        ValueError: there is no such run.
+    """
+    return _run("handover.hub", "push", _made(PushConfig, config, options))
+
+
+def list_experts(run: str | Path, config: ListConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Each expert of a run: tasks, usage, nearest neighbours, cost of dropping it.
 
     Args:
@@ -141,7 +174,7 @@ def list_experts(run: str | Path, config: ListConfig | None = None, **options: A
     return _changed("change", "listed", run, _made(ListConfig, config, options))
 
 
-def add_expert(run: str | Path, config: AddConfig | None = None, **options: Any) -> dict[str, Any]:
+def add_expert(run: str | Path, config: AddConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Add one expert to a run: trained on `data`, moved from another run (`source`), or made of a written `prompt`.
 
     Returns:
@@ -153,32 +186,32 @@ def add_expert(run: str | Path, config: AddConfig | None = None, **options: Any)
     return _changed("add", "add", run, _made(AddConfig, config, options))
 
 
-def drop_expert(run: str | Path, config: DropConfig | None = None, **options: Any) -> dict[str, Any]:
+def drop_expert(run: str | Path, config: DropConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Take the expert `name` out of a run; returns what it cost, and where its instructions go."""
     return _changed("change", "drop", run, _made(DropConfig, config, options))
 
 
-def merge_experts(run: str | Path, config: MergeConfig | None = None, **options: Any) -> dict[str, Any]:
+def merge_experts(run: str | Path, config: MergeConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Put one expert in the place of `first` and `second`; returns perplexity before and after."""
     return _changed("change", "merge", run, _made(MergeConfig, config, options))
 
 
-def rename_expert(run: str | Path, config: RenameConfig | None = None, **options: Any) -> dict[str, Any]:
+def rename_expert(run: str | Path, config: RenameConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Call the expert `name` `to`; returns all names."""
     return _changed("change", "rename", run, _made(RenameConfig, config, options))
 
 
-def freeze_expert(run: str | Path, config: FreezeConfig | None = None, **options: Any) -> dict[str, Any]:
+def freeze_expert(run: str | Path, config: FreezeConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Let further training leave the expert `name` as it is, or with `off` train it again; returns the frozen ones."""
     return _changed("change", "freeze", run, _made(FreezeConfig, config, options))
 
 
-def calibrate(run: str | Path, config: CalibrateConfig | None = None, **options: Any) -> dict[str, Any]:
+def calibrate(run: str | Path, config: CalibrateConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Set what is left to the base from texts (`unrelated`) that should be; returns shares before and after."""
     return _changed("change", "calibrate", run, _made(CalibrateConfig, config, options))
 
 
-def advise(config: AdviseConfig | None = None, **options: Any) -> dict[str, Any]:
+def advise(config: AdviseConfig | str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Whether a new task needs an expert of its own: how the gate sees it, perplexity, a short trial.
 
     Returns:
@@ -194,8 +227,8 @@ def load_run(path: str | Path) -> LoadedRun:
     """A finished run, loaded once: it answers, says which experts fire, and is measured.
 
     Raises:
-        FileNotFoundError: there is no finished run.
-        ValueError: its adapter is damaged, or belongs to another base.
+        RunNotFound: there is no finished run.
+        AdapterError: its adapter is damaged, or belongs to another base.
     """
     finished = import_module("smartmops.analysis.finished")
     found: LoadedRun = finished.LoadedRun.open(Path(path))
@@ -206,26 +239,37 @@ def _changed(module: str, name: str, run: str | Path, change: Change) -> dict[st
     """A change of a run's experts, once it is known that it can be made."""
     config = ExpertsConfig(run=Path(run), do=change)
     check_named(config)
-    found: dict[str, Any] = getattr(import_module(f"smartmops.surgery.{module}"), name)(config.run, config.do)
-    return found
+    act: Callable[..., dict[str, Any]] = getattr(import_module(f"smartmops.surgery.{module}"), name)
+    with named_in_python(config), translated(config):
+        return act(config.run, config.do)
 
 
-def _made(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
+def _made(kind: type[C], config: C | str | Path | None, options: dict[str, Any]) -> C:
     """The config, checked.
 
     Raises:
-        TypeError: a config and options, or an option that is unknown or missing.
-        ValueError: a value is outside its limits.
+        UnknownOption: a config and options, or an option that is unknown or missing.
+        ConfigError: a value is outside its limits, or the file cannot be read.
     """
+    if isinstance(config, str | Path):
+        options, config = options_of(config, kind) | options, None
     if config is not None and options:
-        raise TypeError(f"a config and {', '.join(options)}: give one or the other")
+        raise UnknownOption(f"a config and {', '.join(options)}: give one or the other")
     if config is None:
-        names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-        if unknown := [name for name in options if name not in names]:
-            raise TypeError(f"{unknown[0]!r} is no option of {kind.__name__}{_near(unknown[0], names)}")
-        config = kind(**{name: _as_path(kind, name, value) for name, value in options.items()})
+        config = kind(**_complete(kind, options))
     check_named(config)
     return config
+
+
+def _complete(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a config, all known and none missing."""
+    known = {each.name: each for each in fields(kind)}
+    if unknown := [name for name in options if name not in known]:
+        raise UnknownOption(f"{unknown[0]!r} is no option of {kind.__name__}{_near(unknown[0], {*known})}")
+    needed = [name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
+    if missing := [name for name in needed if name not in options]:
+        raise UnknownOption(f"{kind.__name__} needs {' and '.join(missing)}: give {missing[0]}=...")
+    return {name: _as_path(kind, name, value) for name, value in options.items()}
 
 
 def _as_path(kind: type, name: str, value: Any) -> Any:
@@ -248,8 +292,6 @@ def _run(module: str, name: str, config: Options) -> dict[str, Any]:
     """The function behind a command, imported now: it brings torch along."""
     early = import_module("smartmops.flow.early")
     run: Callable[[Options], dict[str, Any]] = getattr(import_module(f"smartmops.{module}"), name)
-    try:
+    with named_in_python(config), translated(config):
         early.look_at(config)
-    except ValueError as error:
-        raise ValueError(in_python(str(error))) from None
-    return run(config)
+        return run(config)

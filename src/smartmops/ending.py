@@ -1,37 +1,30 @@
-"""How a command ends: every error of the user's, a kill and a lack of memory as lines on stderr, and an exit status.
+"""How a command ends: what a user can mend as lines on stderr, a bug with its traceback, and an exit status.
 
 Knows errors, signals and configs. Imports nothing that takes time to import.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import re
 import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 
-from smartmops.checks.limits import typed
-from smartmops.checks.quorum import QuorumLost
+from smartmops.checks.errors import QuorumLost, SmartmopsError
+from smartmops.checks.resources import lacking
 from smartmops.options.compression import CompressConfig, beside
 
-WRONG, NO_MEMORY, QUORUM, CTRL_C, UNREAD, KILLED = 2, 1, 3, 130, 141, 143  # exit statuses
-SIZES = ("batch_size", "max_length", "sequences", "sequence_length", "actors", "experts", "prompt_tokens")
-FULL = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "alloc_failed")
-FRAME = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]+|^\s*[|+]-*|\|\s*$", re.MULTILINE)  # what tyro draws around its words
-
-T = TypeVar("T")
+FAULT, WRONG, QUORUM, CTRL_C, UNREAD, KILLED = 1, 2, 3, 130, 141, 143  # exit statuses
 
 
 class Terminated(KeyboardInterrupt):
@@ -45,33 +38,6 @@ def said(title: str, message: str) -> None:
         console.print(f"[red]{title}:[/red] {escape(line)}", highlight=False)
 
 
-def parsed(parse: Callable[[], T]) -> T:
-    """What `parse` makes of the command line; what it has against it, as one line.
-
-    Raises:
-        SystemExit: the command line is wrong, or asks for help only.
-    """
-    written = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(written):
-            return parse()
-    except SystemExit as stop:
-        if stop.code and (words := _plain(written.getvalue())):
-            said("error", words)
-        raise
-
-
-def _plain(drawn: str) -> str:
-    """The words in a frame up to its first rule, and names that are offered instead; without the frame."""
-    parts = re.split(r"[│|]?\s*[─-]{8,}\s*[│|╮╯]?\n", drawn.partition("\n")[2])
-    words = [" ".join(FRAME.sub(" ", part).split()) for part in parts]
-    offered = re.findall(r"^[│|]\s+(--[\w-]+)", next((part for part in parts if "Perhaps you meant" in part), ""), re.M)
-    listed = next((each for each in words if each.startswith("Available subcommands")), "")
-    others = [f"perhaps {' or '.join(dict.fromkeys(offered))} is meant"] if offered else [listed] if listed else []
-    first = next(filter(None, words), "")
-    return ": ".join(filter(None, [first.rstrip("."), *others]))
-
-
 @contextmanager
 def ending(config: Any = None) -> Iterator[None]:
     """Whatever ends the block early ends the process with lines and a status.
@@ -82,11 +48,6 @@ def ending(config: Any = None) -> Iterator[None]:
     with _terminable():
         try:
             yield
-        except (OSError, ValueError, ImportError) as error:
-            if isinstance(error, BrokenPipeError) and _reader_gone():
-                raise
-            said("error", str(error) or type(error).__name__)
-            _leave(WRONG, error)
         except QuorumLost as error:
             said("stopped", str(error))
             _leave(QUORUM, error)
@@ -94,11 +55,29 @@ def ending(config: Any = None) -> Iterator[None]:
             killed = isinstance(error, Terminated)
             said("stopped", f"by {'SIGTERM' if killed else 'Ctrl-C'}{way_on(config)}")
             _leave(KILLED if killed else CTRL_C, error)
-        except (MemoryError, RuntimeError) as error:
-            if not is_full(error):
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _reader_gone():
                 raise
-            said("error", lower(config, error))
-            _leave(NO_MEMORY, error)
+            known = error if isinstance(error, SmartmopsError) else lacking(config, error)
+            if known is None:
+                _ask_for_report(error)
+                _leave(FAULT, error)
+            said("error", str(known) or type(known).__name__)
+            _leave(WRONG, error)
+
+
+def _ask_for_report(error: Exception) -> None:
+    """The traceback, and what to send with it."""
+    from importlib.metadata import metadata
+    from platform import platform
+
+    from smartmops.runs.folder import versions
+
+    traceback.print_exception(error)
+    where = (metadata("smartmops").get_all("Project-URL") or ["its issue tracker"])[-1].rpartition(", ")[2]
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    print(f"\nThis is a bug in smartmops. Please report it ({where}) with the command, the lines above, and this "
+          f"one:\n{found}; {platform()}", file=sys.stderr)  # fmt: skip
 
 
 @contextmanager
@@ -159,23 +138,6 @@ def way_on(config: Any) -> str:
     if not begun.exists():
         return ": nothing was begun, so nothing is kept"
     return f": the same command with --resume goes on, to the same result ({out})"
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that memory, of the machine or of a device, was not enough."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in FULL)
-
-
-def lower(config: Any, error: BaseException) -> str:
-    """What to lower where the memory was not enough."""
-    given = [(name, getattr(config, name, None)) for name in SIZES]
-    ways = [f"{typed(name)} (now {value})" for name, value in given if isinstance(value, int) and value > 1]
-    less = f"lower {' or '.join(ways)}" if ways else "close other programs"
-    for name, choice in (("dtype", "bfloat16"), ("activations", "off")):
-        if getattr(config, name, choice) != choice:
-            less += f", or choose {typed(name)} {choice}"
-    asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error))
-    return f"out of memory{f' ({asked[1]} asked for at once)' if asked else ''}: {less}"
 
 
 def quiet() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smartmops.checks.quorum import QuorumLost
+from smartmops.checks.errors import QuorumLost
 from smartmops.clients.messages import Failure, Job, Local, Lost, Reply, pack, unpack
 from smartmops.clients.roster import LONGEST, Roster, listed, short
 from smartmops.evaluation.perplexity import Evaluation

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from smartmops.checks.errors import SmartmopsError
 from smartmops.data.files import SUFFIXES
 from smartmops.data.tasks import read
 from smartmops.rows.example import Example
@@ -49,7 +50,7 @@ def check(folder: Path, suffix: str, content: bytes) -> list[Example] | None:
     try:
         found = read(file)
     except ValueError as error:
-        assert type(error) is ValueError and "fuzzed" in str(error), repr(error)
+        assert isinstance(error, SmartmopsError) and "fuzzed" in str(error), repr(error)
         assert "\n" not in str(error) and len(str(error)) < 8000, str(error)
         return None
     assert found and all(example.response.strip() for example in found)

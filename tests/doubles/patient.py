@@ -23,13 +23,35 @@ class Patient:
 
     complete = ask
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    open = True
+
+    def slots(self) -> Patient:
+        self.spoken: list[Said] = []
+        return self
+
+    def join(self, questions: Sequence[Question]) -> list[Said]:
         self.batches.append(list(questions))
+        new = [Said(question) for question in questions]
+        self.spoken += new
         for question in questions:
             question.on_text("one")
-        while not self.let_go and not all(question.cancelled for question in questions):
-            time.sleep(0.005)
-        found = [Answer("one", 1, "cancelled" if each.cancelled else "stop", {}, 1.0) for each in questions]
-        for question, answer in zip(questions, found, strict=True):
-            question.on_end(answer)
-        return found
+        return new
+
+    def step(self) -> None:
+        time.sleep(0.005)
+        for each in self.spoken:
+            if self.let_go or each.question.cancelled:
+                each.end("cancelled" if each.question.cancelled else "stop")
+        self.spoken = [each for each in self.spoken if each.ended is None]
+
+
+class Said:
+    """An answer of one word."""
+
+    def __init__(self, question: Question) -> None:
+        self.question, self.ids = question, [1]
+        self.ended: str | None = None
+
+    def end(self, how: str) -> None:
+        self.ended = how
+        self.question.on_end(Answer("one", 1, how, {}, 1.0))

@@ -12,7 +12,8 @@ import torch
 from questions import GREEDY, LONG, SHORT, mixed
 from smartmops.evaluation.perplexity import answer
 from smartmops.rows.example import Example
-from smartmops.serving.answering import Answer, Answerer, Settings, Spoken
+from smartmops.serving.answering import Answer, Answerer, Settings
+from smartmops.serving.slots import Spoken
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -89,6 +90,53 @@ def test_completions_go_on_with_several_prompts_and_choices(client: Any, answere
     assert cut.choices[0].finish_reason == "stop"
 
 
+def test_tokens_are_told_with_how_likely_they_were(client: Any, answerer: Answerer) -> None:
+    asked = {"model": "auto", "messages": APPLE, "max_tokens": 4, "logprobs": True, "top_logprobs": 3}
+    (choice,) = client.chat.completions.create(**asked).choices
+    content = choice.logprobs.content
+    assert 0 < len(content) <= 4 and "".join(each.token for each in content).strip() == choice.message.content
+    for each in content:  # greedy: the most likely one was chosen
+        assert len(each.top_logprobs) == 3 and each.logprob == each.top_logprobs[0].logprob <= 0
+        assert each.token == each.top_logprobs[0].token and bytes(each.bytes or []).decode() in each.token
+    *_, last = client.chat.completions.create(stream=True, **asked)
+    assert [each.token for each in last.choices[0].logprobs.content] == [each.token for each in content]
+    text = client.completions.create(model="base", prompt="apple is", max_tokens=4, logprobs=2).choices[0]
+    found = text.logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) and found.text_offset[0] == 0
+    ids = torch.tensor([answerer.tokenizer("apple is")["input_ids"]])
+    with torch.no_grad(), answerer.model.disable_adapter():
+        logits = answerer.model(input_ids=ids).logits[0, -1]
+    assert found.token_logprobs[0] == pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-4)
+
+
+def test_the_gate_can_be_moved_by_hand(client: Any, answerer: Answerer) -> None:
+    def answered(**shares: float) -> Any:
+        body = {"gate_weights": shares}
+        asked = client.chat.completions.create(model="auto", messages=APPLE, max_tokens=8, extra_body=body)
+        return asked.choices[0]
+
+    for name in answerer.experts:
+        assert answered(**{name: 1.0}).message.content == alone(answerer, expert=name)
+    assert answered(apple=0.25, banana=0.75).experts["weights"] == {"apple": 0.25, "banana": 0.75}
+
+
+def test_32_clients_of_mixed_tasks_are_each_answered_as_alone(client: Any, answerer: Answerer) -> None:
+    models, told = ["auto", "base", "apple", "banana"], dict[int, str]()
+
+    def ask(number: int) -> None:
+        found = client.chat.completions.create(model=models[number % 4], messages=APPLE, max_tokens=8)
+        told[number] = found.choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(32)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+    who = [{}, {"base": True}, {"expert": "apple"}, {"expert": "banana"}]
+    wanted = [alone(answerer, **each) for each in who]
+    assert told == {number: wanted[number % 4] for number in range(32)}
+
+
 def test_models_health_and_metrics(client: Any, real: Served) -> None:
     assert [model.id for model in client.models.list()] == ["auto", "base", "apple", "banana"]
     assert httpx.get(f"{real.url}/health").json() == {"status": "ok"}
@@ -121,7 +169,14 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"stream": "yes"}, 400, "stream is \"yes\": choose true or false", "stream"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty is 0.5, and is not supported: leave it out", "frequency_penalty"),
     ({"tools": [{"type": "function"}]}, 400, "is not supported: leave it out", "tools"),
-    ({"logprobs": True}, 400, "logprobs is true, and is not supported", "logprobs"),
+    ({"logprobs": 3}, 400, "logprobs is 3: choose true or false", "logprobs"),
+    ({"top_logprobs": 3}, 400, "top_logprobs is 3 without logprobs: set that to true, too", "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "choose a whole number from 0 to 20", "top_logprobs"),
+    ({"gate_weights": {"pear": 1}}, 400, "\"pear\" is no expert: give an object with shares of apple, banana", "gate_weights"),
+    ({"gate_weights": [1]}, 400, "gate_weights is [1]: give an object with shares", "gate_weights"),
+    ({"gate_weights": {"apple": 0.5}}, 400, "gate_weights sum to 0.5: give shares that sum to 1", "gate_weights"),
+    ({"gate_weights": {"apple": -1}}, 400, "apple is -1: choose a number from 0 to 1", "apple"),
+    ({"model": "apple", "gate_weights": {"apple": 1}}, 400, "gate_weights go with model auto", "gate_weights"),
     ({"temprature": 1}, 400, "\"temprature\" is no field that is known here: leave it out", "temprature"),
 ]  # fmt: skip
 
@@ -190,25 +245,24 @@ def test_a_full_queue_says_when_to_come_back(patient: Patient) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_is_answered_no_longer(patient: Patient, stream: bool) -> None:
     with serving(patient) as served:
-        ended = threading.Event()
-        batch = threading.Event()
-        inner = patient.answer
-
-        def answer(questions: Any) -> Any:
-            batch.set()
-            found = inner(questions)
-            ended.set()
-            return found
-
-        patient.answer = answer  # type: ignore[method-assign]
         body = json.dumps({"model": "auto", "messages": APPLE, "stream": stream}).encode()
         with socket.create_connection(served.socket.getsockname()) as raw:
             raw.sendall(
                 b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
             )
-            assert batch.wait(60)
-        assert ended.wait(60), "it ends without being let go"
+            wait_for(lambda: patient.batches and served.batcher.running)
+        wait_for(lambda: served.batcher.counts.cancelled == 1)  # it ends without being let go
         assert all(question.cancelled for question in patient.batches[0])
+
+
+def wait_for(what: Any) -> None:
+    """Until it is so; a test whose server hangs fails."""
+    pause = threading.Event()
+    for _ in range(6000):
+        if what():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come to it")
 
 
 def test_told_to_end_it_answers_what_it_has_and_takes_no_more(patient: Patient) -> None:

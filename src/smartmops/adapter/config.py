@@ -9,6 +9,8 @@ from typing import Any
 
 from peft import PeftConfig
 
+from smartmops.checks.errors import AdapterError, ConfigError
+
 from . import stored, typed
 from .registry import member
 
@@ -38,7 +40,7 @@ class MoPsConfig(PeftConfig):
     d_g = `gate_hidden_size`. One expert (E = 1) is ungated prompt tuning: a softmax over one is 1.
 
     Raises:
-        ValueError: an option is outside its limits; the message names value, limit and way out.
+        AdapterError, ConfigError: an option is outside its limits; the message names value, limit and way out.
     """
 
     num_experts: int = 7
@@ -89,29 +91,31 @@ class MoPsConfig(PeftConfig):
         self.peft_type = member("MOPS")
         own = {name: getattr(self, name) for name in type(self).__annotations__}
         if (said := typed.wrong(own, MoPsConfig)) is not None:
-            raise ValueError(f"{said}: give one that is")
+            raise ConfigError(f"{said}: give one that is")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, allowed))}")
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, allowed))}")
         for name in ("num_experts", "prompts_per_expert", "gate_hidden_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+                raise ConfigError(f"{name}={getattr(self, name)}: choose 1 or more")
         if self.freeze_first_column and self.prompts_per_expert < 2:
-            raise ValueError(f"freeze_first_column with prompts_per_expert={self.prompts_per_expert} leaves no "
-                             "prompt to train: choose 2 prompts or more")  # fmt: skip
+            raise ConfigError(f"freeze_first_column with prompts_per_expert={self.prompts_per_expert} leaves no "
+                              "prompt to train: choose 2 prompts or more")  # fmt: skip
         self._check_key_values()
         if self.gate_input == "sequence":
             warnings.warn("gate_input='sequence': in training the gate also reads the response, which does not exist "
                           "when generating, so perplexities are not comparable", stacklevel=3)  # fmt: skip
         if self.num_recovery_prompts < 0:
-            raise ValueError(f"num_recovery_prompts={self.num_recovery_prompts}: choose 0 or more")
+            raise ConfigError(f"num_recovery_prompts={self.num_recovery_prompts}: choose 0 or more")
         if not self.gate_temperature > 0:
-            raise ValueError(f"gate_temperature={self.gate_temperature}: choose a number above 0")
+            raise ConfigError(f"gate_temperature={self.gate_temperature}: choose a number above 0")
         if self.gate_top_k is not None and not 1 <= self.gate_top_k <= self.num_rows:
-            raise ValueError(f"gate_top_k={self.gate_top_k}, but there are {self.num_rows} gate weights: choose 1 to "
+            raise ConfigError(f"gate_top_k={self.gate_top_k}, but there are {self.num_rows} gate weights: choose 1 to "
                              f"{self.num_rows}, or None for all")  # fmt: skip
         if self.expert_names is not None and len(self.expert_names) != self.num_experts:
-            raise ValueError(f"{len(self.expert_names)} expert_names for num_experts={self.num_experts}: give one each")
+            raise ConfigError(
+                f"{len(self.expert_names)} expert_names for num_experts={self.num_experts}: give one each"
+            )
         self._check_routes()
 
     def _check_routes(self) -> None:
@@ -121,42 +125,42 @@ class MoPsConfig(PeftConfig):
             len(routes) <= self.claims or not set(routes) <= set(range(self.num_experts))
             or self.gate_granularity != "expert"
         )):  # fmt: skip
-            raise ValueError(f"routes={routes!r:.80} with claims={self.claims}: give an expert from 0 to "
+            raise ConfigError(f"routes={routes!r:.80} with claims={self.claims}: give an expert from 0 to "
                              f"{self.num_experts - 1} for each row of the gate and each claim, and gate_granularity="
                              "'expert'")  # fmt: skip
         scale = self.expert_scale
         if scale is not None and (len(scale) != self.num_experts or not all(0 < each < 1e30 for each in scale)):
-            raise ValueError(f"expert_scale={scale!r:.80}: give a number above 0 for each of the {self.num_experts} "
+            raise ConfigError(f"expert_scale={scale!r:.80}: give a number above 0 for each of the {self.num_experts} "
                              "experts, or None")  # fmt: skip
         if unknown := [name for name in self.frozen_experts or [] if name not in self.named_experts]:
-            raise ValueError(f"frozen_experts has {unknown[0]!r}, which is none of {self.named_experts}: name experts")
+            raise ConfigError(f"frozen_experts has {unknown[0]!r}, which is none of {self.named_experts}: name experts")
 
     def _check_key_values(self) -> None:
         shape = self.key_value_shape
         if shape is not None and (len(shape) != 4 or min(shape) < 1):
-            raise ValueError(f"key_value_shape={shape!r:.80}: it is filled in, with 4 numbers from 1")
+            raise ConfigError(f"key_value_shape={shape!r:.80}: it is filled in, with 4 numbers from 1")
         if self.shared_prompts < 0:
-            raise ValueError(f"shared_prompts={self.shared_prompts}: choose 0 or more")
+            raise ConfigError(f"shared_prompts={self.shared_prompts}: choose 0 or more")
         if self.experts == "keys_values":
             if self.gate_target == "hidden_states":
-                raise ValueError("gate_target='hidden_states' scales prompts that run through the layers, and "
-                                 "experts='keys_values' do not: choose gate_target='attention'")  # fmt: skip
+                raise ConfigError("gate_target='hidden_states' scales prompts that run through the layers, and "
+                                  "experts='keys_values' do not: choose gate_target='attention'")  # fmt: skip
             if self.visible_to == "answers" and self.num_recovery_prompts:
-                raise ValueError(f"num_recovery_prompts={self.num_recovery_prompts} are seen by every token, and "
-                                 "visible_to='answers' leaves instructions to the bare base: choose 0 of them, or "
-                                 "visible_to='all'")  # fmt: skip
+                raise ConfigError(f"num_recovery_prompts={self.num_recovery_prompts} are seen by every token, and "
+                                  "visible_to='answers' leaves instructions to the bare base: choose 0 of them, or "
+                                  "visible_to='all'")  # fmt: skip
             return
         for name, only in (("prefix_attention", "joint"), ("visible_to", "all")):
             if getattr(self, name) != only:
-                raise ValueError(f"{name}={getattr(self, name)!r} needs experts='keys_values': choose that, or "
-                                 f"{name}={only!r}")  # fmt: skip
+                raise ConfigError(f"{name}={getattr(self, name)!r} needs experts='keys_values': choose that, or "
+                                  f"{name}={only!r}")  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
         """The config in a folder, as PEFT reads it.
 
         Raises:
-            ValueError: it has a wrong option, or asks for other sizes than the tensors beside it have; before anything
+            ConfigError: it has a wrong option, or asks for other sizes than the tensors beside it have; before anything
                 of those sizes is made.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -231,21 +235,24 @@ class MoPsConfig(PeftConfig):
         """Fill in what depends on the base model, or check it where an adapter was trained already.
 
         Raises:
-            ValueError: the injection layer does not exist, or the adapter belongs to a base of another shape.
+            AdapterError, ConfigError: the injection layer does not exist, or the adapter belongs to a base of another
+                shape.
         """
         for name, mine, theirs in (
             ("hidden size", self.base_hidden_size, hidden_size),
             ("number of layers", self.base_num_layers, layers),
         ):
             if mine is not None and mine != theirs:
-                raise ValueError(f"this adapter was trained on a base model with {name} {mine}, but this model has "
-                                 f"{theirs}: load the base model named in adapter_config.json")  # fmt: skip
+                raise AdapterError(f"this adapter was trained on a base model with {name} {mine}, but this model has "
+                                   f"{theirs}: load the base model named in adapter_config.json")  # fmt: skip
         if self.injection_layer is None:
             self.injection_layer = default_injection_layer(layers)
         if not 0 <= self.injection_layer < layers:
-            raise ValueError(f"injection_layer={self.injection_layer}, but this model has {layers} layers: "
-                             f"choose 0 to {layers - 1}")  # fmt: skip
+            raise ConfigError(f"injection_layer={self.injection_layer}, but this model has {layers} layers: "
+                              f"choose 0 to {layers - 1}")  # fmt: skip
         if self.gate_layer is not None and not 0 <= self.gate_layer <= layers:
-            raise ValueError(f"gate_layer={self.gate_layer}, but this model has {layers} layers: choose 0 to {layers}, "
-                             "or None for the injection layer")  # fmt: skip
+            raise ConfigError(
+                f"gate_layer={self.gate_layer}, but this model has {layers} layers: choose 0 to {layers}, "
+                "or None for the injection layer"
+            )
         self.base_hidden_size, self.base_num_layers = hidden_size, layers

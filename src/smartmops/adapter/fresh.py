@@ -18,7 +18,7 @@ def parameters(backbone: Any, first: int, config: MoPsConfig) -> tuple[dict[str,
     """By name, what is trained and what stays as it is; `config` learns the shape of keys and values.
 
     Raises:
-        ValueError: experts are to be keys and values, and the layers' own differ in shape.
+        BaseModelError: experts are to be keys and values, and the layers' own differ in shape.
     """
     hidden, width = config.base_hidden_size, config.embedding_size or config.base_hidden_size
     assert hidden is not None and width is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from smartmops.checks.errors import DataError, RunError
 from smartmops.checks.limits import check_named
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer
@@ -33,8 +34,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         same is written to RUN/evaluation.json.
 
     Raises:
-        FileNotFoundError: there is no finished run.
-        ValueError: its method is told which expert to use, or the data cannot be read.
+        RunNotFound: there is no finished run.
+        RunError: its method is told which expert to use, or the data cannot be read.
     """
     again = _again(config, Run.open(config.run))  # before the base, which may be large
     return LoadedRun.open(config.run)._measured(config, again, progress=True)
@@ -44,8 +45,8 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
     """The data, and how they are read: those of the run, or others in the run's template."""
     arguments = run.config["arguments"]
     if arguments.get("method") in TOLD:
-        raise ValueError(f"method {arguments['method']!r} is told which expert to use: it is a mark for tables, "
-                         f"and its perplexity is in {config.run / 'metrics.json'}")  # fmt: skip
+        raise RunError(f"method {arguments['method']!r} is told which expert to use: it is a mark for tables, "
+                       f"and its perplexity is in {config.run / 'metrics.json'}")  # fmt: skip
     return TrainConfig(
         model=base_of(run), out=config.run, data=config.data or arguments["data"],
         data_seed=arguments.get("data_seed", arguments["seed"]),
@@ -64,8 +65,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         Weights sum to one, together with what is left to the base.
 
     Raises:
-        FileNotFoundError: there is no finished run.
-        ValueError: the run's method has no gate.
+        RunNotFound: there is no finished run.
+        RunError: the run's method has no gate.
     """
     run = LoadedRun.open(config.run)
     run.check_gated()
@@ -110,7 +111,7 @@ class LoadedRun:
             max_new_tokens: At which the answer ends that has not ended itself.
 
         Raises:
-            ValueError: there is no such expert.
+            RunError: there is no such expert.
         """
         return self._answer(Example(text, context, ""), expert, max_new_tokens)
 
@@ -120,19 +121,19 @@ class LoadedRun:
         """The greedy answer to the user's last message, `role` and `content` of each as chat templates take them.
 
         Raises:
-            ValueError: turns are out of order, the last is not the user's, or there is no such expert.
+            DataError: turns are out of order, the last is not the user's, or there is no such expert.
         """
         system, history, question = opened(messages)
         if question is None:
-            raise ValueError(f"the conversation of {len(messages)} messages ends with the assistant: add what the "
-                             "user says next")  # fmt: skip
+            raise DataError(f"the conversation of {len(messages)} messages ends with the assistant: add what the "
+                            "user says next")  # fmt: skip
         return self._answer(Example(question, "", "", system=system, history=history), expert, max_new_tokens)
 
     def gate(self, text: str, context: str = "") -> dict[str, float]:
         """Weight of each expert for one instruction; they sum to one, less what a null expert leaves to the base.
 
         Raises:
-            ValueError: the run's method has no gate.
+            RunError: the run's method has no gate.
         """
         self.check_gated()
         self.generate(text, context, max_new_tokens=1)
@@ -148,8 +149,8 @@ class LoadedRun:
         """Perplexity over response tokens, with the options of `smartmops.evaluate`; nothing is loaded again.
 
         Raises:
-            TypeError: an option is unknown.
-            ValueError: an option is outside its limits, or the data cannot be read.
+            UnknownOption: an option is unknown.
+            RunError: an option is outside its limits, or the data cannot be read.
         """
         config = EvaluateConfig(run=self.path, data=data, **options)
         check_named(config)
@@ -164,11 +165,11 @@ class LoadedRun:
         """Whether there are experts to weigh.
 
         Raises:
-            ValueError: there are none.
+            RunError: there are none.
         """
         if not self.experts:
-            raise ValueError(f"{self.path} was trained with method {self._run.config.get('method')!r}, which has no "
-                             "gate: inspect a run of method mops")  # fmt: skip
+            raise RunError(f"{self.path} was trained with method {self._run.config.get('method')!r}, which has no "
+                           "gate: inspect a run of method mops")  # fmt: skip
 
     def _answer(self, example: Example, expert: str | None, max_new_tokens: int) -> str:
         inputs = {}
@@ -176,7 +177,7 @@ class LoadedRun:
             inputs["gate_embedding"] = torch.tensor(self._embedder([example.instruction]))
         if expert is not None:
             if expert not in self.experts:
-                raise ValueError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts)}")
+                raise RunError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts)}")
             inputs["gate_weights"] = torch.tensor([[float(name == expert) for name in self.experts]])
         return answer(self.model, self.tokenizer, [example], max_new_tokens, self._template, **inputs)[0]
 

@@ -14,7 +14,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from smartmops.attention.packed import IGNORED
-from smartmops.base.names import local
+from smartmops.base.names import local, readable
+from smartmops.checks.errors import DataError
 from smartmops.data.tasks import splits
 from smartmops.fitting.validation import hold_out
 from smartmops.flow.early import shape_of
@@ -37,8 +38,8 @@ def preview(config: DataConfig) -> dict[str, Any]:
         are cut or dropped} and `rendered`, a list of {task, prompt, answer}, whose answer is what is trained on.
 
     Raises:
-        ValueError: the data cannot be read or rendered; the message names file, lines and way out.
-        OSError: there is no such data or model.
+        DataError: the data cannot be read or rendered; the message names file, lines and way out.
+        BaseModelNotFound: there is no such data or model.
     """
     check_template(config.template)
     train, test = splits(config.data, config.limit, config.test_share, config.data_seed, columns=config.columns)
@@ -94,7 +95,8 @@ def tokens(config: DataConfig, parts: Parts) -> dict[str, Any]:
     """What the model's tokenizer makes of the examples, as `preview` returns it."""
     assert config.model is not None
     folder = local(config.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with readable(config.model):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     limit = Limit(config.max_length, shape_of(Path(folder)).get("max_position_embeddings"))
     template = Template.of(config.template, tokenizer)
     rows, dropped = list[Encoded](), Counter[str]()
@@ -118,7 +120,7 @@ def _encoded(part: Sequence[Example], tokenizer: Any, limit: Limit, template: Te
     try:
         return encode_all(part, tokenizer, limit.tokens, template=template)
     except NoneFits as error:
-        raise ValueError(limit.none_fits(error.lengths, len(part))) from error
+        raise DataError(limit.none_fits(error.lengths, len(part))) from error
 
 
 def _numbers(rows: Sequence[Encoded], dropped: int) -> dict[str, int | float]:

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from smartmops.checks.errors import BaseModelError
+
 from . import attention
 from .passage import Passage, Record
 
@@ -40,28 +42,34 @@ def check(layer: nn.Module, number: int) -> None:
     """Whether `attach` can serve the layer, the one with this number (from 0).
 
     Raises:
-        ValueError: it has no attention, or one that does not ask the registry, or an implementation that cannot carry a
-            bias per row.
+        BaseModelError: it has no attention, or one that does not ask the registry, or an implementation that cannot
+            carry a bias per row.
     """
     modules = list(attention_modules(layer))
     kind = type(layer).__name__
     if not modules and not any("Attention" in type(module).__name__ for module in layer.modules()):
         mixers = [type(child).__name__ for name, child in layer.named_children() if not _no_mixer(name, child)]
-        raise ValueError(f"layer {number}, a {kind}, mixes tokens by {' and '.join(mixers) or 'no module of its own'}, "
-                         "not by attention over keys and values, where alone prompts have a place: choose an "
-                         "architecture with attention in every layer, such as Llama")  # fmt: skip
+        raise BaseModelError(
+            f"layer {number}, a {kind}, mixes tokens by {' and '.join(mixers) or 'no module of its own'}, "
+            "not by attention over keys and values, where alone prompts have a place: choose an "
+            "architecture with attention in every layer, such as Llama"
+        )
     if not modules:
-        raise ValueError(f"layer {number}, a {kind}, does not use transformers' attention registry (nor do Falcon, "
-                         "Bloom and MPT): choose another architecture, such as Llama")  # fmt: skip
+        raise BaseModelError(f"layer {number}, a {kind}, does not use transformers' attention registry (nor do Falcon, "
+                             "Bloom and MPT): choose another architecture, such as Llama")  # fmt: skip
     for module in modules:
         eager = _eager(module)
         if eager is not None and "position_bias" in inspect.signature(eager).parameters:
-            raise ValueError(f"layer {number}, a {kind}, adds a bias of each query's distance to each key, and prompts "
-                             "stand at no distance: choose another architecture, such as Llama")  # fmt: skip
+            raise BaseModelError(
+                f"layer {number}, a {kind}, adds a bias of each query's distance to each key, and "
+                "prompts stand at no distance: choose another architecture, such as Llama"
+            )
         used = module.config._attn_implementation  # type: ignore[union-attr]
         if used not in attention.SUPPORTED:
-            raise ValueError(f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model "
-                             'with attn_implementation="sdpa" or "eager"')  # fmt: skip
+            raise BaseModelError(
+                f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model "
+                'with attn_implementation="sdpa" or "eager"'
+            )
 
 
 def _no_mixer(name: str, child: nn.Module) -> bool:

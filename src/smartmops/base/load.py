@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smartmops.checks.errors import BaseModelError, ConfigError
 from smartmops.options.compression import Quantisation
 from smartmops.tuner.engine import keep_unpacked
 
 from . import quantised
 from .gradient import check_gradient
-from .names import is_of_hub, local
+from .names import is_of_hub, local, readable
 
 BUILT_FOR = ("gptq", "awq", "compressed-tensors")  # methods whose kernels were made for the dtype that is stored
 MULTIPLIES = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # what Linux calls the instructions
@@ -33,13 +34,14 @@ def load_base(model: str, dtype: torch.dtype | str = "auto", quantisation: Quant
             `int8-torchao` weight-only int8. None: as stored.
 
     Raises:
-        FileNotFoundError: there is no model of that name.
-        ImportError: the quantising library is missing; the message has its `pip install` line.
-        OSError: the model can neither be found nor fetched.
-        ValueError: it is no model, or gradients do not pass through the quantised one as they should.
+        BaseModelNotFound: there is no model of that name.
+        MissingExtra: the quantising library is missing; the message has its `pip install` line.
+        BaseModelUnreachable: the model can neither be found nor fetched.
+        BaseModelError: it is no model, or gradients do not pass through the quantised one as they should.
     """
     name = local(model)
-    kind = quantisation or quantised.stored(name)
+    with readable(model):
+        kind = quantisation or quantised.stored(name)
     numbers = _dtype(dtype, kind)
     options: dict[str, Any] = {"dtype": numbers}
     if kind is not None:
@@ -48,7 +50,9 @@ def load_base(model: str, dtype: torch.dtype | str = "auto", quantisation: Quant
     if quantisation is not None:
         compute = numbers if isinstance(numbers, torch.dtype) else torch.bfloat16
         options["quantization_config"] = quantised.settings(quantisation, compute)
-    base = AutoModelForCausalLM.from_pretrained(name, **options)
+    with readable(model):
+        base = AutoModelForCausalLM.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     if kind is None:
         base = base.to("cuda" if torch.cuda.is_available() else "cpu")
     base = base.requires_grad_(False).eval()
@@ -57,7 +61,7 @@ def load_base(model: str, dtype: torch.dtype | str = "auto", quantisation: Quant
     if kind is not None:
         keep_unpacked(base)
         check_gradient(base)
-    return base, _padded(AutoTokenizer.from_pretrained(name), base)
+    return base, _padded(tokenizer, base)
 
 
 def _padded(tokenizer: Any, base: Any) -> Any:
@@ -67,8 +71,10 @@ def _padded(tokenizer: Any, base: Any) -> Any:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id < rows:
         return tokenizer
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= rows:
-        raise ValueError(f"the tokenizer pads with {tokenizer.pad_token!r}, id {tokenizer.pad_token_id}, but the model "
-                         f"has {rows} embeddings: set a pad_token below that, or resize the embeddings")  # fmt: skip
+        raise BaseModelError(
+            f"the tokenizer pads with {tokenizer.pad_token!r}, id {tokenizer.pad_token_id}, but the "
+            f"model has {rows} embeddings: set a pad_token below that, or resize the embeddings"
+        )
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -83,7 +89,7 @@ def _dtype(dtype: torch.dtype | str, kind: str | None) -> torch.dtype | str:
         return fast_dtype()
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype={dtype!r}: choose auto, stored, float32, bfloat16 or float16")
+        raise ConfigError(f"dtype={dtype!r}: choose auto, stored, float32, bfloat16 or float16")
     return found
 
 
@@ -121,4 +127,5 @@ def describe(model: str) -> dict[str, Any]:
 
 def quantised_as(model: str) -> str | None:
     """`quant_method` of a stored model, None where it is not quantised."""
-    return quantised.stored(local(model))
+    with readable(model):
+        return quantised.stored(local(model))

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache as remembered
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
+
+from smartmops.checks.errors import (
+    BaseModelError,
+    BaseModelNotFound,
+    BaseModelUnreachable,
+    MissingExtra,
+    SmartmopsError,
+)
+from smartmops.checks.resources import lacking
 
 from .builtin import BUILT_IN
 
@@ -25,9 +37,9 @@ def local(model: str) -> str:
     and else asked of the hub, once.
 
     Raises:
-        FileNotFoundError: there is nothing of that name.
-        ValueError: it is a file or folder that holds no model, or a GGUF that cannot be read.
-        OSError: the hub cannot be reached, or `smollm2` can neither be found nor fetched.
+        BaseModelNotFound: there is nothing of that name.
+        BaseModelNotFound: it is a file or folder that holds no model, or a GGUF that cannot be read.
+        BaseModelNotFound: the hub cannot be reached, or `smollm2` can neither be found nor fetched.
     """
     if model in BUILT_IN:
         return str(BUILT_IN[model]())
@@ -35,8 +47,31 @@ def local(model: str) -> str:
     if path.exists():
         return str(_held(path))
     if model.startswith((".", "/", "~")) or path.suffix in FILES or not HUB_ID.fullmatch(model):
-        raise FileNotFoundError(f"MODEL {model} does not exist: {CHOICES}")
+        raise BaseModelNotFound(f"MODEL {model} does not exist: {CHOICES}")
     return _of_hub(model)
+
+
+@contextmanager
+def readable(model: str, what: str = "MODEL") -> Iterator[None]:
+    """Raise what transformers has against the files of a model as an error that a user can mend.
+
+    Raises:
+        BaseModelError: the files are damaged, incomplete, or of a kind that is not supported.
+        MissingExtra: a package is not installed that they need.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(f"{what} {model} needs a package that is not installed: {_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, SmartmopsError) or lacking(None, error) is not None:
+            raise
+        raise BaseModelError(f"{what} {model} cannot be loaded ({_line(error)}): check its files, or download or save "
+                             "it again") from error  # fmt: skip
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:300] or type(error).__name__
 
 
 def is_of_hub(model: str) -> bool:
@@ -48,18 +83,20 @@ def _held(path: Path) -> Path:
     """The plain model folder of a path: itself, or what its GGUF was converted to."""
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ValueError(f"MODEL {path} is a file, but only a *.gguf file is a model by itself: give its folder")
+            raise BaseModelError(
+                f"MODEL {path} is a file, but only a *.gguf file is a model by itself: give its folder"
+            )
         return _converted(path)
     found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
     if (path / "config.json").is_file() and (not found or _weights(path)):
         return path
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:4]) + (", ..." if len(found) > 4 else "")
-        raise ValueError(f"MODEL {path} holds {len(found)} GGUF files ({names}), but one is a model: name the file")
+        raise BaseModelError(f"MODEL {path} holds {len(found)} GGUF files ({names}), but one is a model: name the file")
     if found:
         return _converted(found[0])
     adapter = (path / "adapter_config.json").is_file()
-    raise ValueError(
+    raise BaseModelError(
         f"MODEL {path} {'is an adapter, not a model: give the base it was trained on' if adapter else ''}"
         f"{'' if adapter else 'has no config.json and no *.gguf file, so it is no model: ' + CHOICES}"
     )
@@ -92,13 +129,13 @@ def _of_hub(model: str) -> str:
         return str(Path(config).parent)
     why = f"MODEL {model} is no folder here, not built in and not in the hub's cache"
     if constants.is_offline_mode():
-        raise FileNotFoundError(f"{why}, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or {CHOICES}")
+        raise BaseModelNotFound(f"{why}, and HF_HUB_OFFLINE forbids to ask the hub: unset it, or {CHOICES}")
     try:
         found = HfApi().model_info(model, timeout=PATIENCE)
     except GatedRepoError as error:
-        raise FileNotFoundError(f"{why}; the hub gives it only to users it knows: run `hf auth login`") from error
+        raise BaseModelNotFound(f"{why}; the hub gives it only to users it knows: run `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{why}, and the hub has none of that name for you: {CHOICES}") from error
+        raise BaseModelNotFound(f"{why}, and the hub has none of that name for you: {CHOICES}") from error
     except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
         raise _unreached(why, error) from error
     except Exception as error:  # of the HTTP client, whose errors share no base with Python's own
@@ -107,10 +144,10 @@ def _of_hub(model: str) -> str:
     if "config.json" not in names:
         kinds = "only GGUF files: download one with `hf download` and give its path" if any(
             name.endswith(".gguf") for name in names) else f"no config.json: {CHOICES}"  # fmt: skip
-        raise FileNotFoundError(f"MODEL {model} has {kinds}")
+        raise BaseModelNotFound(f"MODEL {model} has {kinds}")
     return model
 
 
-def _unreached(why: str, error: Exception) -> OSError:
+def _unreached(why: str, error: Exception) -> BaseModelUnreachable:
     told = " ".join(str(error).split())[:120] or type(error).__name__
-    return OSError(f"{why}, and the hub cannot be asked ({told}): go online once, or {CHOICES}")
+    return BaseModelUnreachable(f"{why}, and the hub cannot be asked ({told}): go online once, or {CHOICES}")

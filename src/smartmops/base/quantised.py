@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from smartmops.checks.errors import MissingExtra
 from smartmops.options.compression import Quantisation
 
 OURS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8-torchao": "torchao"}
@@ -35,7 +36,7 @@ def check_installed(kind: str) -> None:
     A method that is not in the list is left to transformers, which names what it needs.
 
     Raises:
-        ImportError: it cannot; the message has the `pip install` line.
+        MissingExtra: it cannot; the message has the `pip install` line.
     """
     method = OURS.get(kind, kind)
     modules, line = LIBRARIES.get(method, ((), ""))
@@ -48,7 +49,7 @@ def check_installed(kind: str) -> None:
             elif find_spec(module) is None:
                 raise ImportError(f"no module named {module!r}")
         except ImportError as error:
-            raise ImportError(
+            raise MissingExtra(
                 f"a model in {kind} needs the package {module.replace('_', '-').replace('.', '-')} ({error}): "
                 f"pip install {line}"
             ) from error

@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
@@ -26,13 +25,12 @@ from smartmops.checks.limits import check
 from smartmops.options.bench import POSITIONS, BenchConfig
 from smartmops.options.method import GatePretraining
 from smartmops.preparing.pretrain import pretrain_gate, standardise
+from smartmops.progress.bars import console
 from smartmops.runs.folder import Run
 from smartmops.states.activations import ActivationCache, free_memory
 from smartmops.tokens.batches import Encoded
 
 from .sides import Lab, alternate, clocked, generate, in_place, matmul_rate, prefill, rise, step_flops, train_apart
-
-console = Console()
 
 
 class Target(NamedTuple):
@@ -71,8 +69,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run.
 
     Raises:
-        FileExistsError: `out` holds something already.
-        ValueError: `only` names no ratio, or the data has too few examples; the message names the way out.
+        RunExists: `out` holds something already.
+        ConfigError: `only` names no ratio, or the data has too few examples; the message names the way out.
     """
     check(config)
     run = Run.create(config.out, {"command": "bench", "arguments": asdict(config), "seed": 0, "base": "random Llama",

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from smartmops.backbone.growing import make_room
+from smartmops.checks.errors import ConfigError
 from smartmops.data.tasks import splits
 from smartmops.fitting.loop import fit
 from smartmops.methods.baselines import build, peft_config
@@ -66,8 +67,8 @@ class Lab:
         count = config.batches * config.batch_size
         found = encode_all(self.examples[: 2 * count + 100], self.tokenizer, config.max_length).rows
         if len(found) < count:
-            raise ValueError(f"{config.data} has {len(found)} examples of at most {config.max_length} tokens, but "
-                             f"{config.batches} batches take {count}: choose fewer --batches")  # fmt: skip
+            raise ConfigError(f"{config.data} has {len(found)} examples of at most {config.max_length} tokens, but "
+                              f"{config.batches} batches take {count}: choose fewer --batches")  # fmt: skip
         self.rows, self.collator = found[:count], Collator(self.tokenizer)
         self.lengths = [len(row.input_ids) for row in self.rows]
         self.predicted = [sum(label >= 0 for label in row.labels[1:]) for row in self.rows]

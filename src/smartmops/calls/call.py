@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from smartmops.attention.passage import Passage
+from smartmops.checks.errors import AdapterError
 
 # Of the thread that generates, so that calls at once do not meet.
 running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mops_call", default=None)
@@ -95,14 +96,14 @@ def refuse(given: Mapping[str, Any], model: Any) -> None:
     """Refuse what no gate can serve, wherever it is set.
 
     Raises:
-        ValueError: such an argument is set; the message says why and what to do instead.
+        AdapterError: such an argument is set; the message says why and what to do instead.
     """
     places = [given.get("generation_config"), getattr(model, "generation_config", None)]
     for name, why in WITHOUT.items():
         found = [given.get(name), *(getattr(place, name, None) for place in places)]
         value = next((each for each in found if each is not None), None)
         if value is not None and (name != "cache_implementation" or value == "paged"):
-            raise ValueError(f"{name}={value!r}: {why}")
+            raise AdapterError(f"{name}={value!r}: {why}")
 
 
 BATCHING_CALLS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -120,6 +121,6 @@ def refuse_batching(name: str, *_: Any, **__: Any) -> NoReturn:
     """Stands in for a way into continuous batching, which an attached attention cannot be part of.
 
     Raises:
-        ValueError: always.
+        AdapterError: always.
     """
-    raise ValueError(f"{name}: {BATCHING}")
+    raise AdapterError(f"{name}: {BATCHING}")

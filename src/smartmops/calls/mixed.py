@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from smartmops.attention.passage import Part, Passage
+from smartmops.checks.errors import AdapterError, ArgumentTypeError
 from smartmops.experts import gate
 
 BASE = "__base__"  # PEFT's name for a row that no adapter serves
@@ -29,18 +30,18 @@ def checked(names: Any, known: Sequence[str], training: bool) -> list[str]:
     """The names as a list.
 
     Raises:
-        TypeError: they are no list of names.
-        ValueError: one is of no adapter, or the model is being trained.
+        ArgumentTypeError: they are no list of names.
+        AdapterError: one is of no adapter, or the model is being trained.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"adapter_names={names!r}: give a list with one adapter's name for each row")
+        raise ArgumentTypeError(f"adapter_names={names!r}: give a list with one adapter's name for each row")
     if training:
-        raise ValueError("adapter_names serve inference, and this model is in training mode: call eval(), or train one "
-                         "adapter at a time with set_adapter")  # fmt: skip
+        raise AdapterError("adapter_names serve inference, and this model is in training mode: call eval(), or train "
+                           "one adapter at a time with set_adapter")  # fmt: skip
     if unknown := sorted({*names} - {*known, BASE}):
-        raise ValueError(f"adapter_names has {unknown}, but the adapters are {sorted(known)} (and {BASE!r} for none)")
+        raise AdapterError(f"adapter_names has {unknown}, but the adapters are {sorted(known)} (and {BASE!r} for none)")
     if not names:
-        raise ValueError("adapter_names is empty: give one adapter's name for each row")
+        raise AdapterError("adapter_names is empty: give one adapter's name for each row")
     return list(names)
 
 
@@ -58,7 +59,7 @@ def names_of(engine: Any, rows: int | None = None) -> list[str] | None:
     """The adapter of each row, repeated for beams; None where nobody asked.
 
     Raises:
-        ValueError: the names do not fit the rows.
+        AdapterError: the names do not fit the rows.
     """
     found = _asked.get()
     if found is None or found[0] is not engine:
@@ -67,7 +68,7 @@ def names_of(engine: Any, rows: int | None = None) -> list[str] | None:
     if rows is None:
         return names
     if rows % len(names):
-        raise ValueError(f"adapter_names has {len(names)} names for a batch of {rows} rows: give one for each row")
+        raise AdapterError(f"adapter_names has {len(names)} names for a batch of {rows} rows: give one for each row")
     return [name for name in names for _ in range(rows // len(names))]
 
 
@@ -76,7 +77,7 @@ def saved_modules(engine: Any, model: nn.Module) -> Iterator[None]:
     """Let the modules that adapters save whole (`modules_to_save`) follow the names too.
 
     Raises:
-        ValueError: such a module has no copy of the active adapter, where PEFT would pass all rows by.
+        AdapterError: such a module has no copy of the active adapter, where PEFT would pass all rows by.
     """
 
     def name_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,8 +93,8 @@ def saved_modules(engine: Any, model: nn.Module) -> Iterator[None]:
             if not isinstance(module, AuxiliaryTrainingWrapper):
                 continue
             if not set(module.active_adapters) <= set(module._adapters):
-                raise ValueError(f"adapter_names: {name} is saved by {sorted(module._adapters)} alone, none of which "
-                                 "is active: activate one of them with set_adapter")  # fmt: skip
+                raise AdapterError(f"adapter_names: {name} is saved by {sorted(module._adapters)} alone, none of which "
+                                   "is active: activate one of them with set_adapter")  # fmt: skip
             handles.append(module.register_forward_pre_hook(name_rows, with_kwargs=True))
         yield
     finally:

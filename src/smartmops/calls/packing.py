@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from smartmops.checks.errors import AdapterError
+
 from . import trainers
 from .reading import IGNORED
 
@@ -20,7 +22,7 @@ def refuse_positions(position_ids: Tensor | None, attended: Tensor | None) -> No
     """By positions: [rows, seq], where given; `attended`, [rows, seq], marks what is no padding.
 
     Raises:
-        ValueError: positions fall inside a row.
+        AdapterError: positions fall inside a row.
     """
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] < 2:
         return
@@ -29,7 +31,7 @@ def refuse_positions(position_ids: Tensor | None, attended: Tensor | None) -> No
         real = attended[:, -position_ids.shape[-1] :].bool()
         falls = falls & real[:, 1:] & real[:, :-1]
     if falls.any():
-        raise ValueError(f"position_ids restart inside a row, so {WHY} (padding_free) off")
+        raise AdapterError(f"position_ids restart inside a row, so {WHY} (padding_free) off")
 
 
 def refuse(
@@ -38,16 +40,16 @@ def refuse(
     """By labels, and by the trainer that made the batch.
 
     Raises:
-        ValueError: the trainer packs; or a row begins inside an answer and holds a later one too.
+        AdapterError: the trainer packs; or a row begins inside an answer and holds a later one too.
     """
     if trainers.packs(training):
-        raise ValueError(f"the trainer was told packing=True, so a row may be cut anywhere: {WHY} off")
+        raise AdapterError(f"the trainer was told packing=True, so a row may be cut anywhere: {WHY} off")
     labelled = (labels != IGNORED) & real
     first = (labelled & (real.cumsum(-1) == 1)).any(-1)
     for row in ((answers(real, labels) > 1) & first).nonzero()[:, 0].tolist():
         masked = real[row] & ~labelled[row]
         if ids is None or len(torch.unique(ids[row][masked])) > 1:  # one id alone: a collator that masks every EOS
-            raise ValueError(f"row {row} begins inside an answer and holds a later one, so {WHY} off")
+            raise AdapterError(f"row {row} begins inside an answer and holds a later one, so {WHY} off")
 
 
 def answers(real: Bool[Tensor, "rows seq"], labels: Int[Tensor, "rows seq"]) -> Int[Tensor, " rows"]:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from smartmops.checks.errors import AdapterError
+
 IGNORED = -100
 
 
@@ -73,7 +75,7 @@ def instruction(
     One token at least in each row that has any. `chosen` (not 0 on what the gate is to read instead) is taken as it is.
 
     Raises:
-        ValueError: `chosen` is of another shape, reads no token of a row, or reads one that an answer is to give.
+        AdapterError: `chosen` is of another shape, reads no token of a row, or reads one that an answer is to give.
     """
     mask = real if labels is None else before_answer(real, labels)
     if chosen is not None:
@@ -93,16 +95,20 @@ def _chosen(
     chosen: Tensor, real: Bool[Tensor, "rows seq"], before: Bool[Tensor, "rows seq"]
 ) -> Bool[Tensor, "rows seq"]:
     if chosen.shape != real.shape:
-        raise ValueError(f"gate_mask is of shape {list(chosen.shape)} for tokens of shape {list(real.shape)}: give one "
-                         "entry per token")  # fmt: skip
+        raise AdapterError(f"gate_mask is of shape {list(chosen.shape)} for tokens of shape {list(real.shape)}: give "
+                           "one entry per token")  # fmt: skip
     readable = chosen.to(real.device).bool() & real
     if not bool(readable.any(-1).all()):
         row = int((~readable.any(-1)).nonzero()[0])
-        raise ValueError(f"gate_mask lets the gate read no token of row {row}: set 1 on the tokens of its instruction")
+        raise AdapterError(
+            f"gate_mask lets the gate read no token of row {row}: set 1 on the tokens of its instruction"
+        )
     if bool((readable & ~before).any()):
         row, column = (readable & ~before).nonzero()[0].tolist()
-        raise ValueError(f"gate_mask lets the gate read token {column} of row {row}, where labels say that the answer "
-                         f"begins at token {int(before[row].nonzero()[-1]) + 1}: set 0 from there on")  # fmt: skip
+        raise AdapterError(
+            f"gate_mask lets the gate read token {column} of row {row}, where labels say that the "
+            f"answer begins at token {int(before[row].nonzero()[-1]) + 1}: set 0 from there on"
+        )
     return readable
 
 
@@ -121,7 +127,7 @@ def refuse_sight(
     """Refuse a mask under which what the gate reads has seen the answer.
 
     Raises:
-        ValueError: so it is.
+        AdapterError: so it is.
     """
     pairs = each_pair(mask)
     if labels is None or pairs is None or pairs.shape[1:] != (real.shape[1], real.shape[1]):
@@ -129,8 +135,8 @@ def refuse_sight(
     seen = pairs & read[:, :, None] & (real & ~before_answer(real, labels))[:, None, :]
     if bool(seen.any()):
         row, token, later = seen.nonzero()[0].tolist()
-        raise ValueError(f"attention_mask lets token {token} of row {row}, which the gate reads, see token {later} of "
-                         "the answer: hide answers from what stands before them")  # fmt: skip
+        raise AdapterError(f"attention_mask lets token {token} of row {row}, which the gate reads, see token {later} "
+                           "of the answer: hide answers from what stands before them")  # fmt: skip
 
 
 def framed(

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from smartmops.checks.errors import AdapterError
+
 _looked: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers whose data were looked at
 
 
@@ -57,14 +59,14 @@ def refuse_dropped() -> None:
     """Refuse a `gate_mask` that stands in the trainer's data and did not arrive.
 
     Raises:
-        ValueError: so it is.
+        AdapterError: so it is.
     """
     for _, owner in _frames():
         if owner not in _looked:
             data = (getattr(owner, name, None) for name in ("train_dataset", "eval_dataset"))
             if any("gate_mask" in _columns(each) for each in data):
-                raise ValueError("gate_mask is a column of the data, but the trainer does not hand it to the model: "
-                                 "set remove_unused_columns=False, with a data_collator that keeps it")  # fmt: skip
+                raise AdapterError("gate_mask is a column of the data, but the trainer does not hand it to the model: "
+                                   "set remove_unused_columns=False, with a data_collator that keeps it")  # fmt: skip
             _looked.add(owner)
         return
 

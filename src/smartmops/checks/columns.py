@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from smartmops.checks.errors import ConfigError
+
 FIELDS = ("instruction", "context", "response", "category", "source", "system", "history", "messages")
 
 
@@ -12,17 +14,17 @@ def chosen_columns(chosen: Sequence[str]) -> dict[str, str]:
     """`instruction=question response=answer` as a mapping.
 
     Raises:
-        ValueError: one of them has no `=`, names nothing that an example has, or names it twice.
+        ConfigError: one of them has no `=`, names nothing that an example has, or names it twice.
     """
     found: dict[str, str] = {}
     for each in chosen:
         field, equals, column = each.partition("=")
         field = "category" if field == "task" else field
         if not equals or not column or field not in FIELDS:
-            raise ValueError(f"--columns {each}: write FIELD=COLUMN, such as response=answer; FIELD is one of "
-                             f"{', '.join(FIELDS)}")  # fmt: skip
+            raise ConfigError(f"--columns {each}: write FIELD=COLUMN, such as response=answer; FIELD is one of "
+                              f"{', '.join(FIELDS)}")  # fmt: skip
         if field in found:
-            raise ValueError(f"--columns {each}: {field} is read from {found[field]} already: choose one")
+            raise ConfigError(f"--columns {each}: {field} is read from {found[field]} already: choose one")
         found[field] = column
     return found
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from .errors import NotAFolder, RunError, RunExists, RunNotFound
+
 MARK = ".lock"  # of a folder that a process writes; says nothing of what the folder holds
 NEAR = 3  # folders that are named where the one asked for is not there
 
@@ -120,26 +122,24 @@ def half_written(item: Path) -> bool:
     return item.name.startswith(".") and item.name.endswith(".tmp")
 
 
-def refused(path: Path, resume: bool) -> OSError | None:
+def refused(path: Path, resume: bool) -> RunError | None:
     """Why no run can start in a folder, or with `resume` go on there; None: it can."""
     if path.exists() and not path.is_dir():
-        return NotADirectoryError(f"--out {path} is a file: choose a folder")
+        return NotAFolder(f"--out {path} is a file: choose a folder")
     held = held_by(path)
     if resume and not path.exists():
         return missing(path, near(path, "config.json"))
     if held and not resume:
-        return FileExistsError(f"--out {path} exists and holds {_described(held)}")
+        return RunExists(f"--out {path} exists and holds {_described(held)}")
     if held and "config.json" not in held:
-        return FileExistsError(
-            f"--resume: {path} is no run, it holds {held[0]} but no config.json: choose another folder"
-        )
+        return RunExists(f"--resume: {path} is no run, it holds {held[0]} but no config.json: choose another folder")
     return None
 
 
-def missing(path: Path, others: str) -> OSError:
+def missing(path: Path, others: str) -> RunNotFound:
     """There is nothing to resume; `others` are folders with something, as `near` names them."""
-    return FileNotFoundError(f"--resume: --out {path} does not exist, so there is nothing to go on with: mend the "
-                             f"name{others}, or leave --resume away to start")  # fmt: skip
+    return RunNotFound(f"--resume: --out {path} does not exist, so there is nothing to go on with: mend the "
+                       f"name{others}, or leave --resume away to start")  # fmt: skip
 
 
 def _described(held: list[str]) -> str:

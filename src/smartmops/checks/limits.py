@@ -11,12 +11,15 @@ import math
 import re
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import tyro
+
+from smartmops.checks.errors import ConfigError, RunError, SmartmopsError
 
 FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 GIVEN = re.compile(rf"^{FLAG.pattern} ([^\s:,]+)(?=[:,])", re.MULTILINE)  # a line that opens with a value
@@ -117,7 +120,7 @@ class Options:
         """What is wrong with several options together; asked once each is right by itself."""
         yield from ()
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """Why nothing can be written where it is to be written, or gone on with there; None: it can."""
         return None
 
@@ -126,8 +129,8 @@ def check(config: Options) -> None:
     """Whether every option of a config is within its limits, and whether what it writes has a place.
 
     Raises:
-        ValueError: some are not; one line for each, with its value, its limit and the way out.
-        OSError: the place alone is wrong: taken already, or not there where it is to be gone on with.
+        ConfigError: some are not; one line for each, with its value, its limit and the way out.
+        RunError: the place alone is wrong: taken already, or not there where it is to be gone on with.
     """
     found = list(dict.fromkeys(_each(config))) or list(dict.fromkeys(config.problems()))
     if (place := config.taken()) is not None:
@@ -135,25 +138,38 @@ def check(config: Options) -> None:
             raise place
         found = [*found, *([str(place)] if not any(line.startswith("--out ") for line in found) else [])]
     if found:
-        raise ValueError("\n".join(found))
+        raise ConfigError("\n".join(found))
 
 
 def check_named(config: Options) -> None:
     """`check` for options that were given in Python.
 
     Raises:
-        ValueError: as `check`, with the options as Python writes them.
+        ConfigError: as `check`, with the options as Python writes them.
     """
-    try:
+    with named_in_python(config):
         check(config)
-    except ValueError as error:
-        raise ValueError(in_python(str(error))) from None
 
 
-def in_python(message: str) -> str:
-    """A message with the options as Python writes them: `--batch-size 0: ...` is `batch_size=0: ...`."""
-    named = GIVEN.sub(lambda found: f"{found[1].replace('-', '_')}={found[2]}", message)
-    return FLAG.sub(lambda found: found[1].replace("-", "_"), named)
+@contextmanager
+def named_in_python(config: Options) -> Iterator[None]:
+    """Errors raised inside the block name the options of `config` as Python writes them."""
+    try:
+        yield
+    except SmartmopsError as error:
+        error.args = (in_python(str(error), config), *error.args[1:])
+        raise
+
+
+def in_python(message: str, config: Options) -> str:
+    """A message with the options of `config` as Python writes them: `--batch-size 0: ...` is `batch_size=0: ...`."""
+    names = hints_of(config.__class__)  # type: ignore[arg-type]
+
+    def written(found: re.Match[str]) -> str:
+        name = found[1].replace("-", "_")
+        return name + found[0][2 + len(name) :].replace(" ", "=", 1) if name in names else found[0]
+
+    return FLAG.sub(written, GIVEN.sub(written, message))
 
 
 @cache

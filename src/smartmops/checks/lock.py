@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from smartmops.checks.errors import RunBusy
+
 from .folders import MARK
 
 try:
@@ -43,8 +45,8 @@ def alone(folder: Path) -> Iterator[None]:
     outlive it do not keep it.
 
     Raises:
-        BlockingIOError: another process, or another thread, holds it.
-        OSError: the folder cannot be made or written.
+        RunBusy: another process, or another thread, holds it.
+        RunBusy: the folder cannot be made or written.
     """
     if fcntl is None:
         yield
@@ -63,7 +65,7 @@ def alone(folder: Path) -> Iterator[None]:
 def _take(mark: Path, folder: Path) -> None:
     if (held := _held.get(mark)) is not None:
         if held.thread != threading.get_ident():
-            raise BlockingIOError(f"--out {folder} is in use by another thread: choose another folder")
+            raise RunBusy(f"--out {folder} is in use by another thread: choose another folder")
         held.times += 1
         return
     for _ in range(TRIES):
@@ -77,7 +79,7 @@ def _take(mark: Path, folder: Path) -> None:
             file.flush()
             _held[mark] = _Held(file, threading.get_ident())
             return
-    raise BlockingIOError(f"--out {folder} is begun by others again and again: choose another folder")
+    raise RunBusy(f"--out {folder} is begun by others again and again: choose another folder")
 
 
 def _locked(file: TextIO, folder: Path) -> bool:
@@ -90,8 +92,8 @@ def _locked(file: TextIO, folder: Path) -> bool:
         file.seek(0)
         holder = file.read().strip()
         file.close()
-        raise BlockingIOError(f"--out {folder} is in use by process {holder or 'unknown'}: wait for it, end it, or "
-                              "choose another folder") from error  # fmt: skip
+        raise RunBusy(f"--out {folder} is in use by process {holder or 'unknown'}: wait for it, end it, or "
+                      "choose another folder") from error  # fmt: skip
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
             return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from smartmops.checks.errors import FederationError
 from smartmops.runs.folder import versions
 
 from .messages import VERSION, Failure, Hello, unpack
@@ -22,25 +23,25 @@ def admitted(found: Mapping[int, bytes], config: Any, base: str, experts: Sequen
         experts: Tasks that the gate was pretrained for; empty without a gate.
 
     Raises:
-        ValueError: there are too few; or one has no examples, another base, other versions, or tasks that the gate was
-            not pretrained for.
+        FederationError: there are too few; or one has no examples, another base, other versions, or tasks that the
+            gate was not pretrained for.
     """
     hellos = {client: greeting(blob, f"client number {client}") for client, blob in sorted(found.items())}
     if len(hellos) < config.clients_per_round:
-        raise ValueError(f"clients_per_round={config.clients_per_round}, but there are {len(hellos)} clients: choose 1 "
-                         f"to {len(hellos)}")  # fmt: skip
+        raise FederationError(f"clients_per_round={config.clients_per_round}, but there are {len(hellos)} clients: "
+                              f"choose 1 to {len(hellos)}")  # fmt: skip
     for hello in hellos.values():
         if hello.examples < 1:
-            raise ValueError(f"client {hello.name!r} holds no examples: give it some, or leave it out")
+            raise FederationError(f"client {hello.name!r} holds no examples: give it some, or leave it out")
         if hello.base != base:
-            raise ValueError(f"client {hello.name!r} has another base model, tokenizer or template (fingerprint "
-                             f"{hello.base}, here {base}): load the same on both sides")  # fmt: skip
+            raise FederationError(f"client {hello.name!r} has another base model, tokenizer or template (fingerprint "
+                                  f"{hello.base}, here {base}): load the same on both sides")  # fmt: skip
         _check_versions(hello, config.allow_other_versions)
         unknown = [task for task in hello.categories if task not in experts]
         if experts and config.gate_pretraining == "labels" and unknown:
-            raise ValueError(f"client {hello.name!r} holds category {unknown[0]!r}, which the gate does not know (it "
-                             f"knows {', '.join(experts)}): name an expert for it with --expert-names, or choose "
-                             "--gate-pretraining clusters")  # fmt: skip
+            raise FederationError(f"client {hello.name!r} holds category {unknown[0]!r}, which the gate does not know "
+                                  f"(it knows {', '.join(experts)}): name an expert for it with --expert-names, or "
+                                  "choose --gate-pretraining clusters")  # fmt: skip
     return {client: hello.name for client, hello in hellos.items()}
 
 
@@ -48,16 +49,18 @@ def greeting(blob: bytes, who: str) -> Hello:
     """The `Hello` in a blob that `who` sent.
 
     Raises:
-        ValueError: it is none; the message names who sent it.
+        FederationError: it is none; the message names who sent it.
     """
     try:
         hello = unpack(blob)
     except ValueError as error:
-        raise ValueError(f"{who} cannot take part: it sent {error}") from error
+        raise FederationError(f"{who} cannot take part: it sent {error}") from error
     if isinstance(hello, Failure):
-        raise ValueError(f"{who} cannot take part: {hello.reason}")
+        raise FederationError(f"{who} cannot take part: {hello.reason}")
     if not isinstance(hello, Hello) or not _typed(hello):
-        raise ValueError(f"{who} cannot take part: it sent no greeting of this version, but a {type(hello).__name__}")
+        raise FederationError(
+            f"{who} cannot take part: it sent no greeting of this version, but a {type(hello).__name__}"
+        )
     return hello
 
 
@@ -77,5 +80,6 @@ def _check_versions(hello: Hello, allow: bool) -> None:
         theirs = hello.versions.get(name)
         if theirs != here[name] and (name == "messages" or not allow):
             way_out = "" if name == "messages" else ", or accept it with --allow-other-versions"
-            raise ValueError(f"client {hello.name!r} runs {name} {theirs}, the server {here[name]}: install the same"
-                             + way_out)  # fmt: skip
+            raise FederationError(
+                f"client {hello.name!r} runs {name} {theirs}, the server {here[name]}: install the same" + way_out
+            )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from smartmops.checks.errors import DataError
 from smartmops.flow.task import Task
 from smartmops.options.federation import FederateConfig
 from smartmops.options.training import TaskConfig
@@ -31,7 +32,7 @@ def holdings_of(config: FederateConfig, task: Task) -> Holdings:
     """Partition the server's training rows, or read one file per client.
 
     Raises:
-        ValueError: a client has nothing to train on; the message names one, the cause and the way out.
+        DataError: a client has nothing to train on; the message names one, the cause and the way out.
     """
     if config.clients_data is not None:
         given = read_clients(config.clients_data, config.columns)
@@ -46,8 +47,8 @@ def holdings_of(config: FederateConfig, task: Task) -> Holdings:
     some = [number for number, own in enumerate(rows) if own]
     if empty and not (config.skip_empty and some):
         why = _not_enough(config, task) if config.shares_data_out else _left_out(config, task, empty[0])
-        raise ValueError(f"{len(empty)} of {len(names)} clients have nothing to train on, such as {empty[0]!r}: {why}"
-                         + (", or leave them out with --skip-empty" if some else ""))  # fmt: skip
+        raise DataError(f"{len(empty)} of {len(names)} clients have nothing to train on, such as {empty[0]!r}: {why}"
+                        + (", or leave them out with --skip-empty" if some else ""))  # fmt: skip
     categories = sorted({example.category for example in task.train_examples})
     table = {c: [sum(task.train_examples[i].category == c for i in rows[n]) for n in some] for c in categories}
     return Holdings(task, [rows[n] for n in some], [names[n] for n in some], table)
@@ -76,7 +77,7 @@ def _shared_out(config: FederateConfig, task: Task) -> tuple[list[str], list[lis
     try:
         found = partition(task.train_examples, config, config.seed)
     except ValueError as error:
-        raise ValueError(f"{error}{_note(task)}") from error
+        raise DataError(f"{error}{_note(task)}") from error
     return found.names, found.holdings
 
 

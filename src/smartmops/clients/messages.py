@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from smartmops.adapter import typed
+from smartmops.checks.errors import FederationError
 
 VERSION = 1  # of these messages; both sides must speak the same
 
@@ -148,7 +149,7 @@ def unpack(blob: bytes) -> Message:
     """The message in a blob.
 
     Raises:
-        ValueError: it is damaged, of another version, or no message at all.
+        FederationError: it is damaged, of another version, or no message at all.
     """
     try:
         size = int.from_bytes(blob[:8], "little")
@@ -156,12 +157,12 @@ def unpack(blob: bytes) -> Message:
         arrays = {name: value for name, value in load(blob).items() if name}
         kind, words = header["kind"], dict(header["words"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"a message of {len(blob)} bytes is damaged ({type(error).__name__}: {error})") from error
+        raise FederationError(f"a message of {len(blob)} bytes is damaged ({type(error).__name__}: {error})") from error
     if header.get("version") != VERSION:
-        raise ValueError(f"a message of version {header.get('version')}, but this side speaks version {VERSION}: "
-                         "install the same smartmops on server and clients")  # fmt: skip
+        raise FederationError(f"a message of version {header.get('version')}, but this side speaks version {VERSION}: "
+                              "install the same smartmops on server and clients")  # fmt: skip
     if kind not in KINDS:
-        raise ValueError(f"a message of kind {kind!r}: choose {', '.join(KINDS)}")
+        raise FederationError(f"a message of kind {kind!r}: choose {', '.join(KINDS)}")
     try:
         if kind == "Job":
             words["local"] = _of(Local, words["local"])
@@ -170,4 +171,4 @@ def unpack(blob: bytes) -> Message:
         made: Message = _of(KINDS[kind], words)
         return made
     except (TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"a {kind} does not have the fields of version {VERSION} ({error})") from error
+        raise FederationError(f"a {kind} does not have the fields of version {VERSION} ({error})") from error

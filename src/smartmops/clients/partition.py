@@ -16,6 +16,7 @@ from typing import Literal
 
 from numpy.random import Generator, SeedSequence, default_rng
 
+from smartmops.checks.errors import ConfigError, DataError
 from smartmops.data.tasks import read_jsonl
 from smartmops.options.federation import LARGEST_ALPHA, PartitionConfig
 from smartmops.rows.example import Example
@@ -44,7 +45,7 @@ class Partition:
         """How many examples of each category each client holds; categories sorted.
 
         Raises:
-            ValueError: There are more or fewer examples than were shared out.
+            ConfigError: There are more or fewer examples than were shared out.
         """
         if (shared := sum(map(len, self.holdings))) != len(examples):
             raise ValueError(f"{len(examples)} examples, but {shared} were shared out: give the same ones")
@@ -67,8 +68,8 @@ def partition(examples: Sequence[Example], config: PartitionConfig, seed: int) -
     A client may end with no examples (`Partition.empty`).
 
     Raises:
-        ValueError: There are no examples or fewer than clients, a setting is out of its range, the seed is negative, or
-            with `partition="source"` an example has no source.
+        ConfigError: There are no examples or fewer than clients, a setting is out of its range, the seed is negative,
+            or with `partition="source"` an example has no source.
     """
     _check(len(examples), config, seed)
     if config.partition == "source":
@@ -86,16 +87,16 @@ def read_clients(folder: str | Path, columns: Sequence[str] = ()) -> list[Exampl
     Files are read in the order of their names; hidden files and folders within the folder are not.
 
     Raises:
-        ValueError: There is no such folder, it holds no .jsonl file, or one is broken (see `read_jsonl`).
+        ConfigError, DataError: There is no such folder, it holds no .jsonl file, or one is broken (see `read_jsonl`).
     """
     folder = Path(folder)
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"clients={str(folder)!r} {problem}: give a folder with one JSONL file for each client")
+        raise ConfigError(f"clients={str(folder)!r} {problem}: give a folder with one JSONL file for each client")
     files = sorted(file for file in folder.glob("*.jsonl") if file.is_file() and not file.name.startswith("."))
     if not files:
-        raise ValueError(f"clients={str(folder)!r} holds no file ending in .jsonl: write one for each client, such as "
-                         "berlin.jsonl")  # fmt: skip
+        raise DataError(f"clients={str(folder)!r} holds no file ending in .jsonl: write one for each client, such as "
+                        "berlin.jsonl")  # fmt: skip
     return [replace(example, source=file.stem) for file in files for example in read_jsonl(file, columns)]
 
 
@@ -153,8 +154,8 @@ def _share_out(
 
 def _by_source(examples: Sequence[Example]) -> Partition:
     if nameless := sum(not example.source for example in examples):
-        raise ValueError(f"partition='source', but {nameless} of {len(examples)} examples have no source: give every "
-                         "line of the data a `source` (or `client`), or choose skewed or dirichlet")  # fmt: skip
+        raise DataError(f"partition='source', but {nameless} of {len(examples)} examples have no source: give every "
+                        "line of the data a `source` (or `client`), or choose skewed or dirichlet")  # fmt: skip
     held = _grouped(example.source for example in examples)
     return Partition(list(held.values()), list(held))
 
@@ -174,22 +175,22 @@ def _grouped(labels: Iterable[str]) -> dict[str, list[int]]:
 def _check(examples: int, config: PartitionConfig, seed: int) -> None:
     kind, clients = config.partition, config.clients
     if not examples:
-        raise ValueError("0 examples to share out among clients: give one at least")
+        raise ConfigError("0 examples to share out among clients: give one at least")
     if kind not in ("source", *STREAMS):
-        raise ValueError(f"partition={kind!r}: choose skewed, dirichlet or source")
+        raise ConfigError(f"partition={kind!r}: choose skewed, dirichlet or source")
     if seed < 0:
-        raise ValueError(f"seed={seed}: choose 0 or more")
+        raise ConfigError(f"seed={seed}: choose 0 or more")
     if kind == "source":
         return
     if clients < 1:
-        raise ValueError(f"clients={clients}: choose 1 or more")
+        raise ConfigError(f"clients={clients}: choose 1 or more")
     if clients > examples:
-        raise ValueError(f"clients={clients}, but there are {examples} examples: choose 1 to {examples}, or give more "
-                         "examples")  # fmt: skip
+        raise ConfigError(f"clients={clients}, but there are {examples} examples: choose 1 to {examples}, or give more "
+                          "examples")  # fmt: skip
     if kind == "skewed" and config.skew_of not in ("each", "rest"):
-        raise ValueError(f"skew_of={config.skew_of!r}: choose each or rest")
+        raise ConfigError(f"skew_of={config.skew_of!r}: choose each or rest")
     if kind == "skewed" and not 1 <= config.skew < math.inf:
-        raise ValueError(f"skew={config.skew}: choose 1 or more (15 in the paper)")
+        raise ConfigError(f"skew={config.skew}: choose 1 or more (15 in the paper)")
     if kind == "dirichlet" and not 0 < config.dirichlet_alpha <= LARGEST_ALPHA:
-        raise ValueError(f"dirichlet_alpha={config.dirichlet_alpha}: choose a number above 0 and at most "
-                         f"{LARGEST_ALPHA:g}, such as 0.5")  # fmt: skip
+        raise ConfigError(f"dirichlet_alpha={config.dirichlet_alpha}: choose a number above 0 and at most "
+                          f"{LARGEST_ALPHA:g}, such as 0.5")  # fmt: skip

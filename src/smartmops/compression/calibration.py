@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from smartmops.checks.errors import ConfigError, DataError
 from smartmops.data.tasks import splits
 from smartmops.options.compression import TEXT_ENDINGS
 from smartmops.rows.example import Example
@@ -53,10 +54,10 @@ def load(
         columns: As in `train`: `FIELD=COLUMN`.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ConfigError: there is none, or it cannot be read.
     """
     if not data and base != "tiny":
-        raise ValueError(f"no calibration text for {base}: give --calibration a text file, or the DATA it will serve")
+        raise ConfigError(f"no calibration text for {base}: give --calibration a text file, or the DATA it will serve")
     if data.endswith(TEXT_ENDINGS):
         return plain(data)
     train, test = splits(data or "office", limit, test_share, seed, columns=columns)
@@ -67,17 +68,15 @@ def plain(file: str | Path) -> Text:
     """A plain text file, the last tenth held out.
 
     Raises:
-        ValueError: the file is missing, empty, or no UTF-8 text.
+        DataError: the file is missing, empty, or no UTF-8 text.
     """
     try:
         raw = Path(file).read_bytes()
         text = (lzma.decompress(raw) if str(file).endswith(".xz") else raw).decode()
     except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"calibration={str(file)!r} cannot be read ({error}): give UTF-8 text, plain or .xz"
-        ) from error
+        raise DataError(f"calibration={str(file)!r} cannot be read ({error}): give UTF-8 text, plain or .xz") from error
     if not text.strip():
-        raise ValueError(f"calibration={str(file)!r} is empty: give a text file with text in it")
+        raise DataError(f"calibration={str(file)!r} is empty: give a text file with text in it")
     cut = round(len(text) * (1 - HELD_OUT))
     return Text(list(_pieces(text[:cut])), list(_pieces(text[cut:])), str(file))
 
@@ -90,10 +89,10 @@ def calibration_rows(
     No padding, so none can enter the Hessian. `length` None: as many tokens a row as the text has, `most` at most.
 
     Raises:
-        ValueError: too little text, or a number of sequences or tokens that is none.
+        ConfigError, DataError: too little text, or a number of sequences or tokens that is none.
     """
     if sequences < 1:
-        raise ValueError(f"sequences={sequences}: choose 1 or more, such as 128")
+        raise ConfigError(f"sequences={sequences}: choose 1 or more, such as 128")
     if length is not None:
         _check(length)
     order = list(text.pieces)
@@ -101,7 +100,7 @@ def calibration_rows(
     tokens = _rows(order, tokenizer, sequences * (length or most))
     length = length or min(most, max(len(tokens) // sequences, SHORTEST))
     if len(tokens) < sequences * length:
-        raise ValueError(
+        raise DataError(
             f"calibration={text.name!r} has {len(tokens)} tokens, but {sequences} sequences of {length} need "
             f"{sequences * length}: give more text"
             + (f", or choose --sequences up to {len(tokens) // length}" if len(tokens) >= length else "")
@@ -115,7 +114,7 @@ def held_out_batches(
     """Right-padded batches with labels: responses of held-out examples, or at most `most` rows of held-out text.
 
     Raises:
-        ValueError: nothing is held out that fits.
+        DataError: nothing is held out that fits.
     """
     _check(length)
     if text.held_out and isinstance(text.held_out[0], Example):
@@ -126,14 +125,14 @@ def held_out_batches(
         cuts = range(0, max(len(tokens) - length, 0) + 1, length)
         rows = [Encoded(tokens[i : i + length], tokens[i : i + length]) for i in cuts if len(tokens) > 1]
     if not rows:
-        raise ValueError(f"{text.name!r} holds out no text to measure on: give more")
+        raise DataError(f"{text.name!r} holds out no text to measure on: give more")
     collate, order = Collator(tokenizer), sorted(rows, key=lambda row: len(row.input_ids))
     return [collate(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
 
 
 def _check(length: int) -> None:
     if length < 2:  # the first token of a sequence is predicted from nothing, so one alone measures nothing
-        raise ValueError(f"sequence_length={length}: choose 2 tokens or more, such as 2048")
+        raise ConfigError(f"sequence_length={length}: choose 2 tokens or more, such as 2048")
 
 
 def _rows(pieces: Iterable[str], tokenizer: Any, enough: int) -> list[int]:

@@ -21,20 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartmops.base import dense_weight, describe, load_base, local, quantised_as, quantised_linears
+from smartmops.base.names import readable
+from smartmops.checks.errors import BaseModelError, DiskError, RunExists
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
+from smartmops.progress.bars import counted
+from smartmops.settings.writing import NAME, resolved
 
 from . import calibration, layerwise
 from .solvers import Pattern, Solver
 
-console = Console()
 LOOKED_AT = 1024  # columns of a quantised layer whose zeros are counted: all of a large one would take minutes
 DOES_NOT_DECIDE = ("out", "resume", "device", "batch_size")  # arguments that leave the result as it is
 
@@ -43,10 +44,10 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     """Prune and quantise a model and write it, loadable by `AutoModelForCausalLM`; returns what `metrics.json` holds.
 
     Raises:
-        FileExistsError: `out` holds something already, or an unfinished compression and `resume` is off.
-        ImportError: a quantising library is missing.
-        OSError: the disk has no room for the result.
-        ValueError: options, model or text do not fit; the message names value, limit and way out.
+        RunExists: `out` holds something already, or an unfinished compression and `resume` is off.
+        MissingExtra: a quantising library is missing.
+        DiskError: the disk has no room for the result.
+        BaseModelError: options, model or text do not fit; the message names value, limit and way out.
     """
     check(config)
     with alone(beside(config.out)):
@@ -97,7 +98,7 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
             "metrics": metrics, "calibration": _told(config, rows), "layers": stats, "begun_with": _state(config),
             "versions": _versions(quantisation),
         }  # fmt: skip
-        _publish(partial, config.out, record)
+        _publish(partial, config, record)
     return metrics
 
 
@@ -116,13 +117,14 @@ def _finished(config: CompressConfig) -> dict[str, Any] | None:
 def _load(config: CompressConfig) -> tuple[Any, Any]:
     """As stored, on the CPU: only the layer at work goes to the device."""
     if method := quantised_as(config.model):
-        raise ValueError(
+        raise BaseModelError(
             f"MODEL {config.model} is quantised already ({method}), so its weights can be neither pruned nor quantised "
             "again: compress the model it was made from"
         )
     name = local(config.model)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval().requires_grad_(False)
-    return model, AutoTokenizer.from_pretrained(name)
+    with readable(config.model):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval().requires_grad_(False)
+        return model, AutoTokenizer.from_pretrained(name)
 
 
 def _is_data(config: CompressConfig) -> bool:
@@ -159,7 +161,7 @@ def _partial(config: CompressConfig, needed: int) -> Path:
     held = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(folder for folder in partial.absolute().parents if folder.exists())).free
     if needed - held > free:
-        raise OSError(
+        raise DiskError(
             f"{partial.parent} has {free / 2**30:.2f} GiB free, and {(needed - held) / 2**30:.2f} GiB are needed for "
             "the result and for what it can be resumed from: free some, or choose another --out"
         )
@@ -182,7 +184,7 @@ def _arguments(config: CompressConfig) -> dict[str, Any]:
 def _compare(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     for key, value in now.items():
         if then.get(key) != value:
-            raise FileExistsError(
+            raise RunExists(
                 f"--resume: {folder} was begun with {key}={then.get(key)!r}, but now {key}={value!r} is asked for: ask "
                 "for the same, or choose another --out"
             )
@@ -195,7 +197,7 @@ def _room(partial: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(partial).free / 2**30
-        raise OSError(
+        raise DiskError(
             f"writing into {partial} failed ({error}; {free:.2f} GiB free): nothing was put at --out; make room and go "
             "on with --resume"
         ) from error
@@ -203,9 +205,8 @@ def _room(partial: Path) -> Iterator[None]:
 
 @contextmanager
 def _progress(what: str, layers: int) -> Iterator[Callable[[int], None]]:
-    with Progress(transient=True) as bar:
-        line = bar.add_task(what, total=layers)
-        yield lambda index: bar.update(line, completed=index + 1, description=f"{what}, layer {index + 1} of {layers}")
+    with counted(f"{what}, layer", layers) as done:
+        yield lambda index: done(1)
 
 
 def _perplexity(model: Any, held_out: list[dict[str, torch.Tensor]], device: Any, what: str) -> float | None:
@@ -232,7 +233,7 @@ def _quantise(
     for name, before in zeros.items():
         after = (dense_weight(modules[name], model.dtype, most=LOOKED_AT) == 0).float().mean()
         if after < before - 1e-4:
-            raise ValueError(
+            raise BaseModelError(
                 f"{quantisation} turned zeros of {name} into something else (of its weights {before:.3f} were zero, "
                 f"{after:.3f} are): please report it"
             )
@@ -280,9 +281,10 @@ def _versions(quantisation: Quantisation | None) -> dict[str, str]:
     }
 
 
-def _publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
-    """Card and numbers beside the weights, everything on disk, then one rename."""
-    model = partial / "model"
+def _publish(partial: Path, config: CompressConfig, record: dict[str, Any]) -> None:
+    """Card, options and numbers beside the weights, everything on disk, then one rename."""
+    model, out = partial / "model", config.out
+    (model / NAME).write_text(resolved("compress", asdict(config)), encoding="utf-8")
     (model / "compression.json").write_text(json.dumps(record, indent=2) + "\n")
     (model / "metrics.json").write_text(json.dumps(record["metrics"], indent=2) + "\n")
     (model / "README.md").write_text(card(record), encoding="utf-8")

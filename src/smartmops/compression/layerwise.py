@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from smartmops.backbone import halves
+from smartmops.checks.errors import BaseModelError, ConfigError
 from smartmops.options.compression import Method
 
 from .solvers import SOLVERS, Pattern, Solver
@@ -39,7 +40,7 @@ def linears(model: Any) -> dict[str, nn.Module]:
     """Every linear module inside the decoder layers by its full name: what pruning prunes.
 
     Raises:
-        ValueError: weights of a layer are held outside linear modules (fused experts), where they would stay dense.
+        BaseModelError: weights of a layer are held outside linear modules (fused experts), where they would stay dense.
     """
     layers, kinds = decoder_layers(model), (nn.Linear, Conv1D)
     start = next(name for name, module in model.named_modules() if module is layers)
@@ -47,8 +48,10 @@ def linears(model: Any) -> dict[str, nn.Module]:
     covered = {id(parameter) for module in found.values() for parameter in module.parameters()}
     for name, parameter in layers.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in covered:
-            raise ValueError(f"{type(model).__name__} holds {start}.{name} {list(parameter.shape)} outside linear "
-                             "modules, where it would stay dense: choose a model without fused experts")  # fmt: skip
+            raise BaseModelError(
+                f"{type(model).__name__} holds {start}.{name} {list(parameter.shape)} outside linear "
+                "modules, where it would stay dense: choose a model without fused experts"
+            )
     return found
 
 
@@ -91,7 +94,7 @@ def check_runs_by_layer(model: Any) -> None:
     """Refuse architectures whose layers, one after another, are not the model.
 
     Raises:
-        ValueError: they are not (the backbone scales what comes in, hands more than hidden states on, or the like).
+        BaseModelError: they are not (the backbone scales what comes in, hands more than hidden states on, or the like).
     """
     ids = torch.arange(1, 9, device=model.device)[None] % int(model.config.get_text_config().vocab_size)
     (hidden,) = embed(model, [ids])
@@ -101,8 +104,8 @@ def check_runs_by_layer(model: Any) -> None:
     got = halves.upper(halves.backbone_of(model), len(decoder_layers(model)))(inputs_embeds=hidden, use_cache=False)
     want = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.allclose(got.last_hidden_state, want, rtol=1e-2, atol=1e-2 * float(want.abs().max())):
-        raise ValueError(f"{type(model).__name__} does not run layer by layer: choose another architecture, such as "
-                         "Llama, or prune it elsewhere (any checkpoint with zeros is welcome)")  # fmt: skip
+        raise BaseModelError(f"{type(model).__name__} does not run layer by layer: choose another architecture, such "
+                             "as Llama, or prune it elsewhere (any checkpoint with zeros is welcome)")  # fmt: skip
 
 
 @torch.no_grad()
@@ -204,14 +207,14 @@ def prune(
         calibration tokens `error`, ||(W' - W) X||^2 / ||W X||^2.
 
     Raises:
-        ValueError: a width does not fit the pattern, there is no calibration, or the architecture is not supported.
+        ConfigError: a width does not fit the pattern, there is no calibration, or the architecture is not supported.
     """
     solver, modules = solver or Solver(), linears(model)
     for name, module in modules.items():
         pattern.check(matrix(module).shape[1], name)
     solver.check(pattern)
     if not batches and method != "magnitude":
-        raise ValueError(f"method={method} needs calibration text, and got 0 tokens: give some, or choose magnitude")
+        raise ConfigError(f"method={method} needs calibration text, and got 0 tokens: give some, or choose magnitude")
     device = torch.device(device if device is not None else model.device)
     stored = {name: matrix(module).dtype for name, module in modules.items()}
     was_training = model.training
@@ -249,7 +252,7 @@ def _prune_layer(
     for name, module in own.items():
         weight, hessian = matrix(module), inputs.sums.get(inputs.first.get(name, ""))
         if hessian is None and method != "magnitude":
-            raise ValueError(f"no calibration token went through {name}: choose another architecture or magnitude")
+            raise BaseModelError(f"no calibration token went through {name}: choose another architecture or magnitude")
         new = SOLVERS[method](weight, hessian, pattern, solver).to(stored[name]).float()
         stats[name] = {"weights": new.numel(), "sparsity": (new == 0).float().mean().item()}
         if hessian is not None:

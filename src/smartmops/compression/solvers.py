@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from smartmops.checks.errors import BaseModelError, ConfigError
 from smartmops.options.compression import Method, numbers_of
 
 
@@ -28,17 +29,17 @@ class Pattern:
         """From `sparsity`, a share of zeros, or from `pattern`, `n:m` in the paper's notation: prune n of every m.
 
         Raises:
-            ValueError: neither or both are given, or the value is none of these.
+            ConfigError: neither or both are given, or the value is none of these.
         """
         if (sparsity is None) == (pattern is None):
-            raise ValueError(f"sparsity={sparsity}, pattern={pattern}: give one of them, such as 0.75 or 7:8")
+            raise ConfigError(f"sparsity={sparsity}, pattern={pattern}: give one of them, such as 0.75 or 7:8")
         if pattern is None:
             if not 0 < float(sparsity or 0) < 1:
-                raise ValueError(f"sparsity={sparsity}: choose a share of zeros between 0 and 1, such as 0.75")
+                raise ConfigError(f"sparsity={sparsity}: choose a share of zeros between 0 and 1, such as 0.75")
             return cls(float(sparsity or 0))
         n, m = numbers_of(pattern) or (0, 0)
         if not 0 < n < m:
-            raise ValueError(f"pattern={pattern}: n:m prunes n of every m, so choose 0 < n < m, such as 7:8 or 2:4")
+            raise ConfigError(f"pattern={pattern}: n:m prunes n of every m, so choose 0 < n < m, such as 7:8 or 2:4")
         return cls(n / m, n, m)
 
     def __str__(self) -> str:
@@ -49,11 +50,11 @@ class Pattern:
         """Refuse a layer whose number of inputs `m` does not divide.
 
         Raises:
-            ValueError: it does not.
+            ConfigError: it does not.
         """
         if self.m and columns % self.m:
-            raise ValueError(f"pattern={self}, but {name} has {columns} inputs, which {self.m} does not divide: choose "
-                             f"an m that divides {columns}, such as 2:4 or 4:8, or a sparsity")  # fmt: skip
+            raise ConfigError(f"pattern={self}, but {name} has {columns} inputs, which {self.m} does not divide: "
+                              f"choose an m that divides {columns}, such as 2:4 or 4:8, or a sparsity")  # fmt: skip
 
     def smallest(self, score: Float[Tensor, "out in"], by_row: bool = False) -> Bool[Tensor, "out in"]:
         """True where `score` is to be pruned: exact counts, whatever the ties; `by_row`, the same count in each row."""
@@ -78,12 +79,12 @@ class Solver:
         """Refuse numbers that cannot work with the pattern.
 
         Raises:
-            ValueError: naming the one that cannot.
+            ConfigError: naming the one that cannot.
         """
         if self.block_size < 1 or (pattern.m and self.block_size % pattern.m):
-            raise ValueError(f"block_size={self.block_size}: choose a positive multiple of {max(pattern.m, 1)}")
+            raise ConfigError(f"block_size={self.block_size}: choose a positive multiple of {max(pattern.m, 1)}")
         if self.damping < 0:
-            raise ValueError(f"damping={self.damping}: choose 0 or more, such as 0.01")
+            raise ConfigError(f"damping={self.damping}: choose 0 or more, such as 0.01")
 
 
 def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
@@ -93,7 +94,7 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> Float[Ten
     H = R R^T, R upper (Cholesky of H read backwards), U = R^-1: one factorisation and one triangular solve.
 
     Raises:
-        ValueError: no damping up to the size of the diagonal itself makes the Hessian positive.
+        BaseModelError: no damping up to the size of the diagonal itself makes the Hessian positive.
     """
     mean, eye = hessian.diagonal().mean(), torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     while damping <= 1:
@@ -102,8 +103,8 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> Float[Ten
             factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
             return factor
         damping = max(10 * damping, 1e-4)
-    raise ValueError("the inputs of a layer are not finite or all alike, so nothing can be solved for: check the model "
-                     "and the calibration text")  # fmt: skip
+    raise BaseModelError("the inputs of a layer are not finite or all alike, so nothing can be solved for: check the "
+                         "model and the calibration text")  # fmt: skip
 
 
 @torch.no_grad()

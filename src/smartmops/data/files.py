@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from smartmops.checks.errors import DataError
 from smartmops.rows.faults import Faults, shown
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -32,7 +33,7 @@ def rows_of(file: Path, faults: Faults) -> Iterator[Row]:
     """Each row of a file with its number. What is no row is noted in `faults`, and reading goes on where it can.
 
     Raises:
-        ValueError: the file as a whole cannot be read.
+        DataError: the file as a whole cannot be read.
     """
     if file.suffix == ".parquet":
         return _parquet(file)
@@ -55,18 +56,18 @@ def whole(file: Path) -> str:
     """The text of a file.
 
     Raises:
-        ValueError: it cannot be read, or is not UTF-8.
+        DataError: it cannot be read, or is not UTF-8.
     """
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line}: {NOT_UTF8.format(f'byte {error.start} of the file')}") from error
+        raise DataError(f"{file}, line {line}: {NOT_UTF8.format(f'byte {error.start} of the file')}") from error
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}): check the path") from error
+        raise DataError(f"{file} cannot be read ({error.strerror}): check the path") from error
 
 
-class NoJSON(ValueError):
+class NoJSON(DataError):
     """A text that is no JSON.
 
     Attributes:
@@ -97,17 +98,17 @@ def _lines(file: Path, newline: str | None = None) -> Iterator[str]:
     try:
         with open(file, "rb") as start:
             if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                raise ValueError(f"{file}, line 1: {NOT_UTF8.format('but UTF-16')}")
+                raise DataError(f"{file}, line 1: {NOT_UTF8.format('but UTF-16')}")
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as stream:
             number = 0
             while line := stream.readline(LONGEST):
                 number += 1
                 if len(line) == LONGEST and line[-1] not in "\r\n":
-                    raise ValueError(f"{file}, line {number}: {LONGEST} characters and no end of the line yet: write "
-                                     "one row a line")  # fmt: skip
+                    raise DataError(f"{file}, line {number}: {LONGEST} characters and no end of the line yet: write "
+                                    "one row a line")  # fmt: skip
                 yield line
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}): check the path") from error
+        raise DataError(f"{file} cannot be read ({error.strerror}): check the path") from error
 
 
 def _jsonl(file: Path, faults: Faults) -> Iterator[Row]:
@@ -185,7 +186,7 @@ def _csv(file: Path, faults: Faults, delimiter: str) -> Iterator[Row]:
 
 def _header(names: list[str], file: Path, number: int) -> list[str]:
     if twice := next((name for name in names if name and names.count(name) > 1), None):
-        raise ValueError(f"{file}, line {number}: two columns are called {shown(twice)}: rename one")
+        raise DataError(f"{file}, line {number}: two columns are called {shown(twice)}: rename one")
     return names
 
 
@@ -200,7 +201,7 @@ def _parquet(file: Path) -> Iterator[Row]:
     # Arrow raises what its decoders do; names of columns that are not UTF-8 break only when they are asked for.
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
-        raise ValueError(f"{file}, row {number + 1}: not Parquet ({reason}): write the file again") from error
+        raise DataError(f"{file}, row {number + 1}: not Parquet ({reason}): write the file again") from error
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:

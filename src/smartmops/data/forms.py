@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from smartmops.checks.errors import DataError
 from smartmops.rows.example import Example, conversation
 from smartmops.rows.faults import SHOWN, Faults, places, shown
 
@@ -60,7 +61,7 @@ TEXTS = (
 CELL = "a cell of CSV holds nothing but text, so write such data as JSONL, JSON or Parquet"
 
 
-class EmptyResponse(ValueError):
+class EmptyResponse(DataError):
     """A row with nothing to learn."""
 
 
@@ -119,7 +120,7 @@ class _Reader:
 
     def read(self, row: Any) -> list[Example]:
         if not isinstance(row, dict):
-            raise ValueError(f'{shown(row)} is no object: write {{"instruction": ..., "response": ...}}')
+            raise DataError(f'{shown(row)} is no object: write {{"instruction": ..., "response": ...}}')
         row = self._renamed(row)
         form = self.form or self._recognised(row)
         column = next((name for name in CATEGORY if name in row), None)
@@ -127,14 +128,14 @@ class _Reader:
             problem = (
                 f"no column `{self.category}`" if self.category else f"a column `{column}`, which rows before lack"
             )
-            raise ValueError(f"{problem} (found: {_names(row)}): give every row a category, or none")
+            raise DataError(f"{problem} (found: {_names(row)}): give every row a category, or none")
         found = self._chat(form, row) if form in CHATS or _is_talk(form, row) else [self._text(form, row)]
         self.form, self.category = form, column
         return found
 
     def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
         if missing := [f"{field}={column}" for field, column in self.chosen.items() if column not in row]:
-            raise ValueError(f"--columns {' '.join(missing)}: no such column (found: {_names(row)})")
+            raise DataError(f"--columns {' '.join(missing)}: no such column (found: {_names(row)})")
         left = {name: value for name, value in row.items() if name not in self.chosen.values()}
         return left | {field: row[column] for field, column in self.chosen.items()}
 
@@ -147,16 +148,16 @@ class _Reader:
         nearest = max(every, key=lambda form: len(row.keys() & set(form.needed)))
         missing = [name for name in nearest.needed if name not in row]
         problem = f"no column `{missing[0]}`" if len(missing) < len(nearest.needed) else "no columns that are known"
-        raise ValueError(f"{problem} (found: {_names(row)}). Needed are instruction and response, instruction and "
-                         "output, prompt and completion, messages or conversations; optional are context, category, "
-                         "source. Other names: --columns instruction=... response=...")  # fmt: skip
+        raise DataError(f"{problem} (found: {_names(row)}). Needed are instruction and response, instruction and "
+                        "output, prompt and completion, messages or conversations; optional are context, category, "
+                        "source. Other names: --columns instruction=... response=...")  # fmt: skip
 
     def _text(self, form: Form, row: Mapping[str, Any]) -> Example:
         for name in form.needed:
             if name not in row:
-                raise ValueError(f"no column `{name}` (found: {_names(row)}). Needed are {' and '.join(form.needed)}")
+                raise DataError(f"no column `{name}` (found: {_names(row)}). Needed are {' and '.join(form.needed)}")
         if _is_talk(form, row, str):
-            raise ValueError(f"`prompt` and `completion` are lists of messages written as text: {CELL}")
+            raise DataError(f"`prompt` and `completion` are lists of messages written as text: {CELL}")
         context = next((name for name in form.context if name in row), "context")
         asked, given, response = (self._words(row, name) for name in (form.asked, context, form.answered))
         task, source = self._label(row, CATEGORY) or self.task, self._label(row, SOURCE)
@@ -183,7 +184,7 @@ class _Reader:
         value = row.get(column)
         if value is None or isinstance(value, str):
             return value or ""
-        raise ValueError(f"`{column}` is {shown(value)}, not text: {self.way_out}")
+        raise DataError(f"`{column}` is {shown(value)}, not text: {self.way_out}")
 
     def _label(self, row: Mapping[str, Any], columns: Iterable[str]) -> str:
         """A name, for which numbers are taken too."""
@@ -204,24 +205,24 @@ def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, str]]:
     """Messages as `conversation` takes them: ShareGPT writes `from` and `value`, OpenAI may write parts of a text."""
     value = row.get(column)
     if isinstance(value, str):
-        raise ValueError(f"`{column}` is text, not a list of messages: {CELL}")
+        raise DataError(f"`{column}` is text, not a list of messages: {CELL}")
     if not isinstance(value, list):
-        raise ValueError(f"`{column}` is {shown(value)}, not a list of messages: write "
-                         '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]')  # fmt: skip
+        raise DataError(f"`{column}` is {shown(value)}, not a list of messages: write "
+                        '[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]')  # fmt: skip
     return [_message(message, f"message {number} of `{column}`") for number, message in enumerate(value, 1)]
 
 
 def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise ValueError(f"{where} is {shown(message)}, no object with role and content")
+        raise DataError(f"{where} is {shown(message)}, no object with role and content")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
     if not isinstance(role, str):
-        raise ValueError(f"{where} has {shown(role)} for a role: choose system, user or assistant")
+        raise DataError(f"{where} has {shown(role)} for a role: choose system, user or assistant")
     if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
     if content is None or not isinstance(content, str):
-        raise ValueError(f"{where} has content={shown(content)}, not text: only text is read")
+        raise DataError(f"{where} has content={shown(content)}, not text: only text is read")
     return {"role": ROLES.get(role, role)[:40], "content": content}
 
 
@@ -233,7 +234,7 @@ def _history(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     value = row.get("history") or []
     pairs = isinstance(value, list) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value)
     if not pairs or not all(isinstance(text, str) for turn in value for text in turn):
-        raise ValueError(f"`history` is {shown(value)}, no list of pairs: write [[question, answer], ...]; {CELL}")
+        raise DataError(f"`history` is {shown(value)}, no list of pairs: write [[question, answer], ...]; {CELL}")
     return tuple((user, answer) for user, answer in value)
 
 

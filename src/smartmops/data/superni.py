@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import DataError
 from smartmops.rows.example import Example
 from smartmops.rows.faults import Faults, shown
 
@@ -18,20 +19,20 @@ def read_superni(file: str | Path) -> list[Example]:
     empty output are returned too; `read` leaves them out.
 
     Raises:
-        ValueError: Not JSON, or not a task file; the message names all its broken instances.
+        DataError: Not JSON, or not a task file; the message names all its broken instances.
     """
     path = Path(file)
     try:
         task = value_of(whole(path))
     except NoJSON as error:
-        raise ValueError(f"{path}, line {error.line}: {error}") from error
+        raise DataError(f"{path}, line {error.line}: {error}") from error
     if not isinstance(task, dict) or not {"Definition", "Instances"} <= task.keys():
-        raise ValueError(
+        raise DataError(
             f"{path}: no Super-NaturalInstructions task file: that is an object with `Definition` and `Instances`. "
             "Rows with instruction and response belong in a list, or in a .jsonl file, one a line"
         )
     if not isinstance(task["Instances"], list):
-        raise ValueError(f"{path}: `Instances` is {shown(task['Instances'])}, no list: write one object for each")
+        raise DataError(f"{path}: `Instances` is {shown(task['Instances'])}, no list: write one object for each")
     name = path.stem if path.stem not in ("train", "test") else path.parent.name
     faults, examples = Faults(path, "instance"), []
     for number, instance in enumerate(task["Instances"], 1):
@@ -63,11 +64,11 @@ def is_task(file: Path) -> bool:
 
 def _instance(definition: Any, instance: Any, name: str) -> Example:
     if not isinstance(instance, dict) or not {"input", "output"} <= instance.keys():
-        raise ValueError(f"needs `input` and `output`, but is {shown(instance)}")
+        raise DataError(f"needs `input` and `output`, but is {shown(instance)}")
     texts = {"Definition": _first(definition), "input": instance["input"], "output": _first(instance["output"])}
     for column, text in texts.items():
         if not isinstance(text, str):
-            raise ValueError(f"`{column}` is {shown(text)}, not text: write it in quotes")
+            raise DataError(f"`{column}` is {shown(text)}, not text: write it in quotes")
     return Example(texts["Definition"], texts["input"], texts["output"], name, "superni")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from smartmops.checks.columns import chosen_columns
+from smartmops.checks.errors import ConfigError, DataError
 from smartmops.rows.example import Example
 from smartmops.rows.faults import Faults
 from smartmops.rows.office import office
@@ -79,7 +80,7 @@ def read(data: str | Path, *, keep_general_qa: bool = False, columns: Sequence[s
         columns: `FIELD=COLUMN` for columns of other names, such as `response=answer`.
 
     Raises:
-        ValueError: There is no such data, or it cannot be read; the message names file, lines and way out.
+        DataError: There is no such data, or it cannot be read; the message names file, lines and way out.
     """
     return list(_read(str(data), list, keep_general_qa, columns))
 
@@ -90,7 +91,7 @@ def read_stored(
     """`read`, one example after the other, into a memory-mapped file in `folder`: for data larger than memory.
 
     Raises:
-        ValueError: As `read`; also if the folder cannot be written to, or its disk is full.
+        DataError: As `read`; also if the folder cannot be written to, or its disk is full.
     """
 
     def keep(examples: Iterable[Example]) -> Sequence[Example]:
@@ -103,7 +104,7 @@ def read_dolly(file: str | Path, *, keep_general_qa: bool = False) -> list[Examp
     """Dolly-15k as JSONL: the seven categories of the paper's table 1; `source` is the row's `source` or `client`.
 
     Raises:
-        ValueError: A category is not one of Dolly's eight, or the file is broken (see `read_jsonl`).
+        DataError: A category is not one of Dolly's eight, or the file is broken (see `read_jsonl`).
     """
     return list(_dolly(read_jsonl(file), str(file), keep_general_qa))
 
@@ -112,7 +113,7 @@ def read_jsonl(file: str | Path, columns: Sequence[str] = ()) -> list[Example]:
     """One row a line, in one of the forms that `read` takes, and with its `columns`.
 
     Raises:
-        ValueError: Broken lines, a missing column (`category` may be missing only from all lines), a value that is no
+        DataError: Broken lines, a missing column (`category` may be missing only from all lines), a value that is no
             text, an empty response, no examples at all. The message names the file and up to ten lines.
     """
     return list(_file(Path(file), columns))
@@ -129,7 +130,7 @@ def read_hub(name: str, *, tasks: Collection[str] | None = None, columns: Sequen
         columns: As in `read`.
 
     Raises:
-        ValueError: It cannot be loaded, or rows are broken; the message says which.
+        DataError: It cannot be loaded, or rows are broken; the message says which.
     """
     return list(_hub(name, tasks, columns))
 
@@ -141,10 +142,10 @@ def split(examples: Sequence[Example], test: float = 0.1, seed: int = 0) -> tupl
     one conversation stay on one side, and count as one: the later ones hold the earlier ones' answers.
 
     Raises:
-        ValueError: `test` is not between 0 and 1.
+        ConfigError: `test` is not between 0 and 1.
     """
     if not 0 < test < 1:
-        raise ValueError(f"test={test}: choose a share between 0 and 1, such as 0.1")
+        raise ConfigError(f"test={test}: choose a share between 0 and 1, such as 0.1")
     held: set[int] = set()
     for category, talks in conversations(examples).items():
         count = min(max(1, round(len(talks) * test)), len(talks) - 1)
@@ -188,7 +189,7 @@ def splits(
     was chosen without a look at the test. With `folder` both are views of a memory-mapped file in it.
 
     Raises:
-        ValueError: As `read`, `read_stored`, `sample` and `split`.
+        DataError: As `read`, `read_stored`, `sample` and `split`.
     """
     examples = read(data, columns=columns) if folder is None else read_stored(data, folder, columns=columns)
     train, held = split(examples if limit is None else sample(examples, limit, seed), test, seed)
@@ -199,10 +200,10 @@ def sample(examples: Sequence[Example], n: int, seed: int = 0) -> Sequence[Examp
     """`n` examples drawn from all categories alike, in the order given (5,000 in the paper, section 4).
 
     Raises:
-        ValueError: `n` is below 1 or above the number of examples.
+        ConfigError: `n` is below 1 or above the number of examples.
     """
     if not 1 <= n <= len(examples):
-        raise ValueError(f"--limit {n}, but there are {len(examples)} examples: choose 1 to {len(examples)}")
+        raise ConfigError(f"--limit {n}, but there are {len(examples)} examples: choose 1 to {len(examples)}")
     return take(examples, sorted(random.Random(f"{seed} sample").sample(range(len(examples)), n)))
 
 
@@ -211,7 +212,7 @@ def _read(
 ) -> Sequence[Example]:
     name = {"dolly": DOLLY_HUB}.get(data, data)
     if columns and data in ("office", "dolly", "superni"):
-        raise ValueError(f"--columns {' '.join(columns)}: {data} has columns of its own: leave the option away")
+        raise DataError(f"--columns {' '.join(columns)}: {data} has columns of its own: leave the option away")
     if name == "office":
         return keep(office())
     if name == "superni":
@@ -238,7 +239,7 @@ def _path(name: str, columns: Sequence[str]) -> Iterator[Example]:
     if path.is_dir() or (not path.exists() and path.suffix not in SUFFIXES and HUB_ID.fullmatch(name)):
         return _hub(name, None, columns)
     problem = f"a file ending in {path.suffix!r} cannot be read" if path.exists() else "no such file or folder"
-    raise ValueError(
+    raise DataError(
         f"data={name!r}: {problem}. Choose office, dolly, superni, a file ending in {', '.join(SUFFIXES)}, "
         "a folder of such files or of Super-NaturalInstructions task files, or a hub id (owner/name)"
     )
@@ -256,7 +257,7 @@ def _file(
         yield example
     faults.check()
     if not found and of is None:
-        raise ValueError(f"{file} holds no examples: write one row a line, with instruction and response, or messages")
+        raise DataError(f"{file} holds no examples: write one row a line, with instruction and response, or messages")
 
 
 def _hub(name: str, tasks: Collection[str] | None = None, columns: Sequence[str] = ()) -> Iterator[Example]:
@@ -275,7 +276,7 @@ def _hub(name: str, tasks: Collection[str] | None = None, columns: Sequence[str]
         found += 1
         yield example
     if not found:
-        raise ValueError(f"{name} holds no examples" + (f" of {', '.join(tasks)}" if tasks else ""))
+        raise DataError(f"{name} holds no examples" + (f" of {', '.join(tasks)}" if tasks else ""))
 
 
 def _checked(examples: Iterator[Example], faults: Faults) -> Iterator[Example]:
@@ -295,7 +296,7 @@ def _folder(folder: Path, columns: Sequence[str], tasks: Collection[str] | None)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in SUFFIXES
                    and file.name not in ABOUT and not file.relative_to(folder).as_posix().startswith("."))  # fmt: skip
     if not files:
-        raise ValueError(f"data={str(folder)!r} holds no file ending in {', '.join(SUFFIXES)}: choose another folder")
+        raise DataError(f"data={str(folder)!r} holds no file ending in {', '.join(SUFFIXES)}: choose another folder")
     names = {file: file.relative_to(folder).with_suffix("").as_posix().lower() for file in files}
     train = [file for file in files if TRAIN.search(names[file])]
     told = bool(train) or any(HELD.search(name) for name in names.values())
@@ -309,7 +310,7 @@ def _folder(folder: Path, columns: Sequence[str], tasks: Collection[str] | None)
 def _dolly(examples: Sequence[Example], name: str, keep_general_qa: bool) -> Sequence[Example]:
     for number, example in enumerate(examples, 1):
         if example.category not in (*DOLLY_TASKS, GENERAL_QA):
-            raise ValueError(
+            raise DataError(
                 f"{name}: example {number} has category={example.category!r}, which is none of Dolly's: "
                 f"{', '.join((*DOLLY_TASKS, GENERAL_QA))}. Read data of your own with read_jsonl or read"
             )
@@ -328,7 +329,7 @@ def _without_empty(examples: Iterable[Example], name: str) -> Iterator[Example]:
         else:
             empty += 1
     if not found:
-        raise ValueError(f"{name} holds no examples with a response: give instances with an output")
+        raise DataError(f"{name} holds no examples with a response: give instances with an output")
     if empty:
         log.warning("%s: %d examples with an empty response left out", name, empty)
 
@@ -353,7 +354,7 @@ def _load(name: str, *, every_split: bool) -> Any:
         if not Path(name).exists():
             problem = "is no file or folder here and could not be loaded from the hub"
             way_out = "check the name and the network, or download the data and give their folder or a JSONL file"
-        raise ValueError(f"data={name!r} {problem} ({reason}): {way_out}") from error
+        raise DataError(f"data={name!r} {problem} ({reason}): {way_out}") from error
     if not isinstance(found, dict):
         return found
     splits = [found["train"]] if "train" in found and not every_split else list(found.values())

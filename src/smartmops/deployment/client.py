@@ -21,9 +21,8 @@ from http.client import HTTPException, HTTPSConnection
 from json import JSONDecodeError, loads
 from pathlib import Path
 
-from rich.console import Console
-
 from smartmops.base import load_base
+from smartmops.checks.errors import MissingExtra
 from smartmops.checks.limits import check
 from smartmops.clients.holdings import client_task
 from smartmops.clients.messages import Job, Reply, unpack
@@ -33,14 +32,13 @@ from smartmops.flower.frames import receive, send
 from smartmops.flower.simulation import QUIET
 from smartmops.options.federation import ClientConfig
 from smartmops.options.training import TaskConfig
+from smartmops.progress.bars import console
 from smartmops.states.fingerprint import of_base
 from smartmops.tokens.template import Template
 
 from .guard import guarded
 from .keys import signed_now
 from .knocks import KNOCK
-
-console = Console()
 
 ATTEMPTS, PAUSE, LASTING = 4, 5.0, 60.0  # of starting the SuperNode; seconds between; seconds after which it counts
 ASKING = 5.0  # seconds between looks whether the server is there
@@ -55,8 +53,8 @@ def federate_client(config: ClientConfig) -> int:
     Returns an exit status.
 
     Raises:
-        ValueError: the address, the keys or the data are wrong.
-        ImportError: Flower is not installed.
+        FederationError: the address, the keys or the data are wrong.
+        MissingExtra: Flower is not installed.
     """
     _check(config)
     worker = worker_of_file(config)
@@ -70,7 +68,7 @@ def _check(config: ClientConfig) -> None:
     from importlib.util import find_spec
 
     if not find_spec("flwr"):
-        raise ImportError("a real federation needs Flower: pip install 'smartmops[federated]'")
+        raise MissingExtra("a real federation needs Flower: pip install 'smartmops[federated]'")
     check(config)
 
 
@@ -184,7 +182,7 @@ def knock(config: ClientConfig) -> Welcome:
     Nobody there is no answer: that node waits for a server by itself.
 
     Raises:
-        ValueError: `client.key` holds no client's key.
+        FederationError: `client.key` holds no client's key.
     """
     host, port = address_of(config.server)
     try:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import PortTaken
+
 from .knocks import KNOCK, Door, Knocks, Refused
 
 NODES = re.compile(r"/v1/fleet/[a-z-]+")  # whole paths of Flower's calls for nodes: no dots, no escapes
@@ -136,14 +138,19 @@ def standing(front: Front, host: str, port: int, certificate: Path, key: Path) -
     """Serves over TLS in a thread of its own.
 
     Raises:
-        OSError: the port is taken, or the address is none of this machine's.
+        PortTaken: the port is taken, or the address is none of this machine's.
     """
     import uvicorn
 
     config = uvicorn.Config(front, host=host, port=port, ssl_certfile=str(certificate), ssl_keyfile=str(key),
                             log_level="critical", lifespan="off", access_log=False)  # fmt: skip
     # Made here: uvicorn's own way would end this whole process where a port is taken.
-    with socket.create_server((host, port)) as listener:
+    try:
+        bound = socket.create_server((host, port))
+    except OSError as error:
+        raise PortTaken(f"--host {host} --port {port} cannot be had ({error.strerror or error}): choose another port, "
+                        "or an address of this machine") from error  # fmt: skip
+    with bound as listener:
         server = uvicorn.Server(config)
 
         async def run() -> None:

@@ -13,22 +13,20 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from smartmops.checks.errors import FederationError, MissingExtra
 from smartmops.checks.limits import check
 from smartmops.options.federation import KeysConfig
+from smartmops.progress.bars import console
 
 from .knocks import KEY, SIGNATURE, TIME
-
-console = Console()
 
 
 def make_keys(config: KeysConfig) -> list[Path]:
     """Write what is missing; returns the files written.
 
     Raises:
-        ValueError: no clients are named, one twice, or by a name that is no file name; or no host.
-        ImportError: `cryptography` is missing.
+        FederationError: no clients are named, one twice, or by a name that is no file name; or no host.
+        MissingExtra: `cryptography` is missing.
     """
     check(config)
     written = []
@@ -60,7 +58,7 @@ def _authority_and_server(config: KeysConfig) -> list[Path]:
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
     except ImportError as error:
-        raise ImportError("keys need cryptography: pip install 'smartmops[federated]'") from error
+        raise MissingExtra("keys need cryptography: pip install 'smartmops[federated]'") from error
 
     def named(words: str) -> Any:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, words)])
@@ -134,7 +132,7 @@ def signed_now(private: Path) -> dict[str, str]:
     """Headers by which the holder of a client's key shows who it is, as Flower's nodes make them.
 
     Raises:
-        ValueError: the file holds no key that `federate-keys` made.
+        FederationError: the file holds no key that `federate-keys` made.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
@@ -143,11 +141,11 @@ def signed_now(private: Path) -> dict[str, str]:
     try:
         key = serialization.load_ssh_private_key(private.read_bytes(), None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ValueError(f"{private} holds no client's key ({error}): copy it again from where `smartmops "
-                         "federate-keys` made it") from error  # fmt: skip
+        raise FederationError(f"{private} holds no client's key ({error}): copy it again from where `smartmops "
+                              "federate-keys` made it") from error  # fmt: skip
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"{private} holds a {type(key).__name__}, a client's key is one of an elliptic curve: make it "
-                         "with `smartmops federate-keys`")  # fmt: skip
+        raise FederationError(f"{private} holds a {type(key).__name__}, a client's key is one of an elliptic curve: "
+                              "make it with `smartmops federate-keys`")  # fmt: skip
     stamp = datetime.now(UTC).isoformat()
     shown = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     signature = key.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))

@@ -20,20 +20,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from smartmops.checks.errors import FederationUnreachable, MissingExtra
 from smartmops.checks.limits import check
 from smartmops.clients.messages import Transport
 from smartmops.federated.federate import federate
 from smartmops.flower.transport import OverFlower, OverSocket
 from smartmops.options.federation import FederateConfig, ServerConfig
+from smartmops.progress.bars import console
 
 from .client import beside, free_port, surroundings
 from .front import Front, standing
 from .guard import guarded
 from .knocks import Door, Keyring, Knocks
 
-console = Console()
 TRAVELS = ("__init__.py", "app.py", "frames.py")  # of the room `flower`, in Flower's app bundle
 STARTING = 60.0  # seconds that Flower's own processes may take to come up
 
@@ -71,11 +70,11 @@ def federate_server(config: ServerConfig) -> dict[str, Any]:
     """`federate` over clients that run `smartmops federate-client`; the run folder is the same.
 
     Raises:
-        ImportError: Flower is not installed.
-        ValueError: settings, keys or clients do not fit.
-        TimeoutError: too few clients came.
+        MissingExtra: Flower is not installed.
+        FederationError: settings, keys or clients do not fit.
+        FederationTimeout: too few clients came.
         QuorumLost: too few answered, again and again.
-        ConnectionError: Flower did not start, or died.
+        FederationUnreachable: Flower did not start, or died.
     """
     _check(config)
     home = config.out.parent / f".{config.out.name}.flower"
@@ -100,7 +99,7 @@ def _check(config: ServerConfig) -> None:
     from importlib.util import find_spec
 
     if not find_spec("flwr"):
-        raise ImportError("a real federation needs Flower: pip install 'smartmops[federated]'")
+        raise MissingExtra("a real federation needs Flower: pip install 'smartmops[federated]'")
     check(config)
 
 
@@ -145,14 +144,14 @@ def _listening(port: int, home: Path, link: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.1)
-    raise ConnectionError(f"Flower's SuperLink did not start: see {home / 'superlink.log'}")
+    raise FederationUnreachable(f"Flower's SuperLink did not start: see {home / 'superlink.log'}")
 
 
 def _register(key: Path, home: Path) -> None:
     found = _flwr(["supernode", "register", str(key), "--name", key.stem], home)
     if found.returncode and "already" not in found.stdout.lower():
-        raise ConnectionError(f"Flower's SuperLink did not take the key {key}: see {home / 'superlink.log'} "
-                              f"({' '.join(found.stdout.split())[-300:]})")  # fmt: skip
+        raise FederationUnreachable(f"Flower's SuperLink did not take the key {key}: see {home / 'superlink.log'} "
+                                    f"({' '.join(found.stdout.split())[-300:]})")  # fmt: skip
 
 
 def _flwr(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
@@ -172,12 +171,12 @@ class Deployed(OverFlower):
         (bundle / "pyproject.toml").write_text(APP.format(socket=folder / "server"))
         started = _flwr(["run", str(bundle), "ours"], home)
         if started.returncode:
-            raise ConnectionError(f"Flower did not take the relay: {' '.join(started.stdout.split())[-300:]}")
+            raise FederationUnreachable(f"Flower did not take the relay: {' '.join(started.stdout.split())[-300:]}")
         listener.settimeout(STARTING)
         try:
             self.line, _ = listener.accept()
         except TimeoutError as error:
-            raise ConnectionError(f"Flower did not start the relay: see {home / 'superlink.log'}") from error
+            raise FederationUnreachable(f"Flower did not start the relay: see {home / 'superlink.log'}") from error
         self.line.settimeout(None)
         super().__init__(OverSocket(self.line), config.clients, config.patience)
 

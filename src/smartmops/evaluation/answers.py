@@ -13,8 +13,9 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich.progress import track
 
+from smartmops.checks.errors import ConfigError, DataError
+from smartmops.progress.bars import track
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import Encoded, prompts
 from smartmops.tokens.template import Template
@@ -73,16 +74,17 @@ def questions(
     """Numbers of the first `per_task` examples of each task that leave room for `max_new_tokens`, tasks in order.
 
     Raises:
-        ValueError: one of the numbers is below 1, or no example leaves so much room in the model's positions.
+        ConfigError, DataError: one of the numbers is below 1, or no example leaves so much room in the model's
+            positions.
     """
     for name, value in (("examples of each task", per_task), ("new tokens", max_new_tokens)):
         if value < 1:
-            raise ValueError(f"{value} {name} to answer: choose 1 or more")
+            raise ConfigError(f"{value} {name} to answer: choose 1 or more")
     found = firsts(model, tokenizer, examples, per_task, max_new_tokens, template)
     if not found:
         left = max(0, room(model, max_new_tokens))
-        raise ValueError(f"none of {len(examples)} instructions fits into the {left} positions that {max_new_tokens} "
-                         "new tokens leave of the model's: choose fewer new tokens")  # fmt: skip
+        raise DataError(f"none of {len(examples)} instructions fits into the {left} positions that {max_new_tokens} "
+                        "new tokens leave of the model's: choose fewer new tokens")  # fmt: skip
     return found
 
 
@@ -111,7 +113,7 @@ def score(
 
     def marks(what: str) -> dict[str, Any]:
         given = [""] * len(examples)
-        for group in track(groups, f"{what} answers", transient=True):
+        for group in track(groups, f"{what} answers"):
             own = [examples[i] for i in group]
             told = _told(model, [rows[i] for i in group])
             for i, text in zip(group, answer(model, tokenizer, own, max_new_tokens, template, **told), strict=True):

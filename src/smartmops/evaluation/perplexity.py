@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from rich.progress import track
 
 from smartmops.attention.packed import IGNORED
+from smartmops.checks.errors import DataError
+from smartmops.progress.bars import track
 from smartmops.rows.example import Example
 from smartmops.states.activations import ActivationCache
 from smartmops.states.answer_states import AnswerStates
@@ -65,17 +66,15 @@ def evaluate(
     With a `cache` of these very rows, a MoPs model starts from the injection layer.
 
     Raises:
-        ValueError: `rows` is empty.
+        DataError: `rows` is empty.
     """
     if not rows:
-        raise ValueError("0 examples to evaluate: give one at least")
+        raise DataError("0 examples to evaluate: give one at least")
     was_training = model.training
     model.eval()
     nats: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
-    for task, found in track(
-        _each(model, rows, collator, batch_size, cache), "evaluating", len(rows), transient=True, disable=not progress
-    ):
+    for task, found in track(_each(model, rows, collator, batch_size, cache), "evaluating", len(rows), shown=progress):
         nats[task] += found.sum().item()
         tokens[task] += len(found)
     model.train(was_training)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import MissingExtra
+
 from .tables import NAMES
 
 COLOURS = {"fedprompt": "#8a8a8a", "prompt-tuning": "#8a8a8a", "mops": "#0072b2", "mops-expert-weighted": "#d55e00",
@@ -16,7 +18,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'smartmops[report]'") from error
+        raise MissingExtra("pictures need matplotlib: pip install 'smartmops[report]'") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "smartmops"  # so that the same results give the same bytes
     from matplotlib import pyplot

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import FederationError, MissingExtra
 from smartmops.report.gates import tables as gate_tables
 from smartmops.runs.folder import write_text
 
@@ -32,13 +33,13 @@ def write_html(pages: Sequence[Page], folder: Path, out: Path) -> None:
         out: The file to write.
 
     Raises:
-        ImportError: jinja2 is not installed.
-        ValueError: gate weights are broken; the message names the page.
+        MissingExtra: jinja2 is not installed.
+        RunError: gate weights are broken; the message names the page.
     """
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError("the report is laid out with jinja2: pip install 'smartmops[report]'") from error
+        raise MissingExtra("the report is laid out with jinja2: pip install 'smartmops[report]'") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -73,7 +74,7 @@ def _blocks(page: Page, folder: Path) -> list[dict[str, Any]]:
     try:
         return [_block(block, folder) for block in page.blocks]
     except ValueError as error:
-        raise ValueError(f"{page.name}: {error}") from error
+        raise FederationError(f"{page.name}: {error}") from error
 
 
 def _block(block: Block, folder: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from smartmops.checks.errors import AdapterError
+
 CLOSED = -1e30  # on a column: nobody attends to it, and no sum of such biases is infinite
 
 
@@ -54,15 +56,15 @@ def checked(weights: Float[Tensor, "rows any"], experts: int) -> Float[Tensor, "
     """Weights that a caller tells: of each expert, or NaN in a whole row that the gate is to decide.
 
     Raises:
-        ValueError: they are of another shape, negative, or do not sum to one.
+        AdapterError: they are of another shape, negative, or do not sum to one.
     """
     if weights.dim() != 2 or weights.shape[1] != experts:
-        raise ValueError(f"gate_weights is of shape {list(weights.shape)}: give a row for each text, with {experts} "
-                         "weights")  # fmt: skip
+        raise AdapterError(f"gate_weights is of shape {list(weights.shape)}: give a row for each text, with {experts} "
+                           "weights")  # fmt: skip
     given = weights[~weights.isnan().all(-1)].float()
     if not bool((given >= 0).all()) or not torch.allclose(given.sum(-1), torch.ones(len(given)).to(given), atol=1e-4):
-        raise ValueError("gate_weights are no shares: give weights of 0 or more that sum to one in each row, or NaN in "
-                         "a whole row that the gate is to decide")  # fmt: skip
+        raise AdapterError("gate_weights are no shares: give weights of 0 or more that sum to one in each row, or NaN "
+                           "in a whole row that the gate is to decide")  # fmt: skip
     return weights
 
 

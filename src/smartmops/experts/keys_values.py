@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smartmops.attention.passage import KeyValue, Record
 from smartmops.backbone.halves import POSITIONS, layers_name
+from smartmops.checks.errors import BaseModelError
 
 PROBE = 16  # tokens whose keys and values show the shapes and the size of a base's own
 
@@ -51,7 +52,7 @@ def observe(backbone: Any, first: int, ids: Int[Tensor, "1 tokens"], end: int | 
     none below 0 (a table of positions, or Ministral 3, which scales queries by their logarithm) it starts at 0.
 
     Raises:
-        ValueError: the layers' keys or values differ in shape.
+        BaseModelError: the layers' keys or values differ in shape.
     """
     count = ids.shape[1]
     at = torch.arange(count, device=ids.device)
@@ -61,12 +62,12 @@ def observe(backbone: Any, first: int, ids: Int[Tensor, "1 tokens"], end: int | 
         record = _record(backbone, ids, at)
     layers = range(first, len(getattr(backbone, layers_name(backbone))))
     if missing := [layer for layer in layers if layer not in record.kv]:
-        raise ValueError(f"layer {missing[0]} of {type(backbone).__name__} left no keys and values, so it has no usual "
-                         "attention: choose an injection_layer above it, or another model")  # fmt: skip
+        raise BaseModelError(f"layer {missing[0]} of {type(backbone).__name__} left no keys and values, so it has no "
+                             "usual attention: choose an injection_layer above it, or another model")  # fmt: skip
     pairs = [record.kv[layer] for layer in layers]
     if len({(key.shape, value.shape) for key, value in pairs}) > 1:
-        raise ValueError(f"the layers of {type(backbone).__name__} from {first} up have keys or values of different "
-                         "shapes: choose experts='hidden_states'")  # fmt: skip
+        raise BaseModelError(f"the layers of {type(backbone).__name__} from {first} up have keys or values of "
+                             "different shapes: choose experts='hidden_states'")  # fmt: skip
     keys, values = (torch.stack([pair[i][0] for pair in pairs]).permute(2, 0, 1, 3).float() for i in (0, 1))
     return Columns(keys, values)
 

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from smartmops.checks.errors import ConfigError, FederationError
 from smartmops.clients.messages import Failure, Reply, unpack
 from smartmops.options.federation import AggregationConfig
 
@@ -53,11 +54,11 @@ def check(config: AggregationConfig, layout: Layout) -> None:
     """Whether the adapter can be averaged so.
 
     Raises:
-        ValueError: expert-weighted averaging of an adapter without experts.
+        ConfigError: expert-weighted averaging of an adapter without experts.
     """
     if config.aggregation == "expert-weighted" and layout.experts < 2:
-        raise ValueError("aggregation='expert-weighted' needs at least 2 experts, but this adapter has none: "
-                         "choose method mops, or another aggregation")  # fmt: skip
+        raise ConfigError("aggregation='expert-weighted' needs at least 2 experts, but this adapter has none: "
+                          "choose method mops, or another aggregation")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- admission
@@ -87,12 +88,12 @@ def admit(
         number = asked.get(client, 0)
         try:
             if client not in asked:
-                raise ValueError("was not asked")
+                raise FederationError("was not asked")
             if client in answered:
-                raise ValueError("answered twice; the first answer counts")
+                raise FederationError("answered twice; the first answer counts")
             answered.add(client)
             if len(blob) > limit:
-                raise ValueError(f"answered with {len(blob):,} bytes; the limit is {limit:,}")
+                raise FederationError(f"answered with {len(blob):,} bytes; the limit is {limit:,}")
             good[client] = _update(blob, client, number, sent, layout)
         except (ValueError, TypeError, RuntimeError) as error:
             failures.append(Failure(number, client, str(error)[:REASON]))
@@ -109,22 +110,22 @@ def admit(
 def _update(blob: bytes, client: int, number: int, sent: Mapping[str, Tensor], layout: Layout) -> Update:
     reply = unpack(blob)
     if isinstance(reply, Failure):
-        raise ValueError(reply.reason)
+        raise FederationError(reply.reason)
     if not isinstance(reply, Reply):
-        raise ValueError(f"sent a {type(reply).__name__}, not a reply")
+        raise FederationError(f"sent a {type(reply).__name__}, not a reply")
     if (reply.round, reply.client) != (number, client):
-        raise ValueError(
+        raise FederationError(
             f"answered round {reply.round} as client {reply.client}, asked was round {number} of client {client}"
         )
     if not _whole(reply.examples) or reply.examples < 1:
-        raise ValueError(f"examples={reply.examples!r}, not a number from 1")
+        raise FederationError(f"examples={reply.examples!r}, not a number from 1")
     for name in ("loss", "seconds"):
         if not _real(getattr(reply, name)):
-            raise ValueError(f"{name}={getattr(reply, name)!r}, not a finite number")
+            raise FederationError(f"{name}={getattr(reply, name)!r}, not a finite number")
     _check_mass(reply.mass, layout)
     _check_experts(reply.experts, layout)
     if odd := sorted(sent.keys() ^ reply.arrays.keys()):
-        raise ValueError(f"array {odd[0]!r} is " + ("missing" if odd[0] in sent else "unknown"))
+        raise FederationError(f"array {odd[0]!r} is " + ("missing" if odd[0] in sent else "unknown"))
     delta = {name: _delta(name, reply, sent[name], layout) for name in sorted(sent)}
     norm = math.sqrt(sum(float(value.square().sum()) for value in delta.values()))
     return Update(client, reply.examples, reply.mass, reply.loss, reply.seconds, reply.experts, norm, delta)
@@ -142,18 +143,18 @@ def _check_mass(mass: object, layout: Layout) -> None:
     if mass is None and layout.experts == 1:
         return
     if not isinstance(mass, list) or len(mass) != layout.experts:
-        raise ValueError(f"mass={mass!r}, not one gate weight for each of {layout.experts} experts")
+        raise FederationError(f"mass={mass!r}, not one gate weight for each of {layout.experts} experts")
     if not all(_real(each) and each >= 0 for each in mass):
-        raise ValueError(f"mass={mass!r}, with a gate weight that is negative or not finite")
+        raise FederationError(f"mass={mass!r}, with a gate weight that is negative or not finite")
 
 
 def _check_experts(experts: object, layout: Layout) -> None:
     if experts is None:
         return
     if not isinstance(experts, list) or not all(_whole(e) and 0 <= e < layout.experts for e in experts):
-        raise ValueError(f"experts={experts!r}, not numbers from 0 to {layout.experts - 1}")
+        raise FederationError(f"experts={experts!r}, not numbers from 0 to {layout.experts - 1}")
     if len(set(experts)) < len(experts):
-        raise ValueError(f"experts={experts!r}, one of them twice")
+        raise FederationError(f"experts={experts!r}, one of them twice")
 
 
 def _delta(name: str, reply: Reply, sent: Tensor, layout: Layout) -> Tensor:
@@ -162,11 +163,11 @@ def _delta(name: str, reply: Reply, sent: Tensor, layout: Layout) -> Tensor:
     if split:
         shape[0] = len(reply.experts or ()) * (shape[0] // layout.experts)
     if list(value.shape) != shape:
-        raise ValueError(f"array {name!r} is of shape {list(value.shape)}, expected {shape}")
+        raise FederationError(f"array {name!r} is of shape {list(value.shape)}, expected {shape}")
     if value.dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"array {name!r} is of {value.dtype}, expected float32 or float16")
+        raise FederationError(f"array {name!r} is of {value.dtype}, expected float32 or float16")
     if not value.isfinite().all():
-        raise ValueError(f"array {name!r} has {int((~value.isfinite()).sum())} numbers that are not finite")
+        raise FederationError(f"array {name!r} has {int((~value.isfinite()).sum())} numbers that are not finite")
     start = sent.double()
     if not split:
         return value.double() if reply.difference else value.double() - start

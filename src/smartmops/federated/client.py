@@ -16,6 +16,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor
 
+from smartmops.checks.errors import DataError, Diverged, FederationError
 from smartmops.clients.messages import VERSION, Failure, Hello, Job, Local, Reply, pack, unpack
 from smartmops.experts.gate import by_expert
 from smartmops.flow.task import Task
@@ -53,17 +54,17 @@ def load_arrays(model: Any, arrays: Mapping[str, Tensor]) -> None:
     """Write arrays into the adapter.
 
     Raises:
-        ValueError: a name is none of the adapter's, one is missing, or a shape differs.
+        FederationError: a name is none of the adapter's, one is missing, or a shape differs.
     """
     trained, constants = arrays_of(model)
     own = trained | constants
     if odd := sorted(own.keys() ^ arrays.keys()):
         where = "is none of this adapter's" if odd[0] in arrays else "is missing from what was received"
-        raise ValueError(f"array {odd[0]!r} {where}: server and client must build the same adapter")
+        raise FederationError(f"array {odd[0]!r} {where}: server and client must build the same adapter")
     for name, value in arrays.items():
         if own[name].shape != value.shape:
-            raise ValueError(f"array {name!r} is of shape {list(value.shape)}, here of {list(own[name].shape)}: server "
-                             "and client must build the same adapter on the same base")  # fmt: skip
+            raise FederationError(f"array {name!r} is of shape {list(value.shape)}, here of {list(own[name].shape)}: "
+                                  "server and client must build the same adapter on the same base")  # fmt: skip
         own[name].copy_(value)
 
 
@@ -108,10 +109,10 @@ def train_locally(
     et al. 2020) pulls back to what was received.
 
     Raises:
-        ValueError: the loss is not finite, or there are no examples.
+        DataError, Diverged: the loss is not finite, or there are no examples.
     """
     if not holding:
-        raise ValueError("0 examples to train on")
+        raise DataError("0 examples to train on")
     torch.manual_seed(local.seed)  # for dropout, where the adapter has some
     rates = MethodConfig(prompt_lr=local.prompt_lr, gate_lr=local.gate_lr)
     groups = parameter_groups(model, rates)
@@ -135,8 +136,8 @@ def train_locally(
     found = torch.stack(losses)
     if not found.isfinite().all():
         step = int((~found.isfinite()).nonzero()[0])
-        raise ValueError(f"loss became {float(found[step])} at local step {step + 1} with prompt_lr={local.prompt_lr}: "
-                         "choose a smaller one")  # fmt: skip
+        raise Diverged(f"loss became {float(found[step])} at local step {step + 1} with prompt_lr={local.prompt_lr}: "
+                       "choose a smaller one")  # fmt: skip
     return float(found.double().mean())
 
 
@@ -196,7 +197,7 @@ class Worker:
         try:
             job = unpack(blob)
             if not isinstance(job, Job):
-                raise ValueError(f"a {type(job).__name__} came where a Job was expected")
+                raise FederationError(f"a {type(job).__name__} came where a Job was expected")
             number = job.client if client is None else client
             return pack(self._reply(job, number))
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
@@ -205,8 +206,8 @@ class Worker:
 
     def _reply(self, job: Job, number: int) -> Reply:
         if job.base != self.base:
-            raise ValueError(f"the server's base model is {job.base}, this client's is {self.base}: load the same "
-                             "model and tokenizer")  # fmt: skip
+            raise FederationError(f"the server's base model is {job.base}, this client's is {self.base}: load the same "
+                                  "model and tokenizer")  # fmt: skip
         held = self._hold(job)
         load_arrays(held.model, job.arrays)
         started = time.perf_counter()

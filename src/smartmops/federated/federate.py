@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.filesize import decimal
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
 from smartmops.flow.task import Task
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE
+from smartmops.progress.bars import console
 from smartmops.runs.card import keep
 from smartmops.runs.folder import Run
 from smartmops.states.fingerprint import inputs_of, of_base
@@ -42,8 +42,6 @@ from .client import (
 )
 from .privacy import Private
 from .rounds import Server, State
-
-console = Console()
 
 
 def local_of(config: FederateConfig) -> Local:
@@ -120,6 +118,7 @@ def _federate(config: FederateConfig, connect: Callable[[FederateConfig], Transp
     )  # fmt: skip
     if run.finished:
         return run.read_metrics()
+    started = time.perf_counter()
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
     task = Task.load(config.central(), base, tokenizer)
@@ -130,6 +129,7 @@ def _federate(config: FederateConfig, connect: Callable[[FederateConfig], Transp
     model, names, accuracy = task.adapt(config.central(), config, config.seed)
     layout = Layout(*split_by_expert(model))
     check(config, layout)
+    prepared = time.perf_counter() - started
     if connect is None:
         assert held is not None
         transport: Transport = InProcess(Worker(held.task, held.rows, held.names, fingerprint, model))
@@ -158,6 +158,7 @@ def _federate(config: FederateConfig, connect: Callable[[FederateConfig], Transp
         "gate_pretraining_accuracy": accuracy,
         "clients": len(members),
         "holdings": None if held is None else {"names": held.names, "table": held.table},
+        "seconds": {"prepare": prepared, "train": sum(row.get("seconds", 0.0) for row in state.rows)},
     }
     return _finish(config, run, task, model, state, frozen, extra)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smartmops.checks.errors import ConfigError, FederationError, MissingExtra, RunError
 from smartmops.options.federation import PrivacyConfig
 
 DRAWS = 4  # normals summed for one number of noise
@@ -41,7 +42,7 @@ class Private:
 
     Raises:
         ImportError: dp-accounting is missing.
-        ValueError: the budget does not allow a single round.
+        ConfigError, FederationError, RunError: the budget does not allow a single round.
     """
 
     def __init__(self, config: PrivacyConfig, clients: int, rate: float) -> None:
@@ -53,8 +54,8 @@ class Private:
             warnings.warn(f"delta={self.delta:g} is not below 1 / {clients} clients: it allows giving one of them away",
                           stacklevel=2)  # fmt: skip
         if not self.allows_another():
-            raise ValueError(f"epsilon_budget={self.budget}, but one round costs {self.epsilon(1):.3g} at "
-                             f"noise_multiplier={self.noise}: choose a larger budget or more noise")  # fmt: skip
+            raise ConfigError(f"epsilon_budget={self.budget}, but one round costs {self.epsilon(1):.3g} at "
+                              f"noise_multiplier={self.noise}: choose a larger budget or more noise")  # fmt: skip
 
     def sample(self) -> list[int]:
         """Clients of a round, each drawn by itself; there may be none."""
@@ -69,14 +70,14 @@ class Private:
             like: Names and shapes.
 
         Raises:
-            ValueError: an update is not finite.
+            FederationError: an update is not finite.
         """
         self.rounds += 1  # before anything is given out: a crash can only count too much
         total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in like.items()}
         for delta in deltas:
             norm = math.sqrt(sum(float(value.double().square().sum()) for value in delta.values()))
             if not math.isfinite(norm):
-                raise ValueError("an update with numbers that are not finite cannot be clipped: leave it out")
+                raise FederationError("an update with numbers that are not finite cannot be clipped: leave it out")
             scale = 1.0 if norm <= self.clip else self.clip / norm
             for name in total:
                 total[name] += delta[name].double() * scale
@@ -99,12 +100,12 @@ class Private:
         """Go on with an account.
 
         Raises:
-            ValueError: it was kept on other terms.
+            RunError: it was kept on other terms.
         """
         for name, value in self._terms().items():
             if state.get(name) != value:
-                raise ValueError(f"the checkpoint's privacy account was kept with {name}={state.get(name)}, now it "
-                                 f"is {value}: ask for the same again")  # fmt: skip
+                raise RunError(f"the checkpoint's privacy account was kept with {name}={state.get(name)}, now it "
+                               f"is {value}: ask for the same again")  # fmt: skip
         self.rounds = int(state["rounds"])
 
     def _terms(self) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def _epsilon(noise: float, rate: float, rounds: int, delta: float) -> float:
         from dp_accounting import DpEvent, GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
         from dp_accounting.pld import PLDAccountant
     except ImportError as error:
-        raise ImportError("privacy accounting needs dp-accounting: pip install 'smartmops[privacy]'") from error
+        raise MissingExtra("privacy accounting needs dp-accounting: pip install 'smartmops[privacy]'") from error
     event: DpEvent = PoissonSampledDpEvent(rate, GaussianDpEvent(noise)) if rate < 1 else GaussianDpEvent(noise)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     return float(accountant.compose(event, rounds).get_epsilon(delta))

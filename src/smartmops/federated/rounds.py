@@ -16,23 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smartmops.checks.quorum import QuorumLost
+from smartmops.checks.errors import DiskError, QuorumLost, RunError
 from smartmops.clients.messages import Failure, Job, Local, Lost, Transport, pack
 from smartmops.clients.roster import Roster, listed, short
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.options.federation import AggregationConfig, RoundsConfig
+from smartmops.progress.bars import console, counted
 
 from .aggregation import Aggregator, Layout, Update, admit, drift
 from .privacy import Private
-
-console = Console()
 
 
 @dataclass
@@ -49,7 +46,7 @@ class State:
         """Whole or not at all.
 
         Raises:
-            OSError: it cannot be written, for one because the disk is full; what stood there still stands.
+            DiskError: it cannot be written, for one because the disk is full; what stood there still stands.
         """
         words = {"round": self.round, "private": self.private, "rows": self.rows}
         tensors = {f"arrays/{n}": v for n, v in self.arrays.items()} | {
@@ -64,8 +61,8 @@ class State:
                 os.fsync(written.fileno())
             os.replace(beside, file)
         except (OSError, SafetensorError) as error:
-            raise OSError(f"the checkpoint of round {self.round} cannot be written to {file} ({error}): make room "
-                          "and go on with --resume") from error  # fmt: skip
+            raise DiskError(f"the checkpoint of round {self.round} cannot be written to {file} ({error}): make room "
+                            "and go on with --resume") from error  # fmt: skip
         finally:
             beside.unlink(missing_ok=True)
 
@@ -74,7 +71,7 @@ class State:
         """What `save` wrote; None where there is nothing.
 
         Raises:
-            ValueError: the file is damaged.
+            RunError: the file is damaged.
         """
         if not file.is_file():
             return None
@@ -84,7 +81,7 @@ class State:
                 words = json.loads(opened.metadata()["state"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error}): remove it to start again from round 0") from error
+            raise RunError(f"{file} is damaged ({error}): remove it to start again from round 0") from error
         kinds: dict[str, dict[str, Tensor]] = {"arrays": {}, "server": {}}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
@@ -159,8 +156,8 @@ class Server:
         self.aggregator.load(state.server)
         if self.private is not None and state.private is not None:
             self.private.load(state.private)
-        with Progress(console=console, transient=True) as bar:
-            line = bar.add_task("rounds", total=self.config.rounds, completed=state.round)
+        with counted("rounds", self.config.rounds) as done:
+            done(state.round)
             if not state.rows:
                 state.rows.append({"step": 0, "round": 0, **self._seen(state.arrays)})
                 keep(state)
@@ -173,7 +170,7 @@ class Server:
                 self._round(state)
                 keep(state)
                 _say(_summary(state.rows))
-                bar.update(line, completed=state.round)
+                done(1)
         return state
 
     def _round(self, state: State) -> None:

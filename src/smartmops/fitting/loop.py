@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from smartmops.attention.packed import Packed
+from smartmops.checks.errors import Diverged
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.methods.baselines import parameter_groups
 from smartmops.options.method import MethodConfig
@@ -24,10 +26,6 @@ from . import ranks
 from .kept import Kept, put_state
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-
-
-class Diverged(ValueError):
-    """The loss is no longer a finite number; the model holds the last state whose loss was."""
 
 
 class _Trainer(Trainer):
@@ -79,6 +77,7 @@ class _Watch(TrainerCallback):
         self.model, self.schedule, self.kept, self.steps = model, schedule, kept, steps
         self.write, self.look, self.halfway = write, look, halfway
         self.every = schedule.eval_every or max(1, schedule.steps // 10)
+        self.track: Callable[[dict[str, float]], None] = lambda logs: None  # to trackers, where there are any
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.schedule.clip is not None and self.schedule.max_grad_norm is None:
@@ -94,6 +93,7 @@ class _Watch(TrainerCallback):
         if self.look and (step % self.every == 0 or step == state.max_steps):
             perplexity = self.look().overall
             self.write({"step": step, "eval_perplexity": perplexity})
+            self.track({"eval_perplexity": perplexity})
             self.steps.evaluated(perplexity)
             self.kept.see(step, perplexity, self.model)
             control.should_training_stop |= _out_of_patience(self.schedule, self.kept)
@@ -139,6 +139,17 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def _trackers(schedule: Schedule, folder: Path) -> list[TrainerCallback]:
+    """HF's own integrations; TensorBoard's files go beside the checkpoints unless TENSORBOARD_LOGGING_DIR is set."""
+    found: list[TrainerCallback] = []
+    for kind in get_reporting_integration_callbacks(list(schedule.report_to)):
+        each = kind()
+        if "tensorboard" in kind.__name__.lower() and each.logging_dir is None:
+            each.logging_dir = str(folder.parent / "tensorboard")
+        found.append(each)
+    return found
+
+
 def _run(
     model: Any, method: MethodConfig, schedule: Schedule, rows: Sequence[Any],
     collator: Callable[[Sequence[Any]], dict[str, Any]], folder: Path, write: Callable[[dict[str, Any]], None],
@@ -166,11 +177,14 @@ def _run(
         use_cpu=ranks.on_cpu(),
     )
     steps = Steps()
+    watch = _Watch(model, schedule, kept, steps, write, look, halfway)
     trainer = _Trainer(
         method, kept, model=model, args=arguments, train_dataset=rows, data_collator=collator,
-        callbacks=[_Watch(model, schedule, kept, steps, write, look, halfway), steps],
+        callbacks=[watch, steps, *_trackers(schedule, folder)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    if schedule.report_to:
+        watch.track = trainer.log
     model.config.use_cache = False
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -10,19 +10,18 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from smartmops.data.tasks import conversations
 from smartmops.options.training import Schedule, ValidationConfig
 from smartmops.preparing.gating import close
+from smartmops.progress.bars import console
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.tuner import MoPsModel
 
 from .kept import Kept, put_state
 
-console = Console()
 ENOUGH = 5  # examples of a task, from which on one is held out
 MOST = 10  # evaluations of a run, where `eval_every` says nothing
 LEAST = 3

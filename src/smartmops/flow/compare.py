@@ -17,13 +17,14 @@ from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
 from smartmops.options.training import CompareConfig
+from smartmops.progress.bars import console
 from smartmops.runs.card import keep
 from smartmops.runs.folder import Run
 from smartmops.states.fingerprint import inputs_of
 from smartmops.tokens.batches import Encoded, few_shot
 
 from .early import check_split
-from .task import Task, console
+from .task import Task
 from .trainer import learn
 
 NAMES = {"prompt-tuning": "ungated", "input-prompt-tuning": "input_prompts"}  # what reports call a method

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from smartmops.base.names import is_converted, local
+from smartmops.checks.errors import ConfigError, DataError, SmartmopsError
 from smartmops.checks.limits import Options
 from smartmops.data.tasks import splits
 from smartmops.options.bench import BenchConfig
@@ -35,7 +36,7 @@ def look_at(config: Options) -> None:
     """`look` for every command, as far as it has data or a base.
 
     Raises:
-        ValueError: options do not fit the data or the base.
+        ConfigError: options do not fit the data or the base.
         OSError: there is no such data or base.
     """
     if isinstance(config, TaskConfig):
@@ -52,19 +53,21 @@ def look(config: TaskConfig) -> None:
     """Whether options fit the data and the base, as far as both can be known at once.
 
     Raises:
-        ValueError: they do not, or there is no such data or base; one line for each.
+        ConfigError: they do not, or there is no such data or base; one line for each.
     """
     found = [*_heard(lambda: _base_says(config)), *_heard(lambda: _data_say(config))]
+    if len(found) == 1:
+        raise found[0]
     if found:
-        raise ValueError("\n".join(dict.fromkeys(found)))
+        raise ConfigError("\n".join(dict.fromkeys(map(str, found))))
 
 
-def _heard(ask: Callable[[], Iterator[str]]) -> list[str]:
+def _heard(ask: Callable[[], Iterator[str]]) -> list[SmartmopsError]:
     """What it says, or raises."""
     try:
-        return list(ask())
-    except (OSError, ValueError) as error:
-        return [str(error)]
+        return [ConfigError(said) for said in ask()]
+    except SmartmopsError as error:
+        return [error]
 
 
 def look_at_model(model: str) -> Path | None:
@@ -72,7 +75,7 @@ def look_at_model(model: str) -> Path | None:
 
     Raises:
         OSError: there is no such model, or it cannot be asked for.
-        ValueError: it is no model.
+        ConfigError: it is no model.
     """
     if is_converted(model):
         return None
@@ -92,7 +95,7 @@ def look_at_compression(config: CompressConfig) -> None:
 
     Raises:
         OSError: there is no such model, or it cannot be asked for.
-        ValueError: they do not fit, or what is named is no model.
+        ConfigError: they do not fit, or what is named is no model.
     """
     folder = look_at_model(config.model)
     shape = {} if folder is None else shape_of(folder)
@@ -100,11 +103,11 @@ def look_at_compression(config: CompressConfig) -> None:
     if config.pattern and (pair := numbers_of(config.pattern)):
         for columns in (shape.get("hidden_size"), shape.get("intermediate_size")):
             if isinstance(columns, int) and columns % pair[1]:
-                raise ValueError(f"--pattern {config.pattern}, but a layer of this model has {columns} inputs, which "
-                                 f"{pair[1]} does not divide: choose an m that divides {columns}, such as 2:4 or 4:8, "
-                                 "or a sparsity")  # fmt: skip
+                raise ConfigError(f"--pattern {config.pattern}, but a layer of this model has {columns} inputs, which "
+                                  f"{pair[1]} does not divide: choose an m that divides {columns}, such as 2:4 or 4:8, "
+                                  "or a sparsity")  # fmt: skip
         if config.method == "sparsegpt" and config.block_size % pair[1]:
-            raise ValueError(f"--block-size {config.block_size}: choose a positive multiple of {pair[1]}")
+            raise ConfigError(f"--block-size {config.block_size}: choose a positive multiple of {pair[1]}")
     if config.calibration and not config.calibration.endswith(TEXT_ENDINGS) and at_hand(config.calibration):
         splits(config.calibration, config.limit, config.test_share, config.data_seed, columns=config.columns)
 
@@ -194,49 +197,49 @@ def check_split(config: Any, train: int, test: int, world: int) -> None:
         world: Processes that train together.
 
     Raises:
-        ValueError: a batch is larger than the training split, or there is nothing to train on or to test on.
+        ConfigError: a batch is larger than the training split, or there is nothing to train on or to test on.
     """
     check_parts(config.data, train, test)
     if config.batch_size * world > train:
         who = f" in each of {world} processes" if world > 1 else ""
-        raise ValueError(f"--batch-size {config.batch_size}{who}, but there are {train} training examples: choose 1 to "
-                         f"{max(1, train // world)}")  # fmt: skip
+        raise ConfigError(f"--batch-size {config.batch_size}{who}, but there are {train} training examples: choose 1 "
+                          f"to {max(1, train // world)}")  # fmt: skip
 
 
 def check_parts(data: str, train: int, test: int) -> None:
     """Whether so many training and test examples are enough to train on and to test on.
 
     Raises:
-        ValueError: there are none of either.
+        DataError: there are none of either.
     """
     if not train or not test:
-        raise ValueError(f"--data {data}: {train} training and {test} test examples. Every category is split by "
-                         "itself, and one with a single example has none to test on: give two or more")  # fmt: skip
+        raise DataError(f"--data {data}: {train} training and {test} test examples. Every category is split by "
+                        "itself, and one with a single example has none to test on: give two or more")  # fmt: skip
 
 
 def check_hold_out(category: str, found: set[str]) -> None:
     """Whether a category to train nothing on is one of those `found` in the training split, and not the only one.
 
     Raises:
-        ValueError: it is not.
+        ConfigError: it is not.
     """
     if category not in found:
-        raise ValueError(f"--hold-out {category} is no category of the training split: choose one of {sorted(found)}")
+        raise ConfigError(f"--hold-out {category} is no category of the training split: choose one of {sorted(found)}")
     if len(found) == 1:
-        raise ValueError(f"--hold-out {category} is the only category of the training split, so nothing is left to "
-                         "train on: give data of several tasks, or leave --hold-out away")  # fmt: skip
+        raise ConfigError(f"--hold-out {category} is the only category of the training split, so nothing is left to "
+                          "train on: give data of several tasks, or leave --hold-out away")  # fmt: skip
 
 
 def check_base(method: Any, name: str) -> None:
     """Whether the method's settings fit a base whose `config.json` lies in the folder `name`; nothing where none does.
 
     Raises:
-        ValueError: a layer is named that the base has not got.
+        ConfigError: a layer is named that the base has not got.
     """
     layers = layers_of(Path(name))
     methods = method.trained() if hasattr(method, "trained") else [method.method]
     if layers and (found := list(unmet_by_shape(method, methods, layers))):
-        raise ValueError("\n".join(found))
+        raise ConfigError("\n".join(found))
 
 
 def warn_of_calibration(config: Any, folder: str, console: Console) -> None:

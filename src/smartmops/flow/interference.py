@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smartmops.attention.packed import Packed
+from smartmops.checks.errors import ConfigError
 from smartmops.evaluation.perplexity import BUDGET
 from smartmops.states.activations import evaluating
 from smartmops.tokens.batches import by_budget
@@ -41,14 +42,14 @@ def interference(task: Task, model: Any, count: int) -> dict[str, Any]:
     """How the gradients of the training tasks agree, as `agreement` has it, over `count` examples of each.
 
     Raises:
-        ValueError: `count` is below 1, or fewer than two tasks are trained on.
+        ConfigError: `count` is below 1, or fewer than two tasks are trained on.
     """
     if count < 1:
-        raise ValueError(f"interference_examples={count}: choose 1 or more of each task, or 0 to leave it away")
+        raise ConfigError(f"interference_examples={count}: choose 1 or more of each task, or 0 to leave it away")
     names = sorted({row.category for row in task.train})
     if len(names) < 2:
-        raise ValueError(f"interference_examples={count}, but {names} is the only task that is trained on: give data "
-                         "of two tasks or more, or leave it away")  # fmt: skip
+        raise ConfigError(f"interference_examples={count}, but {names} is the only task that is trained on: give data "
+                          "of two tasks or more, or leave it away")  # fmt: skip
     return agreement(gradients(task, model, count))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from smartmops.checks.errors import AdapterError
 from smartmops.options.method import GatePretraining, MethodConfig
 from smartmops.options.training import TaskConfig
 from smartmops.rows.example import Example
@@ -65,8 +66,8 @@ def prepare(
         seed: Of the drawn text.
 
     Raises:
-        ValueError: the model has no adapter `default` of ours or one that asks for recovery prompts or an embedder; no
-            example fits; more tasks than experts; the message names value and way out.
+        AdapterError: the model has no adapter `default` of ours or one that asks for recovery prompts or an embedder;
+            no example fits; more tasks than experts; the message names value and way out.
     """
     config = _config(model)
     ungated = config.num_experts == 1
@@ -88,15 +89,15 @@ def prepare(
 
 def _config(model: Any) -> MoPsConfig:
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, MoPsModel):
-        raise ValueError(f"a {type(model).__name__} has no experts to prepare: give get_peft_model(base, "
-                         "MoPsConfig(...))")  # fmt: skip
+        raise AdapterError(f"a {type(model).__name__} has no experts to prepare: give get_peft_model(base, "
+                           "MoPsConfig(...))")  # fmt: skip
     config = model.peft_config.get("default")
     if not isinstance(config, MoPsConfig):
-        raise ValueError(f"the adapters {sorted(model.peft_config)} are none called 'default': prepare that one")
+        raise AdapterError(f"the adapters {sorted(model.peft_config)} are none called 'default': prepare that one")
     if config.num_recovery_prompts:
-        raise ValueError(f"num_recovery_prompts={config.num_recovery_prompts}: they are trained on the bare base, as "
-                         "`smartmops.train` does; choose 0 of them")  # fmt: skip
+        raise AdapterError(f"num_recovery_prompts={config.num_recovery_prompts}: they are trained on the bare base, as "
+                           "`smartmops.train` does; choose 0 of them")  # fmt: skip
     if config.embedding_size is not None:
-        raise ValueError(f"embedding_size={config.embedding_size}: an embedder is asked by `smartmops.train` alone; "
-                         "choose None")  # fmt: skip
+        raise AdapterError(f"embedding_size={config.embedding_size}: an embedder is asked by `smartmops.train` alone; "
+                           "choose None")  # fmt: skip
     return config

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft import PeftModel
-from rich.console import Console
 from torch import Tensor
 from transformers import set_seed
 
 from smartmops.base import load_base, local
+from smartmops.checks.errors import DataError
 from smartmops.data.tasks import splits
 from smartmops.evaluation.perplexity import Evaluation, evaluate
 from smartmops.experts.gate import by_expert
@@ -32,6 +32,7 @@ from smartmops.preparing.embedder import Embedder
 from smartmops.preparing.initial import initialise
 from smartmops.preparing.pretrain import assign, pretrain_gate, standardise, train_recovery
 from smartmops.preparing.selection import level, told, wire
+from smartmops.progress.bars import console
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.states.activations import ActivationCache, free_memory
@@ -45,7 +46,6 @@ from smartmops.tuner import MoPsModel
 
 from .early import check_base, check_hold_out, check_parts, check_split, warn_of_calibration
 
-console = Console()
 GATED = ("mops", "uniform-gate", "top-1")  # methods whose gate reads the model itself
 
 
@@ -78,7 +78,7 @@ class Task:
         A base that is adapted already brings its own recovery prompts, or none.
 
         Raises:
-            ValueError: `hold_out` is no category of the training split, or the only one; the data do not fit.
+            DataError: `hold_out` is no category of the training split, or the only one; the data do not fit.
         """
         train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation,
                              config.folder, config.columns)  # fmt: skip
@@ -264,7 +264,7 @@ class Task:
         """This task, or where the method's gate is told what to choose, one whose rows say it.
 
         Raises:
-            ValueError: more tasks than experts, or a test task that training never saw.
+            DataError: more tasks than experts, or a test task that training never saw.
         """
         if method.method not in TOLD:
             return self
@@ -368,12 +368,12 @@ def _encoded(name: str, part: Sequence[Example], tokenizer: Any, limit: Limit, *
     """`encode_all` of one part of the data, called `name`; says what was cut.
 
     Raises:
-        ValueError: as `encode_all`; where nothing fits, with the option and what would help.
+        DataError: as `encode_all`; where nothing fits, with the option and what would help.
     """
     try:
         encoding = encode_all(part, tokenizer, limit.tokens, *how)
     except NoneFits as error:
-        raise ValueError(f"{name}: {limit.none_fits(error.lengths, len(part))}") from error
+        raise DataError(f"{name}: {limit.none_fits(error.lengths, len(part))}") from error
     console.print(f"{name}: {len(encoding.rows)} examples; {encoding.truncation}")
     return encoding
 

@@ -11,18 +11,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import Diverged
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import Evaluation, samples
 from smartmops.fitting import ranks
 from smartmops.fitting.kept import Kept, state_of
-from smartmops.fitting.loop import Diverged, fit
+from smartmops.fitting.loop import fit
 from smartmops.fitting.validation import settle, spacing
 from smartmops.options.method import OURS, TOLD
 from smartmops.options.training import Schedule, TrainConfig
 from smartmops.preparing import gating
-from smartmops.runs.card import keep
+from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run, check_adapter
 from smartmops.runs.progress import Phases
 from smartmops.states.fingerprint import inputs_of
@@ -136,6 +137,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
                     samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template)
                 )
         found["seconds"] = phases.seconds
+        number(run, task.template, found)
         run.write_metrics(found)
         return found
 

@@ -10,6 +10,8 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from smartmops.checks.errors import FederationUnreachable
+
 MAX_WORDS = 1 << 24  # bytes of JSON; more is not one of our frames
 
 
@@ -25,11 +27,11 @@ def receive(source: socket.socket) -> tuple[dict[str, Any], list[bytes]]:
     """One frame, whole.
 
     Raises:
-        ConnectionError: the other side is gone, or speaks something else.
+        FederationUnreachable: the other side is gone, or speaks something else.
     """
     size = int.from_bytes(_exactly(source, 8), "big")
     if size > MAX_WORDS:
-        raise ConnectionError(f"a frame of {size} bytes of words: the limit is {MAX_WORDS}")
+        raise FederationUnreachable(f"a frame of {size} bytes of words: the limit is {MAX_WORDS}")
     header = json.loads(_exactly(source, size))
     return header["words"], [_exactly(source, each) for each in header["sizes"]]
 
@@ -38,7 +40,7 @@ def connect(path: str) -> socket.socket:
     """To the process that listens at `path`.
 
     Raises:
-        OSError: nobody listens there.
+        FederationUnreachable: nobody listens there.
     """
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -54,6 +56,6 @@ def _exactly(source: socket.socket, size: int) -> bytes:
     while len(parts) < size:
         part = source.recv(min(size - len(parts), 1 << 20))
         if not part:
-            raise ConnectionError("the other side closed the connection")
+            raise FederationUnreachable("the other side closed the connection")
         parts += part
     return bytes(parts)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from smartmops.checks.errors import MissingExtra
 from smartmops.checks.limits import check
 from smartmops.clients.messages import Transport
 from smartmops.clients.partition import read_clients
@@ -60,8 +61,8 @@ def simulate(config: FederateConfig) -> dict[str, Any]:
     """`federate(config)` with Flower's simulation as the engine; the same arrays, and the same run folder.
 
     Raises:
-        ImportError: Flower is not installed.
-        ValueError: as `federate`.
+        MissingExtra: Flower is not installed.
+        FederationError: as `federate`.
     """
     check(config)
     os.environ |= QUIET
@@ -70,8 +71,8 @@ def simulate(config: FederateConfig) -> dict[str, Any]:
         from flwr.serverapp import ServerApp
         from flwr.simulation import run_simulation
     except ImportError as error:
-        raise ImportError(f"engine={config.engine!r} needs Flower ({error.name} is missing): "
-                          "pip install 'smartmops[federated]'") from error  # fmt: skip
+        raise MissingExtra(f"engine={config.engine!r} needs Flower ({error.name} is missing): "
+                           "pip install 'smartmops[federated]'") from error  # fmt: skip
     clients, found = clients_of(config), dict[str, Any]()
     server, client = ServerApp(), ClientApp()
     threads = max(1, torch.get_num_threads() // config.actors)

@@ -12,15 +12,13 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
-
+from smartmops.checks.errors import FederationError, FederationTimeout
 from smartmops.clients.admission import greeting
 from smartmops.clients.messages import Hello, Lost, pack
 from smartmops.clients.roster import listed
+from smartmops.progress.bars import console
 
 from .frames import receive, send
-
-console = Console()
 
 
 @runtime_checkable
@@ -81,8 +79,8 @@ class OverFlower:
         """Of every client, by number; to a name that is not that of the client's key, the key's is added.
 
         Raises:
-            TimeoutError: too few nodes came, or too few of them answered.
-            ValueError: two clients go by one name, or one sent something else than a greeting.
+            FederationTimeout: too few nodes came, or too few of them answered.
+            FederationError: two clients go by one name, or one sent something else than a greeting.
         """
         found, keys = self._greetings()
         hellos = {node: greeting(blob, _who(node, keys)) for node, blob in found.items()}
@@ -90,7 +88,7 @@ class OverFlower:
         for left, right in pairwise(ordered):
             if (name := hellos[left].name) == hellos[right].name:
                 both = f" (keys {keys[left]!r} and {keys[right]!r})" if keys[left] else ""
-                raise ValueError(f"two clients go by the name {name!r}{both}: give one another --name")
+                raise FederationError(f"two clients go by the name {name!r}{both}: give one another --name")
         self._node_of = dict(enumerate(ordered))
         return {number: pack(_known(hellos[node], keys[node])) for number, node in self._node_of.items()}
 
@@ -103,12 +101,12 @@ class OverFlower:
             found[node] = blob
             wrong += [f"{_who(node, keys)}: {reason}"] if reason else []
         if wrong:
-            raise TimeoutError(f"{len(wrong)} of {len(keys)} clients did not say who they are{listed(wrong)}: see to "
-                               "them and start again")  # fmt: skip
+            raise FederationTimeout(f"{len(wrong)} of {len(keys)} clients did not say who they are{listed(wrong)}: see "
+                                    "to them and start again")  # fmt: skip
         if len(found) < self.clients:
             silent = [_who(node, keys) for node in keys if node not in found]
-            raise TimeoutError(f"{len(found)} of {self.clients} clients said who they are: see to the others"
-                               + listed(silent))  # fmt: skip
+            raise FederationTimeout(f"{len(found)} of {self.clients} clients said who they are: see to the others"
+                                    + listed(silent))  # fmt: skip
         return {node: blob for node, blob in found.items() if blob}, keys
 
     def _there(self) -> tuple[dict[int, str], float]:
@@ -121,8 +119,10 @@ class OverFlower:
                 console.print(f"{told} of {self.clients} clients are there{named}, waiting for the others",
                               markup=False)  # fmt: skip
             if time.monotonic() > end:
-                raise TimeoutError(f"{told} of {self.clients} clients came within {self.patience:g} s{named}: start "
-                                   "the others, wait longer with --patience, or lower --clients")  # fmt: skip
+                raise FederationTimeout(
+                    f"{told} of {self.clients} clients came within {self.patience:g} s{named}: "
+                    "start the others, wait longer with --patience, or lower --clients"
+                )
             time.sleep(0.2)
         return keys, end
 

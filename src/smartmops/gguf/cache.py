@@ -11,6 +11,8 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
+from smartmops.checks.errors import DiskError
+
 
 def cache() -> Path:
     """The folder of fetched and converted models: `SMARTMOPS_CACHE`, or the user's cache folder."""
@@ -24,7 +26,7 @@ def once(folder: Path, make: Callable[[Path], None], room: int = 0) -> Path:
     `room` is what has to be free on the disk, in bytes.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is too full.
+        DiskError: the folder cannot be written, or the disk is too full.
     """
     if folder.is_dir():
         return folder
@@ -48,5 +50,5 @@ def _fill(folder: Path, make: Callable[[Path], None], room: int) -> None:
         os.replace(unfinished, folder)
 
 
-def _no_room(folder: Path, why: str) -> OSError:
-    return OSError(f"{folder} cannot be written ({why}): make room there, or set SMARTMOPS_CACHE to another folder")
+def _no_room(folder: Path, why: str) -> DiskError:
+    return DiskError(f"{folder} cannot be written ({why}): make room there, or set SMARTMOPS_CACHE to another folder")

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import gguf
 from gguf import GGMLQuantizationType as Kind
+from smartmops.checks.errors import BaseModelError
+from smartmops.progress.bars import console
 
 from . import header as gguf_header
 from .cache import cache, once
 
-console = Console()
 KEPT = {Kind.F32: torch.float32, Kind.F16: torch.float16}  # all else becomes bfloat16, finer than its own grid
 WAY_OUT = "give the folder of the model that it was made from"
 FORMAT = 2  # of converted folders; a new one makes older ones stale
@@ -34,8 +34,8 @@ def folder_of(file: Path) -> Path:
     A file is known by its name, size and time of change, so a moved one is not converted again.
 
     Raises:
-        ValueError: it is damaged, or of an architecture, quantisation or tokenizer that cannot be read.
-        OSError: the cache cannot be written, or the disk is too full.
+        BaseModelError: it is damaged, or of an architecture, quantisation or tokenizer that cannot be read.
+        DiskError: the cache cannot be written, or the disk is too full.
     """
     about = file.stat()
     known = blake2b(f"{FORMAT} {file.name} {about.st_size} {about.st_mtime_ns}".encode(), digest_size=6).hexdigest()
@@ -52,7 +52,7 @@ def check(file: Path) -> Any:
     """The reader of a GGUF that can be converted, as far as its header tells.
 
     Raises:
-        ValueError: it is damaged, a part of a model, or of an architecture or quantisation that cannot be read.
+        BaseModelError: it is damaged, a part of a model, or of an architecture or quantisation that cannot be read.
     """
     reader = _reader(file)
     kinds = {Kind(tensor.tensor_type) for tensor in reader.tensors}
@@ -60,18 +60,20 @@ def check(file: Path) -> Any:
         try:
             gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except (NotImplementedError, KeyError) as error:
-            raise ValueError(
+            raise BaseModelError(
                 f"{file.name} is quantised as {kind.name}, which gguf {_version()} cannot unpack: {WAY_OUT}, or a GGUF "
                 "in Q4_K_M or Q8_0"
             ) from error
     parts = _value(reader, "split.count")
     if parts and int(parts) > 1:
-        raise ValueError(f"{file.name} is one of {parts} parts: join them with llama-gguf-split --merge, or {WAY_OUT}")
+        raise BaseModelError(
+            f"{file.name} is one of {parts} parts: join them with llama-gguf-split --merge, or {WAY_OUT}"
+        )
     architecture = str(_value(reader, "general.architecture"))
     blocks = _value(reader, f"{architecture}.block_count")
     if isinstance(blocks, int) and blocks > len(reader.tensors):
-        raise ValueError(f"{file.name} counts {blocks} layers, but holds {len(reader.tensors)} tensors, so it is "
-                         "damaged: fetch it again")  # fmt: skip
+        raise BaseModelError(f"{file.name} counts {blocks} layers, but holds {len(reader.tensors)} tensors, so it is "
+                             "damaged: fetch it again")  # fmt: skip
     _config(file, architecture)
     return reader
 
@@ -82,13 +84,13 @@ def convert(file: Path, folder: Path, reader: Any = None) -> None:
     Weights that are mostly float32 or float16 stay so; quantised ones become bfloat16.
 
     Raises:
-        ValueError: it is damaged, or its tokenizer cannot be read.
+        BaseModelError: it is damaged, or its tokenizer cannot be read.
     """
     reader = reader or _reader(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # of whatever kind: converters of tokenizers raise what they meet
-        raise ValueError(f"the tokenizer in {file.name} cannot be read ({_line(error)}): {WAY_OUT}") from error
+        raise BaseModelError(f"the tokenizer in {file.name} cannot be read ({_line(error)}): {WAY_OUT}") from error
     if _value(reader, "tokenizer.ggml.pre") == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = _digits_apart()
     counts: Counter[Kind] = Counter()
@@ -109,8 +111,8 @@ def _fits(file: Path, elements: int) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
     asked = sum(parameter.numel() for parameter in model.parameters())
     if asked > 2 * elements:
-        raise ValueError(f"{file.name} holds {elements:,} weights, but its header describes a model of {asked:,}, so "
-                         f"it is damaged: fetch it again, or {WAY_OUT}")  # fmt: skip
+        raise BaseModelError(f"{file.name} holds {elements:,} weights, but its header describes a model of {asked:,}, "
+                             f"so it is damaged: fetch it again, or {WAY_OUT}")  # fmt: skip
 
 
 def _plain(file: Path, dtype: torch.dtype) -> Any:
@@ -146,7 +148,7 @@ def _reader(file: Path) -> Any:
         gguf_header.walk(file)
         return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(
+        raise BaseModelError(
             f"{file} ({file.stat().st_size} bytes) is no whole GGUF that gguf {_version()} can read ({_line(error)}): "
             "fetch it again, or pip install --upgrade gguf"
         ) from error
@@ -157,9 +159,9 @@ def _config(file: Path, architecture: str) -> None:
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ValueError(f"{type(config).__name__} is no causal language model")
+            raise BaseModelError(f"{type(config).__name__} is no causal language model")
     except Exception as error:  # of whatever kind: configs raise what they meet
-        raise ValueError(
+        raise BaseModelError(
             f"{file.name} is of the architecture {architecture!r}, which transformers {transformers.__version__} "
             f"cannot read from a GGUF ({_line(error)}): {WAY_OUT}"
         ) from error

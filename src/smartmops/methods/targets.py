@@ -15,6 +15,8 @@ from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA,
 )
 
+from smartmops.checks.errors import ConfigError
+
 # Where PEFT does not know the architecture: names of what makes queries and values, keys and values, and of what leads
 # out of a feed-forward part; the first whose modules are all there.
 FUSED = (["query_key_value"], ["qkv_proj"], ["c_attn"], ["Wqkv"])
@@ -27,7 +29,7 @@ def choose(base: Any, config: LoraConfig | IA3Config) -> None:
     """Set `target_modules` (and IA3's `feedforward_modules`) to those of `base`.
 
     Raises:
-        ValueError: PEFT does not know the architecture, and none of the usual names is found in it.
+        ConfigError: PEFT does not know the architecture, and none of the usual names is found in it.
     """
     kind = base.config.get_text_config().model_type
     if isinstance(config, LoraConfig):
@@ -54,5 +56,5 @@ def _found(base: Any, known: Any, usual: tuple[list[str], ...], method: str) -> 
     for targets in (known, *usual):
         if _has(base, targets):
             return list(targets)
-    raise ValueError(f"--method {method}: {type(base).__name__} has none of the modules that it adapts "
-                     f"({'; '.join(' and '.join(each) for each in usual)}): choose mops or prompt-tuning")  # fmt: skip
+    raise ConfigError(f"--method {method}: {type(base).__name__} has none of the modules that it adapts "
+                      f"({'; '.join(' and '.join(each) for each in usual)}): choose mops or prompt-tuning")  # fmt: skip

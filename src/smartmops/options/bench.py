@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from smartmops.checks.errors import RunError
 from smartmops.checks.folders import OutFolder, refused
 from smartmops.checks.limits import Count, Number, OneOf, Options, Several, Whole
 
@@ -77,6 +78,6 @@ class BenchConfig(Options):
             yield (f"--prompt-tokens {self.prompt_tokens} and --new-tokens {self.new_tokens} are more than the model's "
                    f"{POSITIONS} positions: choose fewer")  # fmt: skip
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         return refused(self.out, False)

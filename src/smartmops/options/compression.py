@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from smartmops.checks.errors import ConfigError, RunError, RunExists
 from smartmops.checks.folders import OutFolder, held_by, missing, near
 from smartmops.checks.limits import LARGEST, Count, NotNegative, Number, OneOf, Options, Seed, Share, Text
 
@@ -60,31 +61,32 @@ def numbers_of(pattern: str) -> tuple[int, int] | None:
 class CompressConfig(Options):
     """Everything `smartmops compress` takes: prune to `sparsity` or `pattern`, or quantise, or one after the other."""
 
-    model: Base  # folder, *.gguf, hub id, smollm2, tiny
-    out: OutFolder  # model folder
-    method: Method = "sparsegpt"  # how weights are chosen to be zero
+    model: Base  # model to compress: a folder, a *.gguf file, a hub id, smollm2 or tiny
+    out: OutFolder  # model folder to write
+    method: Method = "sparsegpt"  # how the weights to set to zero are chosen
     sparsity: Zeros | None = None  # share of zeros in each linear layer of the decoder, such as 0.75
     pattern: Annotated[str, OfEvery()] | None = None  # n:m prunes n of every m inputs, such as 7:8
-    int8: bool = False  # LLM.int8() of bitsandbytes, after pruning
+    int8: bool = False  # quantise to 8 bits after pruning (LLM.int8() of bitsandbytes)
     int8_engine: Annotated[str, OneOf(("bitsandbytes", "torchao")), tyro.conf.arg(metavar="{bitsandbytes,torchao}")] = (
-        "bitsandbytes"
+        "bitsandbytes"  # library that quantises to 8 bits
     )
-    """library whose int8 it is"""
-    nf4: bool = False  # 4-bit NormalFloat of bitsandbytes, after pruning
+    nf4: bool = False  # quantise to 4-bit NormalFloat after pruning (bitsandbytes)
     calibration: Calibration | None = None
-    """DATA or a text file to calibrate and measure on; None: office, for tiny only"""
-    columns: Columns = ()  # FIELD=COLUMN where columns of DATA have names of their own: response=answer
-    sequences: Count = 128  # calibration sequences
-    sequence_length: Length | None = None  # tokens; None: as text and positions of the model allow, at most 2048
-    block_size: Count = 128  # columns SparseGPT solves at once
-    damping: NotNegative = 0.01  # share of the Hessian's mean diagonal
-    seed: Seed = 0  # of the draw of calibration sequences
-    data_seed: Seed = 0  # the --data-seed `train` will have: it draws the test split, which calibration must not see
-    limit: Count | None = None  # the --limit `train` will have
-    test_share: Share = 0.1  # the --test-share `train` will have
-    batch_size: Count = 8  # sequences that go through a layer at once
-    device: Annotated[str, Device()] | None = None  # where a layer is solved; None: the GPU if there is one
-    resume: bool = False  # go on where a killed compression stopped
+    """data or text file to calibrate and measure on; by default office, for tiny only"""
+    columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
+    sequences: Count = 128  # number of calibration sequences
+    sequence_length: Length | None = None
+    """tokens of a calibration sequence; by default as text and model allow, at most 2048"""
+    block_size: Count = 128  # columns that SparseGPT solves at once
+    damping: NotNegative = 0.01  # damping of the Hessian, as a share of its mean diagonal
+    seed: Seed = 0  # seed of the draw of calibration sequences
+    data_seed: Seed = 0  # --data-seed of the `train` to come, whose test split calibration must not see
+    limit: Count | None = None  # --limit of the `train` to come
+    test_share: Share = 0.1  # --test-share of the `train` to come
+    batch_size: Count = 8  # sequences that pass through a layer at once
+    device: Annotated[str, Device()] | None = None
+    """device that layers are solved on; by default the GPU if there is one"""
+    resume: bool = False  # continue a compression that was killed
 
     @property
     def quantisation(self) -> Quantisation | None:
@@ -97,11 +99,11 @@ class CompressConfig(Options):
         """Whether a model of so many positions (None: it does not say) takes sequences of the length asked for.
 
         Raises:
-            ValueError: it does not.
+            ConfigError: it does not.
         """
         if isinstance(positions, int) and self.sequence_length and self.sequence_length > positions:
-            raise ValueError(f"--sequence-length {self.sequence_length}, but the model has {positions} positions: "
-                             "choose that at most")  # fmt: skip
+            raise ConfigError(f"--sequence-length {self.sequence_length}, but the model has {positions} positions: "
+                              "choose that at most")  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         """What options have to do with each other."""
@@ -115,13 +117,13 @@ class CompressConfig(Options):
         if pruned and self.calibration is None and self.method != "magnitude" and self.model != "tiny":
             yield f"no calibration text for {self.model}: give --calibration a text file, or the DATA it will serve"
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         partial, held = beside(self.out), held_by(self.out)
         if held and not (self.resume and "compression.json" in held):
-            return FileExistsError(f"--out {self.out} exists and is not empty: choose another folder")
+            return RunExists(f"--out {self.out} exists and is not empty: choose another folder")
         if partial.exists() and not self.resume:
-            return FileExistsError(f"{partial} holds an unfinished compression: go on with --resume, or delete it")
+            return RunExists(f"{partial} holds an unfinished compression: go on with --resume, or delete it")
         if self.resume and not self.out.exists() and not partial.exists():
             return missing(self.out, near(self.out, "compression.json"))
         return None

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
 from smartmops.checks.limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole
 
@@ -31,27 +32,33 @@ Clients = Annotated[Path, Existing("a folder with one JSONL file for each client
 class PartitionConfig(Options):
     """How examples are shared out among clients."""
 
-    clients: Count = 100  # with partition=source, there is one for each source instead
-    partition: Literal["skewed", "dirichlet", "source"] = "skewed"  # the paper's appendix A; or as the data's sources
-    skew: Skew = 15.0  # skewed: how many times the examples of other parts the largest part of a category has
-    skew_of: Literal["each", "rest"] = "each"  # skewed: times each other part, or times all other parts together
-    dirichlet_alpha: Alpha = 0.5  # dirichlet: concentration; towards 0 a category has one holder, above 100 all alike
+    ABOUT: ClassVar[str] = "partition"
+
+    clients: Count = 100  # number of clients; with --partition source there is one for each source
+    partition: Literal["skewed", "dirichlet", "source"] = "skewed"
+    """how examples are shared out: skewed (the paper's appendix A), by Dirichlet, or by the data's source"""
+    skew: Skew = 15.0  # how many times larger a category's largest part is than its other parts (--partition skewed)
+    skew_of: Literal["each", "rest"] = "each"
+    """whether skew compares with each other part, or with all other parts together"""
+    dirichlet_alpha: Alpha = 0.5  # concentration: near 0 a category has one holder, above 100 all clients are alike
 
 
 @dataclass(kw_only=True)
 class RoundsConfig(Options):
     """How many rounds of what length, with whom."""
 
-    clients_per_round: Count = 10  # clients drawn for each round
+    ABOUT: ClassVar[str] = "rounds"
+
+    clients_per_round: Count = 10  # number of clients drawn for each round
     rounds: Count = 20  # rounds of local training and averaging
     local_steps: Count = 250  # optimiser steps of a client in a round
-    quorum: Count | None = None  # answers without which a round does not count; None: half of clients_per_round
-    attempts: Count = 3  # times a round without a quorum is tried, each with other clients
-    timeout: Positive | None = None  # seconds a round waits for its clients
+    quorum: Count | None = None  # answers below which a round does not count; by default half of --clients-per-round
+    attempts: Count = 3  # attempts at a round without a quorum, each with other clients
+    timeout: Positive | None = None  # seconds a round waits for its clients; no limit by default
     eval_every: Count = 1  # rounds between evaluations; the last round is always evaluated
-    payload: Literal["float32", "float16"] = "float32"  # of what is sent, both ways
-    share_above: Mass = 0.0  # a client keeps experts at home whose mean gate weight is not above it
-    proximal: NotNegative = 0.0  # mu of FedProx; 0: FedAvg's plain local training
+    payload: Literal["float32", "float16"] = "float32"  # type of the numbers that are sent, both ways
+    share_above: Mass = 0.0  # mean gate weight below which a client does not send an expert
+    proximal: NotNegative = 0.0  # mu of FedProx; 0: plain local training, as in FedAvg
     server_steps: Whole = 0  # optimiser steps on the server's own examples after every round
 
 
@@ -59,42 +66,50 @@ class RoundsConfig(Options):
 class AggregationConfig(Options):
     """How the clients' updates become one."""
 
+    ABOUT: ClassVar[str] = "aggregation"
+
     aggregation: Literal["fedavg", "uniform", "fedadam", "trimmed-mean", "median", "expert-weighted"] = "fedavg"
-    """how the server makes one adapter of the clients' answers"""
-    trim: Trim = 0.1  # trimmed-mean: share of clients left out at either end, for every number by itself
-    server_lr: Positive = 0.01  # fedadam: the server's rate
-    norm_limit: Positive = 10.0  # an update is refused whose norm is above so many times the round's median
+    """how the server combines the clients' updates"""
+    trim: Trim = 0.1  # share of clients left out at either end for each number (--aggregation trimmed-mean)
+    server_lr: Positive = 0.01  # learning rate of the server (--aggregation fedadam)
+    norm_limit: Positive = 10.0  # an update is refused if its norm exceeds this multiple of the round's median
 
 
 @dataclass(kw_only=True)
 class PrivacyConfig(Options):
     """Differential privacy of clients."""
 
-    noise_multiplier: Positive | None = None  # standard deviation of the sum's noise, in clip_norms; None: no privacy
-    clip_norm: Positive = 1.0  # L2 norm to which a client's whole update is clipped
-    delta: Chance | None = None  # chance with which epsilon may fail to hold; None: 1 / clients^1.1
-    epsilon_budget: Positive | None = None  # training ends before a round that would exceed it
+    ABOUT: ClassVar[str] = "privacy"
+
+    noise_multiplier: Positive | None = None
+    """standard deviation of the noise, in multiples of --clip-norm; no privacy by default"""
+    clip_norm: Positive = 1.0  # L2 norm to which a client's update is clipped
+    delta: Chance | None = None  # probability with which epsilon may fail to hold; by default 1 / clients^1.1
+    epsilon_budget: Positive | None = None  # training ends before a round that would exceed this epsilon
 
 
 @dataclass(kw_only=True)
 class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfig, PrivacyConfig):
     """Train one adapter over clients whose data stay with them. DATA is partitioned, or the server's own."""
 
-    out: OutFolder  # run folder
+    ABOUT: ClassVar[str] = "run"
+
+    out: OutFolder  # run folder to write
     method: Annotated[Literal["mops", "fedprompt", "fedlora"], tyro.conf.arg(help=METHODS)] = "mops"  # type: ignore[assignment]
     recovery_prompts: Whole = 0
     """of the server, which would train them on data that clients hold; give it data of its own"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen base; the same on every client's machine
     expert_kind: Literal["keys_values", "hidden_states"] = "hidden_states"  # of one layer, as in the paper: fewer bytes
     batch_size: Count = 1  # examples of a local step, as in the paper
-    clients_data: Clients | None = None  # a folder with one JSONL per client; DATA is then the server's own
-    skip_empty: bool = False  # leave clients without examples out, instead of refusing to start
+    clients_data: Clients | None = None  # folder with one JSONL file for each client; --data is then the server's own
+    skip_empty: bool = False  # leave out clients without examples instead of refusing to start
     engine: ENGINES = "in-process"
-    """clients one after another in this process, or in the processes of Flower's simulation"""
-    actors: Count = 2  # of Flower's simulation: processes that train clients, each with a model of its own
-    allow_other_versions: bool = False  # of torch, transformers, peft at a client
-    samples_per_task: Whole = 2  # answers of the frozen and the adapted model, side by side in the report
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
+    """clients run one after another in this process, or in the processes of Flower's simulation"""
+    actors: Count = 2  # number of processes of Flower's simulation, each with a model of its own
+    allow_other_versions: bool = False  # accept clients with other versions of torch, transformers or peft
+    samples_per_task: Whole = 2
+    """answers per task of the frozen and the adapted model, shown side by side in the report"""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # continue a run that was killed
 
     def central(self) -> TaskConfig:
         """The same adapter and data as `train` knows them."""
@@ -129,7 +144,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
             yield ("--aggregation expert-weighted needs at least 2 experts, but this adapter has none: choose --method "
                    "mops, or another aggregation")  # fmt: skip
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         return refused(self.out, self.resume)
 
@@ -138,12 +153,13 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
 class ServerConfig(FederateConfig):
     """The server of a real federation. DATA is the server's own: it is what perplexity is measured on."""
 
+    ABOUT: ClassVar[str] = "server"
+
     keys: Annotated[Path, Existing("the folder `server` that `smartmops federate-keys` made", folder=True)]  # of those
     clients: Count  # clients to wait for
-    host: Annotated[str, Text("a name or address of this machine, such as 0.0.0.0")] = "0.0.0.0"
-    """address the server listens at"""
-    port: Port = 9092  # port the server listens at
-    message_limit: Count = 256  # MB that one message of a client may have
+    host: Annotated[str, Text("a name or address of this machine, such as 0.0.0.0")] = "0.0.0.0"  # address to listen at
+    port: Port = 9092  # port to listen at
+    message_limit: Count = 256  # largest message of a client, in MB
     patience: Positive = 600.0  # seconds to wait for the clients
 
     @property
@@ -191,12 +207,12 @@ class ClientConfig(Options):
     """the folder that `smartmops federate-keys` made for this client"""
     columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
     model: Base  # the same as the server's
-    name: Annotated[str, Text("a name")] | None = None  # None: the data's file name without its ending
+    name: Annotated[str, Text("a name")] | None = None  # name of the client; by default the data's file name
     template: Template = "auto"  # as the server's
     max_length: Count = 512  # tokens; as the server's
     activations: Activations = "auto"  # as for `train`
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen weights; as the server's
-    max_wait: Positive | None = None  # seconds without a server after which the client ends; None: it waits
+    max_wait: Positive | None = None  # seconds without a server after which the client ends; no limit by default
 
     def problems(self) -> Iterator[str]:
         """Whether the keys are there."""

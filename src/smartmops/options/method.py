@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from smartmops.checks.limits import Count, Number, Positive, Rate, Several, Text, Whole, typed
 
@@ -52,52 +52,96 @@ From = Annotated[float, Weight]
 
 
 @dataclass
-class MethodConfig:
+class Trained:
     """What is trained on top of the frozen base."""
 
+    ABOUT: ClassVar[str] = "method"
+
     method: Method = "mops"
-    """mops; its experts under another gate; the same prompts ungated; or PEFT's prompt tuning, LoRA and IA3"""
-    experts: Count = 7  # groups of prompts, usually one for each task
-    prompts_per_expert: Count = 10  # columns of each expert
+    """mops; the same experts under another gate; the same prompts without one; or PEFT's prompt tuning, LoRA and IA3"""
+    lora_rank: Count = 2  # rank of LoRA
+    lora_alpha: Count = 32  # alpha of LoRA, which is scaled by alpha / rank
+    lora_from: Whole = 0  # first decoder layer (from 0) that LoRA adapts
+    lora_match: Literal["none", "parameters", "memory"] = "none"
+    """choose LoRA's rank so that as many parameters are trained as by MoPs; memory: from the injection layer up"""
+
+
+@dataclass
+class Experts:
+    """How many experts, of what kind, and where the text meets them."""
+
+    ABOUT: ClassVar[str] = "experts"
+
+    experts: Count = 7  # number of experts, usually one for each task
+    prompts_per_expert: Count = 10  # number of prompts in each expert
     expert_kind: Literal["keys_values", "hidden_states"] = "keys_values"
-    """of every layer from the injection layer up; or hidden states of that layer, as in the paper"""
-    freeze_first_column: bool = False  # of every expert: it stays what it was read off
-    shared_prompts: Whole = 0  # columns beside the experts that every row sees at full strength
-    prefix_attention: Literal["joint", "separate", "linear"] = "joint"
-    """in one softmax with the text; in one of its own, weighted per head from zero; or without softmax"""
-    visible_to: Literal["all", "answers"] | None = None  # text tokens that see experts; None: answers, with keys_values
-    null_expert: bool | None = None  # leave text unlike the training instructions to the base; None: with keys_values
-    null_threshold: From = 0.5  # weight of the null expert from which on a text is left to the base entirely
-    unrelated: Unrelated | None = None  # texts of no task, to fit the null expert by; None: those that come with it
-    gate_layer: Whole | None = None
-    """layer whose hidden states the gate reads; None: where tasks are told apart best, or the injection layer"""
+    """experts are keys and values of every layer from the injection layer up, or hidden states as in the paper"""
     injection_layer: Whole | None = None
-    """first decoder layer (from 0) that sees the experts; None: round(9/32 * layers)"""
-    gate_target: Literal["attention", "hidden_states"] = "attention"
-    """weights act on attention to the experts, or scale them as hidden states (Algorithm 1 to the letter)"""
-    gate_input: Literal["instruction", "sequence"] = "instruction"
-    """what the gate reads; sequence also reads the answer, which does not exist when generating"""
-    gate_granularity: Literal["expert", "prompt"] = "expert"  # one gate weight for each expert, or for each prompt
+    """first decoder layer (from 0) that attends to the experts; by default round(9/32 * layers)"""
+    visible_to: Literal["all", "answers"] | None = None
+    """text tokens that attend to the experts; by default answers with keys_values, all with hidden_states"""
+    shared_prompts: Whole = 0  # number of further prompts that every text attends to at full strength
+    freeze_first_column: bool = False  # keep the first prompt of every expert as it was initialised
+    prefix_attention: Literal["joint", "separate", "linear"] = "joint"
+    """experts share a softmax with the text (joint), have one of their own (separate), or have none (linear)"""
     expert_attention: Literal["isolated", "causal"] = "isolated"
-    """hidden-state experts attend to themselves alone, or to all prompts before them"""
+    """hidden-state experts attend to themselves only, or to all prompts before them"""
     init: Literal["hidden_states", "random"] = "hidden_states"
     """experts start from what the base makes of training text, or from random numbers"""
+
+
+@dataclass
+class Gate:
+    """What the gate reads, and what its weights act on."""
+
+    ABOUT: ClassVar[str] = "gate"
+
+    gate_layer: Whole | None = None
+    """layer whose hidden states the gate reads; by default the one where tasks are easiest to tell apart"""
+    gate_target: Literal["attention", "hidden_states"] = "attention"
+    """gate weights act on attention to the experts, or scale their hidden states (the paper's Algorithm 1)"""
+    gate_input: Literal["instruction", "sequence"] = "instruction"
+    """text that the gate reads; sequence includes the answer, which does not exist when generating"""
+    gate_granularity: Literal["expert", "prompt"] = "expert"  # one gate weight for each expert, or for each prompt
     gate_hidden_size: Count = 64  # neurons of the gate's hidden layer
-    gate_temperature: Positive = 1.0  # scores are divided by it: above 1 the gate is less certain
-    gate_top_k: Count | None = None  # only so many of the highest gate weights stay; None: all
-    gate_renormalise: bool = True  # False: the weights that gate_top_k leaves do not sum to one
-    keep_recovery_prompts: bool = True  # above the injection layer too; --no-...: below it alone, as in Algorithm 1
-    lora_rank: Count = 2  # rank r and alpha as in the paper's appendix E
-    lora_alpha: Count = 32  # LoRA's scaling is alpha / rank
-    lora_from: Whole = 0  # first decoder layer (from 0) with LoRA
-    lora_match: Literal["none", "parameters", "memory"] = "none"
-    """rank for as many trained numbers as MoPs have; memory: that, from the injection layer up"""
-    relative_lr: Rate = 0.03  # Adam's rate for prompts, as a share of their root mean square
-    prompt_lr: Rate | None = None  # the same, absolute, and the rate of LoRA and IA3; None: relative_lr, or tuned ones
-    relative_gate_lr: Rate = 0.003  # Adam's rate for the gate, as a share of its weights' root mean square
-    gate_lr: Rate | None = None  # the same, absolute; None: relative_gate_lr
-    head_lr: Rate = 0.02  # Adam's rate for the weights per head of separate prefix attention, which start at zero
-    embedder: Embedder | None = None  # a second model that embeds the instruction for the gate: a folder or hub id
+    gate_temperature: Positive = 1.0  # scores are divided by it; above 1 the gate is less certain
+    gate_top_k: Count | None = None  # number of the highest gate weights that are kept; all by default
+    gate_renormalise: bool = True  # do not make the weights that --gate-top-k keeps sum to one
+    embedder: Embedder | None = None
+    """second model whose embedding of the instruction the gate reads: a folder or hub id"""
+    null_expert: bool | None = None
+    """leave text unlike the training instructions to the base; by default with keys_values"""
+    null_threshold: From = 0.5  # weight of the null expert from which a text is left to the base entirely
+    unrelated: Unrelated | None = None
+    """file of texts that belong to no task, to fit the null expert; by default those that are included"""
+
+
+@dataclass
+class KeepRecovery:
+    """How far up recovery prompts are seen."""
+
+    ABOUT: ClassVar[str] = "preparation"
+
+    keep_recovery_prompts: bool = True  # end recovery prompts at the injection layer, as Algorithm 1 does
+
+
+@dataclass
+class Rates:
+    """How fast each part learns."""
+
+    ABOUT: ClassVar[str] = "rates"
+
+    relative_lr: Rate = 0.03  # learning rate of prompts, as a share of their root mean square
+    prompt_lr: Rate | None = None
+    """absolute learning rate of prompts, and that of LoRA and IA3; by default --relative-lr, or tuned rates"""
+    relative_gate_lr: Rate = 0.003  # learning rate of the gate, as a share of its weights' root mean square
+    gate_lr: Rate | None = None  # absolute learning rate of the gate; by default --relative-gate-lr
+    head_lr: Rate = 0.02  # learning rate of the weights per head of separate prefix attention, which start at zero
+
+
+@dataclass
+class MethodConfig(Rates, KeepRecovery, Gate, Experts, Trained):
+    """What is trained on top of the frozen base, and how fast."""
 
     @property
     def rate(self) -> float:
@@ -131,14 +175,16 @@ class MethodConfig:
 class GatePretraining:
     """How the gate learns which expert an instruction is meant for."""
 
+    ABOUT: ClassVar[str] = "preparation"
+
     gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
-    """the gate learns an instruction's task, its cluster, or nothing before training"""
+    """what the gate learns before training: the task of an instruction, its cluster, or nothing"""
     gate_start: Literal["auto", "ridge", "gradient"] = "auto"
-    """in closed form (ridge), or by Adam (gradient); auto: ridge with keys_values"""
-    gate_pretraining_steps: Whole = 200  # Adam steps on all pooled instructions at once
-    gate_pretraining_lr: Rate = 1e-2  # Adam's rate
+    """how the gate is pretrained: in closed form (ridge) or by Adam (gradient); auto: ridge with keys_values"""
+    gate_pretraining_steps: Whole = 200  # Adam steps of gate pretraining, each on all instructions
+    gate_pretraining_lr: Rate = 1e-2  # learning rate of gate pretraining (Adam)
     expert_names: Annotated[tuple[str, ...], Several("summary")] | None = None
-    """the task each expert is meant for; None: the tasks of the data, sorted"""
+    """task of each expert; by default the tasks of the data, sorted"""
 
 
 def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[str]:

@@ -41,7 +41,7 @@ class ReproduceConfig(Options):
     several processes may work on one grid. `all` goes through every name, and writes report.html.
     """
 
-    name: Annotated[Name, tyro.conf.Positional]
+    name: Annotated[Name, tyro.conf.Positional]  # table or figure of the paper, or a study of ours; all: each of them
     model: Model = "tiny"  # MODEL, dense; it is compressed as the table asks
     data: tuple[Data, ...] = ()  # DATA, or NAME=DATA; none given: the table's own (dolly, superni, or dolly alone)
     out: OutFolder | None = None  # None: runs/reproduce

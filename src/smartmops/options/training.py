@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from smartmops.checks.columns import FieldsOfColumns
+from smartmops.checks.errors import RunError
 from smartmops.checks.folders import OutFolder, WordOrFile, WordOrFolder, refused
 from smartmops.checks.limits import Count, Number, Options, Positive, Rate, Seed, Several, Share, Text, Whole, typed
 
@@ -33,33 +35,68 @@ Template = Annotated[str, WordOrFile(("auto", "chat", "plain"), "a file with a J
 Rows = Annotated[str, WordOrFolder(("memory",))]
 Zeros = Annotated[float, Number("a share of zeros between 0 and 1, such as 0.75", 0, 1, above=True, below=True)]
 Held = Annotated[float, Number("a share from 0 (none) to 0.5, such as 0.1", 0, 0.5)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Warmup = Number("a share of the steps from 0 to below 1, such as 0.06, or give --warmup-steps", 0, 1, below=True)
 
 
 @dataclass(kw_only=True)
-class TaskConfig(Options, MethodConfig, GatePretraining):
-    """What is adapted to which data, and how both are read."""
+class BaseOptions:
+    """The frozen base model, and how it is opened."""
 
-    model: Base  # folder, *.gguf, hub id, smollm2, tiny
-    data: Data  # office, dolly, superni, a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id
-    columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: bfloat16 where it is faster
+    ABOUT: ClassVar[str] = "base"
+
+    model: Base  # base model: a folder, a *.gguf file, a hub id, smollm2 or tiny
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """type of the frozen weights; auto: bfloat16 where the processor computes faster in it"""
     template: Template = "auto"
-    """chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one"""
-    max_length: Count = 512  # tokens; longer examples lose the end of their context
-    limit: Count | None = None  # use only so many examples, drawn at random (the paper: 5000)
-    test_share: Share = 0.1  # of each category
-    batch_size: Count = 16  # examples; of each process where a launcher started several
-    seed: Seed = 0  # of experts, gate and order
-    data_seed: Seed = 0  # of the draw and the split, so that runs of different seeds are tested on the same examples
-    validation: bool = False  # hold out a part of the training split instead of the test split: to choose settings by
-    hold_out: str | None = None  # a category to train nothing on, tested all the same: what an unseen task gains
-    recovery_prompts: Whole | None = None  # frozen prompts at the input, trained first; None: 10 with hidden_states
-    recovery_steps: Whole = 20  # optimiser steps
-    recovery_lr: Rate = 0.03  # Adam's rate
+    """how prompts are formatted: chat (the tokenizer's template), plain, a Jinja file, or auto (chat if there is)"""
     activations: Activations = "auto"
-    """what the lower half makes of the data: kept in memory if it fits; memory, off or a folder"""
-    rows: Rows = "memory"  # texts and tokens of the data: kept in memory, or written to a folder and mapped from there
+    """where activations below the injection layer are cached: memory, off, a folder, or auto (memory if they fit)"""
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Which examples, and how they are shared out among training and test."""
+
+    ABOUT: ClassVar[str] = "data"
+
+    data: Data  # office, dolly, superni, a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id
+    columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
+    max_length: Count = 512  # tokens of an example; a longer one is shortened at the end of its context
+    limit: Count | None = None  # number of examples to use, drawn at random; all of them by default
+    test_share: Share = 0.1  # share of each category that is held out for testing
+    data_seed: Seed = 0
+    """seed of the draw and of the split, kept apart so that runs with other seeds are tested on the same examples"""
+    validation: bool = False  # test on a part of the training split instead of the test split, to choose settings by
+    hold_out: str | None = None  # category that is left out of training and still tested, to measure an unseen task
+    rows: Rows = "memory"  # where texts and tokens are kept: memory, or a folder that they are mapped from
+
+
+@dataclass(kw_only=True)
+class Recovery:
+    """Prompts that are trained first, to recover what compression lost."""
+
+    ABOUT: ClassVar[str] = "preparation"
+
+    recovery_prompts: Whole | None = None
+    """number of frozen prompts at the input, trained first; by default 10 with hidden_states, else 0"""
+    recovery_steps: Whole = 20  # optimiser steps for recovery prompts
+    recovery_lr: Rate = 0.03  # learning rate of recovery prompts (Adam)
+
+
+@dataclass(kw_only=True)
+class Batches:
+    """How many examples at a time, from which seed."""
+
+    ABOUT: ClassVar[str] = "training"
+
+    batch_size: Count = 16  # examples in a batch; for each process where a launcher started several
+    seed: Seed = 0  # seed of experts, gate and order of examples
+
+
+@dataclass(kw_only=True)
+class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, DataOptions, BaseOptions):
+    """What is adapted to which data, and how both are read."""
 
     @property
     def recovered_by(self) -> int:
@@ -91,26 +128,50 @@ class TaskConfig(Options, MethodConfig, GatePretraining):
 class ValidationConfig:
     """What is held out of the training split, so that the best state can be kept."""
 
-    validation_share: Held = 0.1  # of each task's training examples: the state best on them is kept; 0: the last one
-    validation_limit: Count = 200  # examples at most
+    ABOUT: ClassVar[str] = "validation"
+
+    validation_share: Held = 0.1
+    """share of each task's training examples on which the best state is chosen; 0: the last state is kept"""
+    validation_limit: Count = 200  # largest number of validation examples
 
 
 @dataclass(kw_only=True)
-class Schedule:
+class Evaluations:
+    """How often the held-out examples are evaluated, and for how long without a gain."""
+
+    ABOUT: ClassVar[str] = "validation"
+
+    eval_every: Count | None = None
+    """optimiser steps between evaluations on validation data; by default up to ten in a run"""
+    patience: Count | None = None
+    """training ends after this number of evaluations without a better one; never by default"""
+
+
+@dataclass(kw_only=True)
+class Logging:
+    """How often something is written down."""
+
+    ABOUT: ClassVar[str] = "run"
+
+    log_every: Count = 20  # optimiser steps between logged losses
+    save_every: Count = 200  # optimiser steps between checkpoints, from which a killed run resumes
+    report_to: tuple[Tracker, ...] = ()
+    """trackers that receive loss and perplexity through the integrations of Hugging Face; none by default"""
+
+
+@dataclass(kw_only=True)
+class Schedule(Batches, Evaluations, Logging):
     """How long, how much at a time, from which seed."""
 
-    steps: Whole = 1000  # optimiser steps; 0: only what comes before training
-    batch_size: Count = 16  # examples; of each process where a launcher started several
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # down to zero, or level; all after the warm-up
-    warmup: Annotated[float, Warmup] = 0.06  # share of the steps
-    warmup_steps: Whole | None = None  # optimiser steps in place of the share, but at most a fifth of all
-    clip: Positive | None = 2.0  # gradients are cut to so many times their median norm of late; None: never
-    max_grad_norm: Positive | None = None  # an absolute norm to which they are cut instead
-    seed: Seed = 0  # of experts, gate and order
-    log_every: Count = 20  # optimiser steps
-    save_every: Count = 200  # optimiser steps between checkpoints a killed run resumes from
-    eval_every: Count | None = None  # optimiser steps between evaluations on validation data; None: up to ten a run
-    patience: Count | None = None  # evaluations without a better one, after which training ends; None: never
+    ABOUT: ClassVar[str] = "training"
+
+    steps: Whole = 1000  # optimiser steps; 0: only what comes before training is done
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """learning rate after the warm-up: falling to zero along a cosine or a line, or constant"""
+    warmup: Annotated[float, Warmup] = 0.06  # share of the steps in which the learning rate rises
+    warmup_steps: Whole | None = None  # number of warm-up steps, in place of the share; at most a fifth of all steps
+    clip: Positive | None = 2.0  # gradients are clipped to this multiple of the median norm of recent steps
+    max_grad_norm: Positive | None = None  # absolute norm to which gradients are clipped, in place of the median
 
     @property
     def warm(self) -> int:
@@ -124,22 +185,28 @@ class Schedule:
 class TrainConfig(TaskConfig, ValidationConfig, Schedule):
     """Everything `smartmops train` takes. DATA is office, dolly, superni, a JSONL file, a folder or a hub id."""
 
-    out: OutFolder  # run folder
-    samples_per_task: Whole = 2  # answers of the frozen and the adapted model, side by side in the report
-    answers_per_task: Whole = 0  # test examples of each task answered by both and scored: ROUGE-L and exact match
-    answer_tokens: Count = 48  # at which a scored answer ends that has not ended itself
+    ABOUT: ClassVar[str] = "run"
+
+    out: OutFolder  # run folder to write
+    samples_per_task: Whole = 2
+    """answers per task of the frozen and the adapted model, shown side by side in the report"""
+    answers_per_task: Whole = 0  # test examples per task that both models answer, scored by ROUGE-L and exact match
+    answer_tokens: Count = 48  # largest number of tokens of a scored answer
     interference_examples: Whole = 0
-    """of each training task, whose gradients on the prompts are compared; not for PEFT's"""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # go on where a killed run stopped
+    """examples per training task whose gradients on the prompts are compared; not for PEFT's methods"""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # continue a run that was killed
 
     def problems(self) -> Iterator[str]:
         """What options have to do with each other."""
         yield from super().problems()
+        for name in self.report_to:
+            if find_spec(name) is None:
+                yield f"--report-to {name}: {name} is not installed: pip install {name}"
         if self.patience is not None and not self.validation_share:
             yield (f"--patience {self.patience} waits for evaluations on validation data, and there are none with "
                    "--validation-share 0: choose a share above 0, or leave --patience away")  # fmt: skip
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         return refused(self.out, self.resume)
 
@@ -148,10 +215,13 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
 class CompareConfig(TrainConfig):
     """A `TrainConfig` whose `method` gives way to several, each at its own learning rate."""
 
-    methods: dict[Method, Rate | None] = field(default_factory=dict)  # and rates; none given: prompt-tuning and mops
-    seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0,)  # each is a run of its own
-    sparsity: Zeros | None = None  # prune the base by magnitude first: share of zeros
-    shots: Whole = 4  # solved examples in the context of the frozen model, as the mark to reach
+    ABOUT: ClassVar[str] = "comparison"
+
+    methods: dict[Method, Rate | None] = field(default_factory=dict)
+    """methods, each with its learning rate or None; by default prompt-tuning and mops"""
+    seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0,)  # seeds; each is a run of its own
+    sparsity: Zeros | None = None  # share of weights to set to zero first, by magnitude
+    shots: Whole = 4  # solved examples in the context of the frozen model, as a mark to compare with
 
     @property
     def compared(self) -> dict[Method, float | None]:

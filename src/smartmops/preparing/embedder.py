@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from smartmops.base.names import readable
+from smartmops.checks.errors import MissingExtra
+
 
 class Embedder:
     """A second model embeds the instruction for the gate (paper, footnote 3): any sentence encoder or HF encoder.
@@ -21,15 +24,17 @@ class Embedder:
             try:
                 from sentence_transformers import SentenceTransformer
             except ImportError as error:
-                raise ImportError(
+                raise MissingExtra(
                     f"embedder {name!r} needs sentence-transformers: pip install sentence-transformers"
                 ) from error
-            self.model: Any = SentenceTransformer(name, device="cpu")
+            with readable(name, "--embedder"):
+                self.model: Any = SentenceTransformer(name, device="cpu")
             self._encode = self._sentences
         else:
             from transformers import AutoModel, AutoTokenizer
 
-            self.model, self.tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+            with readable(name, "--embedder"):
+                self.model, self.tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
             self._encode = self._mean
         self.width = len(self(["width"])[0])
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
 from smartmops.attention.packed import IGNORED
+from smartmops.checks.errors import ConfigError
 from smartmops.experts import null
 from smartmops.options.method import Texts, paragraphs
+from smartmops.progress.bars import track
 from smartmops.tokens.batches import Encoded, by_budget
 
 FOLDS = 5
@@ -104,14 +105,14 @@ def start_gate(model: Any, scores: Scores) -> None:
     """Make the gate these scores: relu(s) - relu(-s) = s, so two hidden units for each expert carry them exactly.
 
     Raises:
-        ValueError: the gate has too few hidden units, no constant, or another granularity.
+        ConfigError: the gate has too few hidden units, no constant, or another granularity.
     """
     layer = model.base_model.layer()
     config = layer.configs["default"]
     experts, width = len(scores.weight), config.gate_hidden_size
     if width < 2 * experts or not config.gate_bias or config.num_groups != experts:
-        raise ValueError(f"gate_hidden_size={width} cannot carry the scores of {experts} experts: choose "
-                         f"{2 * experts} or more, gate_bias=True and gate_granularity='expert'")  # fmt: skip
+        raise ConfigError(f"gate_hidden_size={width} cannot carry the scores of {experts} experts: choose "
+                          f"{2 * experts} or more, gate_bias=True and gate_granularity='expert'")  # fmt: skip
     gate_in, gate_out = layer.mops_gate_in["default"], layer.mops_gate_out["default"]
     gate_in[:experts], gate_in[experts : 2 * experts] = scores.weight.to(gate_in), -scores.weight.to(gate_in)
     gate_in[2 * experts :] *= 0.1 * scores.weight.std().to(gate_in) / gate_in.std().clamp(min=1e-6)
@@ -127,7 +128,7 @@ def layer_means(base: Any, rows: Sequence[Encoded], budget: int = 2048) -> Float
     lengths = [row.labels.count(IGNORED) for row in rows]
     found: list[Tensor | None] = [None] * len(rows)
     device = base.device
-    for group in track(by_budget(lengths, budget), "looking for the gate's layer", transient=True):
+    for group in track(by_budget(lengths, budget), "looking for the gate's layer"):
         longest = max(lengths[i] for i in group)
         ids = torch.tensor([rows[i].input_ids[: lengths[i]] + [0] * (longest - lengths[i]) for i in group])
         real = torch.tensor([[1] * lengths[i] + [0] * (longest - lengths[i]) for i in group])
@@ -162,10 +163,10 @@ def unrelated_texts(file: Path | None = None) -> list[str]:
     """Texts of no task, a paragraph each: of a file, or those that come with the package.
 
     Raises:
-        ValueError: the file cannot be read, or holds fewer than 20 texts.
+        ConfigError: the file cannot be read, or holds fewer than 20 texts.
     """
     if file is not None and (said := Texts().wrong(file)) is not None:
-        raise ValueError(f"--unrelated {file}{said}")
+        raise ConfigError(f"--unrelated {file}{said}")
     return paragraphs((file or files("smartmops.preparing") / "unrelated.txt").read_text(encoding="utf-8"))
 
 

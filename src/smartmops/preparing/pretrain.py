@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from peft import get_peft_model
-from rich.progress import track
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from smartmops.checks.errors import ConfigError, DataError
 from smartmops.evaluation.perplexity import batch_for
 from smartmops.options.method import GatePretraining
+from smartmops.progress.bars import track
 from smartmops.tokens.batches import Collator, Encoded
 from smartmops.tuner import MoPsConfig
 
@@ -42,7 +43,7 @@ def train_recovery(base: Any, rows: Sequence[Encoded], collator: Collator, count
     prompts = model.base_model.layer().mops_prompts["default"]
     optimiser = torch.optim.AdamW([prompts], lr=lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    for step in track(range(steps), "recovery prompts", transient=True):
+    for step in track(range(steps), "recovery prompts"):
         chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
         optimiser.param_groups[0]["lr"] = lr * (1 - step / steps)
         model(**batch_for(model, [rows[i] for i in chosen], collator), use_cache=False).loss.backward()
@@ -59,24 +60,24 @@ def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: in
     """The expert each example is meant for (task labels 1:1, or k-means clusters), and the experts' names.
 
     Raises:
-        ValueError: labels are asked for, but there are none, more tasks than experts, or a task that no expert in
-            `given` is meant for.
+        ConfigError, DataError: labels are asked for, but there are none, more tasks than experts, or a task that no
+            expert in `given` is meant for.
     """
     tasks = sorted({row.category for row in rows})
     if how == "labels":
         if tasks == [""]:
-            raise ValueError("gate_pretraining='labels', but no example has a category: add one, or choose 'clusters'")
+            raise ConfigError("gate_pretraining='labels', but no example has a category: add one, or choose 'clusters'")
         if given is not None and (unknown := [task for task in tasks if task not in given]):
-            raise ValueError(f"category {unknown[0]!r} is none of the expert_names {list(given)}: name an expert for "
-                             "it, leave its examples out, or choose gate_pretraining='clusters'")  # fmt: skip
+            raise ConfigError(f"category {unknown[0]!r} is none of the expert_names {list(given)}: name an expert for "
+                              "it, leave its examples out, or choose gate_pretraining='clusters'")  # fmt: skip
         if len(tasks) > experts:
-            raise ValueError(f"{len(tasks)} tasks for experts={experts}: choose experts={len(tasks)}, or "
-                             "gate_pretraining='clusters'")  # fmt: skip
+            raise ConfigError(f"{len(tasks)} tasks for experts={experts}: choose experts={len(tasks)}, or "
+                              "gate_pretraining='clusters'")  # fmt: skip
         names = list(given) if given is not None else tasks
         names += [f"expert {i}" for i in range(len(names), experts)]
         return [names.index(row.category) for row in rows], names
     if len(rows) < experts:
-        raise ValueError(f"{len(rows)} examples cannot form {experts} clusters: give more data, or fewer experts")
+        raise DataError(f"{len(rows)} examples cannot form {experts} clusters: give more data, or fewer experts")
     standard = (pooled - pooled.mean(0)) / pooled.std(0).clamp(min=1e-6)
     found = KMeans(experts, n_init=4, random_state=seed).fit(standard.cpu().numpy()).labels_.tolist()
     return found, [f"cluster {i}" for i in range(experts)]
@@ -104,7 +105,7 @@ def pretrain_gate(
         log_g: Float[Tensor, "n groups"] = layer.log_gate(pooled, "default")
         return log_g if per == 1 else log_g.view(-1, own.num_experts, per).logsumexp(-1)
 
-    for _ in track(range(config.gate_pretraining_steps), "gate pretraining", transient=True):
+    for _ in track(range(config.gate_pretraining_steps), "gate pretraining"):
         loss = F.nll_loss(log_expert(), expert_of.to(pooled.device))
         torch.autograd.backward(loss)
         optimiser.step()

@@ -16,6 +16,7 @@ from peft import get_peft_model
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from smartmops.checks.errors import ConfigError
 from smartmops.methods.baselines import peft_config
 from smartmops.options.method import MethodConfig
 from smartmops.states.instructions import instructions
@@ -30,15 +31,15 @@ def told(
     Centres are those of the standardised training instructions.
 
     Raises:
-        ValueError: more tasks than experts, or a test task that training never saw.
+        ConfigError: more tasks than experts, or a test task that training never saw.
     """
     if method.method == "oracle":
         tasks = sorted({row.category for row in train})
         if unknown := sorted({row.category for row in test} - set(tasks)):
-            raise ValueError(f"method='oracle' is told the task, but {unknown[0]!r} is in no training example: choose "
-                             "another method, or data whose test tasks are trained on")  # fmt: skip
+            raise ConfigError(f"method='oracle' is told the task, but {unknown[0]!r} is in no training example: choose "
+                              "another method, or data whose test tasks are trained on")  # fmt: skip
         if len(tasks) > method.experts:
-            raise ValueError(f"{len(tasks)} tasks for experts={method.experts}: choose experts={len(tasks)}")
+            raise ConfigError(f"{len(tasks)} tasks for experts={method.experts}: choose experts={len(tasks)}")
         known, asked = ([tasks.index(row.category) for row in rows] for rows in (train, test))
         return _marked(train, known, method.experts), _marked(test, asked, method.experts)
     config = peft_config(replace(method, method="mops", embedder=None))

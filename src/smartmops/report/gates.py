@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from smartmops.checks.errors import RunError
+
 STAGES = ("before", "during", "after")  # training of prompts and gate, in order of time
 _ROUNDING = 0.05  # how far a row of weights written in low precision may sum from 1
 
@@ -70,7 +72,7 @@ def tables(gates: Mapping[str, Any]) -> dict[str, GateTable]:
         gates: `{"experts": [name], "before": {task: [weight per expert]}, "after": {...}}`; a stage may be missing.
 
     Raises:
-        ValueError: A row has a weight too many or too few, a negative or missing weight, or does not sum to 1.
+        RunError: A row has a weight too many or too few, a negative or missing weight, or does not sum to 1.
     """
     experts = tuple(map(str, gates.get("experts", ())))
     found = {stage: gates[stage] for stage in STAGES if gates.get(stage)}
@@ -84,10 +86,10 @@ def tables(gates: Mapping[str, Any]) -> dict[str, GateTable]:
 def _checked(stage: str, task: str, row: Sequence[float | None], experts: Sequence[str]) -> tuple[float, ...]:
     where = f"gates.json, {stage}.{task}"
     if len(row) != len(experts):
-        raise ValueError(f"{where} has {len(row)} weights for {len(experts)} experts: write one weight per expert")
+        raise RunError(f"{where} has {len(row)} weights for {len(experts)} experts: write one weight per expert")
     weights = tuple(float(w) for w in row if w is not None and 0 <= w <= 1 + _ROUNDING)
     if len(weights) != len(row):
-        raise ValueError(f"{where}={list(row)} has a weight outside 0 to 1: write gate weights, not scores")
+        raise RunError(f"{where}={list(row)} has a weight outside 0 to 1: write gate weights, not scores")
     if abs(math.fsum(weights) - 1) > _ROUNDING:
-        raise ValueError(f"{where} sums to {math.fsum(weights):.3g}, not 1: write the mean of softmax weights")
+        raise RunError(f"{where} sums to {math.fsum(weights):.3g}, not 1: write the mean of softmax weights")
     return weights

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from smartmops.checks.errors import ConfigError, MissingExtra
+
 SUFFIXES = (".png", ".svg")
 # Okabe and Ito's colours, which the colour-blind tell apart; they go to the largest categories, grey to all others.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
@@ -32,14 +34,14 @@ def holdings_figure(table: Mapping[str, Sequence[int]], names: Sequence[str]) ->
         names: Of the clients.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: There is no client, no category or no example, or a row is not one count of 0 or more a client.
+        MissingExtra: matplotlib is not installed.
+        RunError: There is no client, no category or no example, or a row is not one count of 0 or more a client.
     """
     _check(table, names)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtra(
             "who holds what is drawn with matplotlib, which is missing: pip install 'smartmops[report]'"
         ) from error
     order = sorted(range(len(names)), key=lambda client: -sum(row[client] for row in table.values()))
@@ -62,13 +64,13 @@ def save_holdings(table: Mapping[str, Sequence[int]], names: Sequence[str], path
     """Draw `holdings_figure` into a PNG or SVG file; the same table gives the same bytes.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        OSError: The file cannot be written.
-        ValueError: As `holdings_figure`, or the file ends neither in .png nor in .svg.
+        MissingExtra: matplotlib is not installed.
+        DiskError: The file cannot be written.
+        ConfigError: As `holdings_figure`, or the file ends neither in .png nor in .svg.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"picture={str(path)!r} ends in {path.suffix!r}: choose a file ending in .png or .svg")
+        raise ConfigError(f"picture={str(path)!r} ends in {path.suffix!r}: choose a file ending in .png or .svg")
     figure = holdings_figure(table, names)
     from matplotlib import rc_context
 

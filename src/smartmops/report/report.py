@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import ConfigError, MissingExtra, RunError
 from smartmops.runs.folder import Run, versions, write_text
 
 from . import charts, gates, results
@@ -71,16 +72,16 @@ def report(runs: Sequence[Path | str], out: Path | str) -> Path:
         out: The page to write; a name without `.html` is a folder that gets a `report.html`.
 
     Raises:
-        FileNotFoundError: A folder is missing, is no run folder, or is unfinished.
-        ImportError: jinja2 is not installed.
-        ValueError: No run is given, or a file of a run is broken; the message names it.
+        RunNotFound: A folder is missing, is no run folder, or is unfinished.
+        MissingExtra: jinja2 is not installed.
+        ConfigError: No run is given, or a file of a run is broken; the message names it.
     """
     if not runs:
-        raise ValueError("a report needs at least one run: give one or more run folders")
+        raise ConfigError("a report needs at least one run: give one or more run folders")
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtra(
             "a report is laid out with jinja2, which is missing: pip install 'smartmops[report]'"
         ) from error
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -203,7 +204,7 @@ def _heatmaps(run: Run) -> list[dict[str, Any]]:
     try:
         stages = gates.tables(run.read_gates() or {})
     except ValueError as error:
-        raise ValueError(f"{run.path}: {error}") from error
+        raise RunError(f"{run.path}: {error}") from error
     highest = max((w for table in stages.values() for row in table.weights.values() for w in row), default=1.0)
     maps = []
     for stage, table in stages.items():

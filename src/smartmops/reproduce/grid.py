@@ -16,8 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
+from smartmops.checks.errors import ConfigError
 from smartmops.compression.compress import compress
 from smartmops.federated.federate import federate
 from smartmops.flow.trainer import train
@@ -26,6 +25,7 @@ from smartmops.options.compression import CompressConfig, beside
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE, OURS
 from smartmops.options.training import EMBEDDED_SETTING, TrainConfig
+from smartmops.progress.bars import console
 from smartmops.runs.folder import Run, write_text
 
 try:
@@ -33,7 +33,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-console = Console()
 NOT_SETTINGS = {"out", "resume", "model", "data", "seed", "activations", "rows", "actors", "engine", "save_every",
                 "log_every"}  # of a run, in its results  # fmt: skip
 
@@ -56,7 +55,7 @@ class Base:
         """Settings for `CompressConfig`; empty for the dense base.
 
         Raises:
-            ValueError: the name is none of these.
+            ConfigError: the name is none of these.
         """
         settings: dict[str, Any] = {}
         for part in [] if self.name == "dense" else self.name.split("+"):
@@ -67,8 +66,8 @@ class Base:
             elif re.fullmatch(r"\d+(\.\d+)?%", part):
                 settings["sparsity"] = float(part[:-1]) / 100
             else:
-                raise ValueError(f"base {self.name!r}: choose dense, a sparsity such as 75%, a pattern such as 7:8, "
-                                 "int8, or int8+75%")  # fmt: skip
+                raise ConfigError(f"base {self.name!r}: choose dense, a sparsity such as 75%, a pattern such as 7:8, "
+                                  "int8, or int8+75%")  # fmt: skip
         return settings
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from smartmops.base import local
+from smartmops.checks.errors import ConfigError
 from smartmops.data.tasks import splits
 from smartmops.tokens.batches import encode_all
 from smartmops.tokens.template import Template
@@ -51,7 +52,7 @@ class Plan:
         """Of the study; some depend on the model's layers or on the data's tasks.
 
         Raises:
-            ValueError: `only` names one that is not there.
+            ConfigError: `only` names one that is not there.
         """
         if data.name not in self._variants:
             self._variants[data.name] = self._select(self._all(data))
@@ -67,7 +68,7 @@ class Plan:
     def _select(self, known: tuple[Variant, ...]) -> tuple[Variant, ...]:
         labels = [variant.label for variant in known]
         if unknown := [label for label in self.only if label not in labels]:
-            raise ValueError(f"--methods {unknown[0]}: choose from {', '.join(labels)}")
+            raise ConfigError(f"--methods {unknown[0]}: choose from {', '.join(labels)}")
         return tuple(variant for variant in known if not self.only or variant.label in self.only)
 
     def _tasks(self, data: Data) -> list[str]:

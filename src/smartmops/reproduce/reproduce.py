@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from smartmops.checks.limits import check
 from smartmops.evidence.page import markdown
 from smartmops.options.reproduce import ReproduceConfig
+from smartmops.progress.bars import console
 from smartmops.runs.folder import write_text
 
 from .grid import Base, Grid
@@ -19,14 +18,12 @@ from .pages import page_of, skew_page
 from .plan import Plan, datas_of
 from .studies import STUDIES, Study
 
-console = Console()
-
 
 def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     """Run the missing cells, write Markdown and pictures; returns how many cells there are and how many are missing.
 
     Raises:
-        ValueError: data, base or method is unknown; the message names the way out.
+        SmartmopsError: data, base or method is unknown; the message names the way out.
     """
     check(config)
     out = config.out or Path("runs/reproduce")
@@ -71,7 +68,7 @@ def plan_of(config: ReproduceConfig, name: str) -> Plan:
     """The cells of one table on this config's model and data.
 
     Raises:
-        ValueError: a method is none of the table's.
+        ConfigError: a method is none of the table's.
     """
     study = STUDIES[name]
     grid = Grid(config.out or Path("runs/reproduce"), config.model, config.limit or None, config.calibration)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from smartmops.checks.errors import DataError
+
 ROLES = ("system", "user", "assistant")
 TEXTS = ("instruction", "context", "response", "category", "source", "system")
 
@@ -14,7 +16,7 @@ class Example:
     """One supervised example of one task.
 
     Raises:
-        ValueError: a text holds half a character, as cut-off text from the web does: no tokenizer and no file takes it.
+        DataError: a text holds half a character, as cut-off text from the web does: no tokenizer and no file takes it.
     """
 
     instruction: str
@@ -48,13 +50,13 @@ def conversation(messages: Sequence[Mapping[str, str]], category: str = "", sour
         source: Who holds them.
 
     Raises:
-        ValueError: no messages, an unknown role, turns out of order, an empty turn of the assistant, or an end with the
+        DataError: no messages, an unknown role, turns out of order, an empty turn of the assistant, or an end with the
             user.
     """
     system, history, question = opened(messages)
     if question is not None:
-        raise ValueError(f"the conversation of {len(messages)} messages ends with the user ({question[:40]!r}), so "
-                         "its last turn has nothing to learn: add the assistant's answer or leave it out")  # fmt: skip
+        raise DataError(f"the conversation of {len(messages)} messages ends with the user ({question[:40]!r}), so "
+                        "its last turn has nothing to learn: add the assistant's answer or leave it out")  # fmt: skip
     return [Example(user, "", answer, category, source, system, history[:number])
             for number, (user, answer) in enumerate(history)]  # fmt: skip
 
@@ -63,32 +65,32 @@ def opened(messages: Sequence[Mapping[str, str]]) -> tuple[str, tuple[tuple[str,
     """The system's text, finished turns, and what the user said last where nobody answered it yet.
 
     Raises:
-        ValueError: as `conversation`, but for the end.
+        DataError: as `conversation`, but for the end.
     """
     system, history, question = "", list[tuple[str, str]](), None
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise ValueError(f"message {number} has role={role!r}: choose one of {', '.join(ROLES)}")
+            raise DataError(f"message {number} has role={role!r}: choose one of {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise ValueError(f"message {number} has content={str(content)[:40]!r}, not text: write it in quotes")
+            raise DataError(f"message {number} has content={str(content)[:40]!r}, not text: write it in quotes")
         if role == "system" and number > 1:
-            raise ValueError(f"message {number} is the system's, which stands first or nowhere: move it to the start")
+            raise DataError(f"message {number} is the system's, which stands first or nowhere: move it to the start")
         if role == ("user" if question is not None else "assistant"):
             wanted = "assistant" if role == "user" else "user"
-            raise ValueError(f"message {number} is the {role}'s, but the {wanted}'s turn has come: users and assistant "
-                             "take turns, so join what one of them says in a row")  # fmt: skip
+            raise DataError(f"message {number} is the {role}'s, but the {wanted}'s turn has come: users and assistant "
+                            "take turns, so join what one of them says in a row")  # fmt: skip
         if role == "system":
             system = content
         elif role == "user":
             question = content
         elif question is not None:
             if not content.strip():
-                raise ValueError(f"message {number} is an empty turn of the assistant, so nothing to learn: write one "
-                                 "or leave the turn out")  # fmt: skip
+                raise DataError(f"message {number} is an empty turn of the assistant, so nothing to learn: write one "
+                                "or leave the turn out")  # fmt: skip
             history, question = [*history, (question, content)], None
     if question is None and not history:
-        raise ValueError(f"{len(messages)} messages, and none of a user: give at least one")
+        raise DataError(f"{len(messages)} messages, and none of a user: give at least one")
     return system, tuple(history), question
 
 
@@ -97,5 +99,5 @@ def _check_characters(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])[1:-1]
-        raise ValueError(f"`{name}` holds {half} as character {error.start + 1}, which is half a character: write the "
-                         "whole one or delete it") from error  # fmt: skip
+        raise DataError(f"`{name}` holds {half} as character {error.start + 1}, which is half a character: write the "
+                        "whole one or delete it") from error  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from smartmops.checks.errors import DataError
+
 SHOWN = 10  # places that a message names; the others are counted
 
 
@@ -31,12 +33,12 @@ class Faults:
         """Go on only where nothing was noted.
 
         Raises:
-            ValueError: something was; places with the same problem stand together.
+            DataError: something was; places with the same problem stand together.
         """
         if self.count:
             told = [f"{places(self.unit, numbers)}: {problem}" for problem, numbers in self._found.items()]
             more = [f"and {self.count - SHOWN} more bad {self.unit}s"] if self.count > SHOWN else []
-            raise ValueError(f"{self.name}, {'; '.join([*told, *more])}")
+            raise DataError(f"{self.name}, {'; '.join([*told, *more])}")
 
 
 def places(unit: str, numbers: list[int]) -> str:

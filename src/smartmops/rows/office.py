@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from smartmops.checks.errors import ConfigError
+
 from .example import Example
 
 Content = tuple[str, str, list[str]]  # instruction, context, bare answer as a list of items
@@ -329,10 +331,10 @@ def office(per_task: int = 400, seed: int = 0) -> list[Example]:
     """The adaptation data: distinct examples of each task in its own house style; none was in the base's pretraining.
 
     Raises:
-        ValueError: `per_task` is below 1 or more than a task has.
+        ConfigError: `per_task` is below 1 or more than a task has.
     """
     if not 1 <= per_task <= 700:
-        raise ValueError(f"per_task={per_task}: choose 1 to 700 (open questions have no more distinct ones)")
+        raise ConfigError(f"per_task={per_task}: choose 1 to 700 (open questions have no more distinct ones)")
     made = []
     for task in TASKS:
         rng, seen = random.Random(f"office {seed} {task}"), set()

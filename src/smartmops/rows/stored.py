@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar, overload
 
 import pyarrow as pa
 
+from smartmops.checks.errors import ConfigError
+
 T = TypeVar("T")
 BATCH = 1024  # items that are written at once
 
@@ -64,7 +66,7 @@ def store(
         folder: Made if it is not there.
 
     Raises:
-        ValueError: the folder cannot be written to, or its disk is full.
+        ConfigError: the folder cannot be written to, or its disk is full.
     """
     name = None
     try:
@@ -74,8 +76,8 @@ def store(
         count = _write(map(parts, items), schema, name)
         return Stored(_Mapped(name), make, range(count))
     except OSError as error:
-        raise ValueError(f"rows={str(folder)!r} cannot be written to ({error.strerror or error}): choose another "
-                         "folder, free some of its disk, or choose rows='memory'") from error  # fmt: skip
+        raise ConfigError(f"rows={str(folder)!r} cannot be written to ({error.strerror or error}): choose another "
+                          "folder, free some of its disk, or choose rows='memory'") from error  # fmt: skip
     finally:
         if name:
             with suppress(PermissionError):  # Windows keeps what is mapped

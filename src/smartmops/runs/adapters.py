@@ -10,6 +10,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 
 import smartmops.tuner  # noqa: F401  enters our method into PEFT
 
+from smartmops.checks.errors import AdapterError
 from .folder import check_adapter
 
 
@@ -17,34 +18,34 @@ def load_adapter(base: Any, folder: Path) -> Any:
     """The base with the adapter in a folder, in eval mode.
 
     Raises:
-        FileNotFoundError: it has no adapter.
-        ValueError: its config or its tensors are damaged, or belong to another base.
+        AdapterNotFound: it has no adapter.
+        AdapterError: its config or its tensors are damaged, or belong to another base.
     """
     check_adapter(folder)
     check_config(folder / "adapter_config.json")
     try:
         return PeftModel.from_pretrained(base, folder).eval()
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{folder} does not fit this base ({_line(error)}): load the base that it was trained "
-                         "on, or train it again") from error  # fmt: skip
+        raise AdapterError(f"{folder} does not fit this base ({_line(error)}): load the base that it was trained "
+                           "on, or train it again") from error  # fmt: skip
 
 
 def check_config(file: Path) -> None:
     """Whether an adapter's config can be made, and asks for the sizes that the tensors beside it have.
 
     Raises:
-        ValueError: neither is so.
+        AdapterError: neither is so.
     """
     found = json.loads(file.read_bytes())  # an object, as check_adapter saw
     try:
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[found["peft_type"]]
     except (KeyError, TypeError):
-        raise ValueError(f"{file} names no method of PEFT (peft_type={found.get('peft_type')!r:.80}): restore it, or "
-                         "train the adapter again") from None  # fmt: skip
+        raise AdapterError(f"{file} names no method of PEFT (peft_type={found.get('peft_type')!r:.80}): restore it, or "
+                           "train the adapter again") from None  # fmt: skip
     try:
         kind.from_pretrained(str(file.parent))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{file} cannot be read ({_line(error)}): restore it, or train the adapter again") from error
+        raise AdapterError(f"{file} cannot be read ({_line(error)}): restore it, or train the adapter again") from error
 
 
 def _line(error: Exception) -> str:

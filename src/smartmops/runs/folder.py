@@ -2,9 +2,10 @@
 
 Knows files, atomicity and the words of an error. Knows no model, no tokens, and nothing of what the numbers mean.
 
-A run folder holds `config.json` (written first), `inputs.json`, `curves.jsonl` (grows), `gates.json`, `samples.jsonl`,
-`adapter/`, `checkpoints/` and `metrics.json`, which is written last: a run that has it is finished. Every file but the
-growing one appears whole or not at all. One process writes a folder: under several ranks, the first.
+A run folder holds `config.json` (written first), `config.yaml` (its options, as `--config` reads them), `inputs.json`,
+`curves.jsonl` (grows), `gates.json`, `samples.jsonl`, `adapter/`, `checkpoints/` and `metrics.json`, which is written
+last: a run that has it is finished. Every file but the growing one appears whole or not at all. One process writes a
+folder: under several ranks, the first.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from smartmops.checks.errors import AdapterError, AdapterNotFound, RunError, RunNotFound, SmartmopsError
 from smartmops.checks.folders import half_written, held_by, refused
+from smartmops.settings.writing import KINDS, NAME, resolved
 
 PACKAGES = ("torch", "transformers", "peft", "smartmops")
-MAY_DIFFER = ("versions", "arguments.out", "arguments.resume")  # a moved folder or a newer library is the same run
+# A moved folder, a newer library or another tracker is the same run.
+MAY_DIFFER = ("versions", "arguments.out", "arguments.resume", "arguments.report_to")
 _TEMPORARY = ".tmp"  # ending of everything half-written; a resumed run sweeps them away
 _REPLACED = ".adapter.replaced"  # the former adapter, for the instant between the two renames of a swap
 
@@ -63,8 +67,8 @@ def check_adapter(path: Path) -> None:
     Reads the tensor file's header only, so it costs milliseconds at any size.
 
     Raises:
-        FileNotFoundError: The folder or one of its two files is missing.
-        ValueError: `adapter_config.json` is no JSON object, or `adapter_model.safetensors` is damaged or cut short.
+        AdapterNotFound: The folder or one of its two files is missing.
+        AdapterError: `adapter_config.json` is no JSON object, or `adapter_model.safetensors` is damaged or cut short.
     """
     path = Path(path)
     tensors = path / "adapter_model.safetensors"
@@ -72,21 +76,21 @@ def check_adapter(path: Path) -> None:
         if not file.is_file():
             pickled = file is tensors and (path / "adapter_model.bin").exists()
             hint = " (adapter_model.bin is a pickle, which is never read)" if pickled else ""
-            raise FileNotFoundError(
+            raise AdapterNotFound(
                 f"{path} is not an adapter folder, it has no {file.name}{hint}: give a folder written by `smartmops "
                 f"train` (RUN/adapter) or by save_pretrained"
             )
-    _read_object(path / "adapter_config.json")
+    _read_object(path / "adapter_config.json", AdapterError)
     try:
         with safe_open(tensors, framework="numpy") as opened:
             empty = not list(opened.keys())
     except SafetensorError as error:
-        raise ValueError(
+        raise AdapterError(
             f"{tensors} is damaged or cut short ({tensors.stat().st_size} bytes; {error}): copy it again from where it "
             f"was saved, or resume the run that wrote it"
         ) from error
     if empty:
-        raise ValueError(f"{tensors} holds no tensors: save the adapter again")
+        raise AdapterError(f"{tensors} holds no tensors: save the adapter again")
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,10 @@ class Run:
         about.
 
         Raises:
-            FileExistsError: The folder holds something and `resume` is off, or holds something that is no run.
-            FileNotFoundError: `resume` is on and there is no such folder.
-            NotADirectoryError: `path` is a file.
-            ValueError: `config` names no seed, or differs from the stored one in a key that decides the numbers.
+            RunExists: The folder holds something and `resume` is off, or holds something that is no run.
+            RunNotFound: `resume` is on and there is no such folder.
+            NotAFolder: `path` is a file.
+            RunError: `config` names no seed, or differs from the stored one in a key that decides the numbers.
         """
         path = Path(path)
         if "seed" not in config and "seeds" not in config:
@@ -129,6 +133,7 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         write_text(path / "config.json", _dump(config))
+        _write_options(path, config)
         (path / "checkpoints").mkdir(exist_ok=True)
         return cls(path, config)
 
@@ -137,7 +142,7 @@ class Run:
         stored = _read_object(path / "config.json")
         for key, then, now in _differences(stored, asked):
             if key not in MAY_DIFFER and not key.startswith("versions."):
-                raise ValueError(
+                raise RunError(
                     f"--resume: {path} was started with {key}={_show(then)}, but now {key}={_show(now)} is asked for: "
                     f"ask for {_show(then)} again, or choose another folder with --out"
                 )
@@ -152,6 +157,7 @@ class Run:
         if (path / _REPLACED).exists() and not run.adapter_dir.exists():
             os.rename(path / _REPLACED, run.adapter_dir)
         _sweep(path)
+        _write_options(path, stored)
         (path / "checkpoints").mkdir(exist_ok=True)
         if (path / "curves.jsonl").exists():
             run._write_rows("curves.jsonl", run.read_curves())  # a torn last line must go before the next is appended
@@ -162,22 +168,22 @@ class Run:
         """Open a run to read it; `unfinished` admits one without `metrics.json`.
 
         Raises:
-            FileNotFoundError: There is no such folder, it is no run folder, or it is unfinished.
-            ValueError: `config.json` or `metrics.json` is not valid JSON; the message names the file and line.
+            RunNotFound: There is no such folder, it is no run folder, or it is unfinished.
+            RunNotFound: `config.json` or `metrics.json` is not valid JSON; the message names the file and line.
         """
         path = Path(path)
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"{path} {what}: give a run folder, as written by --out")
+            raise RunNotFound(f"{path} {what}: give a run folder, as written by --out")
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(
+            raise RunNotFound(
                 f"{path} has no config.json, so it is no run folder: give a folder written by --out"
             )
         run = cls(path, _read_object(path / "config.json"))
         if run.finished:
             run.read_metrics()  # broken JSON is found here, not halfway through a report
         elif not unfinished:
-            raise FileNotFoundError(
+            raise RunNotFound(
                 f"{path} is unfinished, it has no metrics.json (last logged step: {run.last_step()}): finish it with "
                 f"--resume, or give a finished run"
             )
@@ -204,7 +210,7 @@ class Run:
         """Append one logged row (`step`, and `loss` in nats per response token or `eval_perplexity`, ...).
 
         Raises:
-            ValueError: The row has no `step`.
+            RunError: The row has no `step`.
         """
         if "step" not in row:
             raise ValueError(f"a row of curves.jsonl needs a step, this one has only {sorted(row)}")
@@ -229,13 +235,13 @@ class Run:
         """Keep fingerprints of what the run is made of, by name; in a resumed run, compare them with those kept.
 
         Raises:
-            ValueError: they differ.
+            RunError: they differ.
         """
         file = self.path / "inputs.json"
         then = _read_object(file) if file.is_file() else {}
         for name, now in found.items():
             if then.get(name, now) != now:
-                raise ValueError(
+                raise RunError(
                     f"--resume: {self.path} was started with another {name} (fingerprint {then[name]}, now {now}): "
                     "give what it was started with, or choose another folder with --out"
                 )
@@ -260,8 +266,8 @@ class Run:
         A reader sees the former adapter or the new one, never a mixture; a failing `save` leaves the former in place.
 
         Raises:
-            FileNotFoundError: `save` did not write both adapter files.
-            ValueError: What it wrote cannot be read back.
+            AdapterNotFound: `save` did not write both adapter files.
+            RunError: What it wrote cannot be read back.
         """
         beside, former = self.path / f".adapter.{os.getpid()}{_TEMPORARY}", self.path / _REPLACED
         shutil.rmtree(beside, ignore_errors=True)
@@ -330,13 +336,13 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def _read_object(file: Path, kind: type[SmartmopsError] = RunError) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): restore it, or run the command again") from error
+        raise kind(f"{file} is not valid JSON ({error}): restore it, or run the command again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds {_show(found)}, not a JSON object: restore it, or run the command again")
+        raise kind(f"{file} holds {_show(found)}, not a JSON object: restore it, or run the command again")
     return found
 
 
@@ -348,9 +354,9 @@ def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if not line.endswith(b"\n"):
                 return  # torn by a kill: only the last line can lack its end
-            raise ValueError(f"{file}, line {number} is not valid JSON ({error}): remove that line") from error
+            raise RunError(f"{file}, line {number} is not valid JSON ({error}): remove that line") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number} is not a JSON object: remove that line")
+            raise RunError(f"{file}, line {number} is not a JSON object: remove that line")
         yield row
 
 
@@ -369,6 +375,12 @@ def _show(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- files
+def _write_options(path: Path, config: Mapping[str, Any]) -> None:
+    """All options, in the file that `--config` reads; a run that has the file keeps it."""
+    if config.get("command") in KINDS and "arguments" in config and not (path / NAME).exists():
+        write_text(path / NAME, resolved(config["command"], config["arguments"]))
+
+
 def _sweep(path: Path) -> None:
     """Remove what a killed writer left half done."""
     for item in list(path.iterdir()):

@@ -7,21 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 from transformers import TrainerCallback
 
-console = Console()
-EVERY, ONCE_IN = 30.0, 2.0  # seconds between two lines at most, and at least
+from smartmops.progress.bars import EVERY, console, duration
+
+ONCE_IN = 2.0  # seconds between two lines at least
 WORDS = {"prepare": "preparing", "train": "training", "evaluate": "evaluating"}
-
-
-def duration(seconds: float) -> str:
-    """As people say it: 12 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 class Phases:

@@ -1,19 +1,17 @@
-"""Questions that wait, whatever their task, are answered in one batch by one thread. Knows questions; knows no HTTP.
+"""Questions of any task share one batch, which one thread keeps running. Knows questions; knows no HTTP.
 
-Who comes while a batch is answered waits for its end: rows do not join a batch that runs.
+Who comes while others are answered joins them before the next token, as soon as a place is free.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .answering import Answer, Answers, Question
-
-logger = logging.getLogger(__name__)
 
 
 class Full(Exception):
@@ -28,7 +26,8 @@ class Closing(Exception):
 class Counts:
     """What was done since the start."""
 
-    batches: int = 0
+    batches: int = 0  # times that questions joined
+    steps: int = 0  # passes that made a token of every answer under way
     questions: int = 0
     cancelled: int = 0
     failed: int = 0
@@ -44,6 +43,7 @@ class Batcher:
         self._answerer = answerer
         self._waiting: deque[Question] = deque()
         self._now: list[Question] = []
+        self._under_way: list[Any] = []
         self._change = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
@@ -95,41 +95,52 @@ class Batcher:
             self._thread.join()
 
     def _work(self) -> None:
-        while batch := self._taken():
-            self._now, self.running = batch, len(batch)
-            try:
-                self._count(batch, self._answerer.answer(batch))
-            except Exception:
-                logger.exception("a batch of %d failed", len(batch))
-                self.counts.failed += len(batch)
-                for question in batch:
-                    question.on_end(FAILED)
-            finally:
-                self._now, self.running = [], 0
+        slots = self._answerer.slots()
+        while self._taken(slots) or slots.spoken:
+            if slots.spoken:
+                slots.step()
+                self.counts.steps += 1
+            self._count()
 
-    def _taken(self) -> list[Question]:
-        """The questions that have waited longest; none once all is over."""
+    def _taken(self, slots: Any) -> bool:
+        """Let those that have waited longest join, as many as there is room for; wait where nothing runs.
+
+        Returns:
+            False: all is over.
+        """
         with self._change:
             while True:
-                found: list[Question] = []
-                while self._waiting and len(found) < self.size:
+                new: list[Question] = []
+                while self._waiting and slots.open and len(slots.spoken) + len(new) < self.size:
                     question = self._waiting.popleft()
                     if question.cancelled:
                         self.counts.cancelled += 1
                         question.on_end(GONE)
                     else:
-                        found.append(question)
-                if found or self._closing:
-                    return found
+                        new.append(question)
+                if new or slots.spoken or self._closing:
+                    break
                 self._change.wait()
+            self._now = [*self._now, *new]
+            self.running = len(self._now)
+        if new:
+            self.counts.batches += 1
+            self.counts.questions += len(new)
+            self.counts.prompt_tokens += sum(len(question.prompt.input_ids) for question in new)
+            self._under_way += slots.join(new)
+        return bool(new)
 
-    def _count(self, batch: Sequence[Question], answers: Sequence[Answer]) -> None:
-        self.counts.batches += 1
-        self.counts.questions += len(batch)
-        self.counts.cancelled += sum(answer.ended == "cancelled" for answer in answers)
-        self.counts.prompt_tokens += sum(len(question.prompt.input_ids) for question in batch)
-        self.counts.tokens += sum(answer.tokens for answer in answers)
+    def _count(self) -> None:
+        """Take note of answers that have ended."""
+        ended = [each for each in self._under_way if each.ended is not None]
+        if not ended:
+            return
+        self._under_way = [each for each in self._under_way if each.ended is None]
+        self.counts.cancelled += sum(each.ended == "cancelled" for each in ended)
+        self.counts.failed += sum(each.ended == "failed" for each in ended)
+        self.counts.tokens += sum(len(each.ids) for each in ended)
+        self._now = [each.question for each in self._under_way]
+        self.running = len(self._now)
 
 
 GONE = Answer("", 0, "cancelled", {}, 0.0)
-FAILED = Answer("", 0, "failed", {}, 0.0)

@@ -11,21 +11,27 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
+from smartmops.checks.errors import DataError
 from smartmops.rows.example import Example, opened
 from smartmops.rows.faults import shown
 
 from .answering import Answer, Answers, Question, Settings
 
+HALF = "\ufffd"  # stands for bytes that are no whole character
 AUTO, BASE = "auto", "base"  # models: the gate decides; no expert answers
 TEMPERATURES, STOPS, CHOICES = 2.0, 4, 16  # the most that a request may ask for
-OURS = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "stream_options"}
-CHAT, COMPLETION = {"messages", "max_completion_tokens"}, {"prompt"}
+LIKELY, LIKELY_OF_TEXT = 20, 5  # most tokens to tell beside each one, in chats and in completions
+TOLERANCE = 0.01  # that shares of experts, which people round, may be away from one
+OURS = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "stream_options", "logprobs",
+        "gate_weights"}  # fmt: skip
+CHAT, COMPLETION = {"messages", "max_completion_tokens", "top_logprobs"}, {"prompt"}
 IGNORED = {"user", "metadata", "store", "safety_identifier"}  # say nothing of the answer
 # What can be said of these and changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logprobs": (False, 0), "top_logprobs": (0,),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "top_logprobs": (0,),
     "logit_bias": ({},), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "echo": (False,), "best_of": (1,), "suffix": ("",), "modalities": (["text"],), "parallel_tool_calls": (True, False),
@@ -79,7 +85,10 @@ def understood(body: Any, chat: bool, answerer: Answers, most: int, room: int) -
     _check_fields(body, chat)
     model = _model(body, answerer)
     who: dict[str, Any] = {"base": model == BASE, "expert": None if model in (AUTO, BASE) else model}
-    settings, count = _settings(body, most), _whole(body, "n", 1, CHOICES) or 1
+    if (weights := _weights(body, answerer, model)) is not None:
+        who["weights"] = weights
+    settings = replace(_settings(body, most), logprobs=_logprobs(body, chat))
+    count = _whole(body, "n", 1, CHOICES) or 1
     param = "messages" if chat else "prompt"
     asked = [_example(body.get(param))] if chat else _texts(body.get(param))
     if len(asked) * count > room:
@@ -138,6 +147,32 @@ def _settings(body: Mapping[str, Any], most: int) -> Settings:
     return Settings(tokens, temperature or 0.0, 1.0 if top_p is None else top_p, drawn, _stops(body.get("stop")))
 
 
+def _logprobs(body: Mapping[str, Any], chat: bool) -> int | None:
+    if not chat:
+        asked = body.get("logprobs")
+        return None if asked is False else _whole(body, "logprobs", 0, LIKELY_OF_TEXT)
+    wanted, count = _flag(body, "logprobs"), _whole(body, "top_logprobs", 0, LIKELY)
+    if count and not wanted:
+        raise Refused(400, f"top_logprobs is {count} without logprobs: set that to true, too", "top_logprobs")
+    return count or 0 if wanted else None
+
+
+def _weights(body: Mapping[str, Any], answerer: Answers, model: str) -> tuple[float, ...] | None:
+    """Shares of the experts by name, which take the place of the gate's; experts that are not named get none."""
+    value = body.get("gate_weights")
+    if value is None:
+        return None
+    if model != AUTO:
+        raise Refused(400, f"gate_weights go with model {AUTO}, and model is {model}: choose one", "gate_weights")
+    if not isinstance(value, dict) or (unknown := sorted(set(value) - set(answerer.experts))):
+        what = shown(unknown[0]) + " is no expert" if isinstance(value, dict) else f"gate_weights is {shown(value)}"
+        raise Refused(400, f"{what}: give an object with shares of {', '.join(answerer.experts)}", "gate_weights")
+    found = [_number(value, name, 0.0, 1.0) or 0.0 for name in answerer.experts]
+    if abs(sum(found) - 1) > TOLERANCE:
+        raise Refused(400, f"gate_weights sum to {sum(found):g}: give shares that sum to 1", "gate_weights")
+    return tuple(each / sum(found) for each in found)
+
+
 def _stops(value: Any) -> tuple[str, ...]:
     found = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(found, list) or len(found) > STOPS or not all(isinstance(each, str) and each for each in found):
@@ -176,7 +211,7 @@ def _example(messages: Any) -> Example:
     try:
         system, history, question = opened([_message(number, each) for number, each in enumerate(messages, 1)])
         if question is None:
-            raise ValueError("the last message is the assistant's: end with one of the user")
+            raise DataError("the last message is the assistant's: end with one of the user")
         return Example(question, "", "", system=system, history=history)
     except ValueError as error:
         raise Refused(400, str(error), "messages") from error
@@ -184,18 +219,18 @@ def _example(messages: Any) -> Example:
 
 def _message(number: int, message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise ValueError(f"message {number} is {shown(message)}: give an object with role and content")
+        raise DataError(f"message {number} is {shown(message)}: give an object with role and content")
     if unknown := sorted(
         str(name) for name in message if name not in ("role", "content") and message[name] is not None
     ):
-        raise ValueError(f"message {number} has {unknown[0]}, which is not supported: leave it out")
+        raise DataError(f"message {number} has {unknown[0]}, which is not supported: leave it out")
     role, content = message.get("role"), message.get("content")
     if isinstance(content, list):
         parts = [
             each.get("text") if isinstance(each, dict) and each.get("type") == "text" else None for each in content
         ]
         if not parts or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"message {number} holds parts that are no text: give parts of type text alone")
+            raise DataError(f"message {number} holds parts that are no text: give parts of type text alone")
         content = "".join(str(part) for part in parts)
     return {"role": "system" if role == "developer" else role, "content": content}  # type: ignore[dict-item]
 
@@ -235,7 +270,8 @@ class Reply:
     def closing(self, index: int, answer: Answer) -> dict[str, Any]:
         """How an answer ended, and who gave it."""
         found = self._chunk(index, {} if self.wanted.chat else "")
-        found["choices"][0] |= {"finish_reason": answer.ended, "experts": experts(answer)}
+        told = {"finish_reason": answer.ended, "experts": experts(answer), "logprobs": self._likely(answer)}
+        found["choices"][0] |= told
         return found
 
     def counted(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -259,12 +295,31 @@ class Reply:
         said: dict[str, Any] = {"text": answer.text}
         if self.wanted.chat:
             said = {"message": {"role": "assistant", "content": answer.text}}
-        return {"index": index, **said, "logprobs": None, "finish_reason": answer.ended, "experts": experts(answer)}
+        return {"index": index, **said, "logprobs": self._likely(answer), "finish_reason": answer.ended,
+                "experts": experts(answer)}  # fmt: skip
+
+    def _likely(self, answer: Answer) -> dict[str, Any] | None:
+        if answer.likely is None:
+            return None
+        if self.wanted.chat:
+            return {"content": [_told(each.token, each.logprob) | {"top_logprobs": [_told(*top) for top in each.top]}
+                                for each in answer.likely], "refusal": None}  # fmt: skip
+        starts = accumulate((len(each.token) for each in answer.likely), initial=0)
+        return {
+            "tokens": [each.token for each in answer.likely],
+            "token_logprobs": [each.logprob for each in answer.likely],
+            "top_logprobs": [dict(each.top) for each in answer.likely],
+            "text_offset": list(starts)[: len(answer.likely)],
+        }
 
     def _chunk(self, index: int, said: Any) -> dict[str, Any]:
         name = "delta" if self.wanted.chat else "text"
         choice = {"index": index, name: said, "logprobs": None, "finish_reason": None}
         return self._head(self._streamed) | {"choices": [choice]}
+
+
+def _told(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": None if HALF in token else list(token.encode())}
 
 
 def experts(answer: Answer) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from smartmops.checks.errors import MissingExtra, PortTaken
 from smartmops.options.finished.serving import ServeConfig, keys_in
+from smartmops.playground import page
 
 from .answering import Answer, Answerer, Answers, Question
 from .batching import Batcher, Closing, Full
@@ -22,12 +24,13 @@ from .forms import Refused, Reply, Wanted, models, understood
 try:
     import uvicorn
     from fastapi import FastAPI, Request, Response
-    from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.exceptions import HTTPException
 except ImportError as error:
-    raise ImportError('serve needs FastAPI and uvicorn: pip install "smartmops[serve]"') from error
+    raise MissingExtra('serve needs FastAPI and uvicorn: pip install "smartmops[serve]"') from error
 
 BODY = 2**20  # bytes that a request may have
+POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 RETRY = 2  # seconds after which a client may try again
 GRACE = 30  # seconds that answers under way have once the server is told to end
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -228,6 +231,10 @@ def make_app(site: Site) -> FastAPI:
     async def completion(request: Request) -> Response:
         return await site.answer(request, False)
 
+    @app.get("/")
+    async def playground() -> Response:
+        return HTMLResponse(page(), headers={"Content-Security-Policy": POLICY})
+
     @app.get("/v1/models")
     async def known(request: Request) -> Response:
         try:
@@ -281,7 +288,7 @@ def bound(config: ServeConfig) -> socket.socket:
     """A socket at the address that is asked for, so that a taken one is told before a model is loaded.
 
     Raises:
-        ValueError: it cannot be had.
+        PortTaken: it cannot be had.
     """
     found = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -289,8 +296,8 @@ def bound(config: ServeConfig) -> socket.socket:
         found.bind((config.host, config.port))
     except OSError as error:
         found.close()
-        raise ValueError(f"--host {config.host} --port {config.port} cannot be had ({error.strerror or error}): choose "
-                         "another port, or an address of this machine") from error  # fmt: skip
+        raise PortTaken(f"--host {config.host} --port {config.port} cannot be had ({error.strerror or error}): choose "
+                        "another port, or an address of this machine") from error  # fmt: skip
     return found
 
 
@@ -298,7 +305,7 @@ def serve(config: ServeConfig, say: Callable[[str], Any] = print) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then those that came are answered, and it returns.
 
     Raises:
-        ValueError: the address cannot be had, or the run has no experts.
+        PortTaken: the address cannot be had, or the run has no experts.
     """
     with bound(config) as listening:
         answerer = Answerer.open(config.run)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import DataError
 from smartmops.data.files import rows_of
 from smartmops.options.finished.serving import AnswerConfig, ChatConfig, GenerateConfig
 from smartmops.rows.example import Example
@@ -36,7 +37,7 @@ def generate(config: GenerateConfig, write: Write = printed) -> list[dict[str, A
         write: Takes what is answered, as it comes, unless it goes to a file.
 
     Raises:
-        ValueError: the file holds what is no row, a prompt does not fit the model, or the run has no experts.
+        DataError: the file holds what is no row, a prompt does not fit the model, or the run has no experts.
     """
     if config.file is None:
         row = {"instruction": config.text or "", "context": config.context}
@@ -57,7 +58,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a file of instructions.
 
     Raises:
-        ValueError: some lines are no such rows, or there are none; all bad lines are named.
+        DataError: some lines are no such rows, or there are none; all bad lines are named.
     """
     faults, rows = Faults(file), []
     for number, row in rows_of(file, faults):
@@ -68,7 +69,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             faults.add(number, problem)
     faults.check()
     if not rows:
-        raise ValueError(f"{file} holds no row: write one with an `instruction` a line")
+        raise DataError(f"{file} holds no row: write one with an `instruction` a line")
     return rows
 
 

@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smartmops.backbone import halves
+from smartmops.checks.errors import AdapterError, DataError, NoRoom, RunError
+from smartmops.progress.bars import console, counted
 from smartmops.runs.folder import write_text
 from smartmops.tokens.batches import Encoded, by_budget, pack
 from smartmops.tuner.engine import Engine
@@ -39,8 +39,6 @@ except ImportError:  # Windows
 SHARD = 2**28  # bytes of hidden states in one file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-console = Console()
 
 
 @dataclass
@@ -171,7 +169,7 @@ class ActivationCache:
             try:
                 opened: Any = safe_open(file, "pt")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} has gone or is damaged ({error}): fill the cache again") from error
+                raise RunError(f"{file} has gone or is damaged ({error}): fill the cache again") from error
             self._parts[number] = {name: opened.get_slice(name) for name in ("hidden", "labels", "pooled")}
         return self._parts[number]
 
@@ -190,7 +188,7 @@ class ActivationCache:
     def _planned(cls, model: Any, rows: Sequence[Encoded], dtype: Dtype) -> ActivationCache:
         _, config = acting(model)
         if not rows:
-            raise ValueError("0 examples to compute activations of: give one at least")
+            raise DataError("0 examples to compute activations of: give one at least")
         lengths = [len(row.input_ids) for row in rows]
         backbone = Engine.on(model.base_model.model).backbone
         width = halves.hidden_size(backbone)
@@ -316,8 +314,8 @@ def _packed(model: Any, rows: Sequence[Encoded], embedding_size: int | None) -> 
     device = Engine.on(model.base_model.model).backbone.get_input_embeddings().weight.device
     widths = [0 if row.gate_embedding is None else len(row.gate_embedding) for row in rows]
     if embedding_size is not None and set(widths) != {embedding_size}:
-        raise ValueError(f"this adapter's gate reads embeddings of width {embedding_size}: give every row one as "
-                         "gate_embedding")  # fmt: skip
+        raise AdapterError(f"this adapter's gate reads embeddings of width {embedding_size}: give every row one as "
+                           "gate_embedding")  # fmt: skip
     return {name: value.to(device) for name, value in pack(rows).items() if name != "pooled" or embedding_size}
 
 
@@ -365,15 +363,14 @@ def _alone(home: Path, progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _bar(tokens: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    with Progress(transient=True, disable=not progress) as bar:
-        line = bar.add_task("activations", total=tokens)
-        yield lambda done: bar.advance(line, done)
+    with counted("activations", tokens, progress) as done:
+        yield done
 
 
 def _require(need: int, free: int | None, where: str, way_out: str) -> None:
     if free is not None and need > free:
-        raise ValueError(f"activations take {decimal(need)}, but {where} has {decimal(free)} free: {way_out}, store "
-                         "them in bfloat16, or use fewer examples")  # fmt: skip
+        raise NoRoom(f"activations take {decimal(need)}, but {where} has {decimal(free)} free: {way_out}, store "
+                     "them in bfloat16, or use fewer examples")  # fmt: skip
 
 
 def free_memory() -> int | None:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from smartmops.backbone import halves
+from smartmops.checks.errors import AdapterError, BaseModelError
 from smartmops.tokens.batches import Encoded
 from smartmops.tokens.template import Template
 from smartmops.tuner.engine import Engine
@@ -32,16 +33,16 @@ def acting(model: Any) -> tuple[MoPsLayer, Any]:
     """The wrapper of the adapter that acts, and its config.
 
     Raises:
-        ValueError: the model has no MoPs adapter, or none is switched on.
+        AdapterError: the model has no MoPs adapter, or none is switched on.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, MoPsModel):
-        raise ValueError(
+        raise AdapterError(
             f"{type(model).__name__} has no MoPs adapter: adapt it with get_peft_model(model, MoPsConfig())"
         )
     wrapper = Engine.on(tuner.model).active()
     if wrapper is None:
-        raise ValueError("no MoPs adapter is switched on, so no layer is the injection layer: call set_adapter")
+        raise AdapterError("no MoPs adapter is switched on, so no layer is the injection layer: call set_adapter")
     return wrapper, wrapper.configs[wrapper.current]
 
 
@@ -150,8 +151,10 @@ def _digest(tensor: Any) -> bytes:
     if not isinstance(tensor, Tensor):
         return blake2b(repr(tensor).encode()).digest()
     if tensor.is_meta:
-        raise ValueError("a weight below the injection layer is not loaded (offloaded, or on the meta device), so no "
-                         "cache on disk can be tied to it: load the model whole, or cache in memory")  # fmt: skip
+        raise BaseModelError(
+            "a weight below the injection layer is not loaded (offloaded, or on the meta device), so "
+            "no cache on disk can be tied to it: load the model whole, or cache in memory"
+        )
     found = blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode())
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()

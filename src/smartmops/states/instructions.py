@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from smartmops.attention.packed import IGNORED
+from smartmops.progress.bars import track
 from smartmops.tokens.batches import Encoded, by_budget, pack
 
 
@@ -25,7 +25,7 @@ def instructions(model: Any, rows: Sequence[Encoded], budget: int = 4096) -> Flo
         return torch.stack(embedded)
     groups = by_budget([row.labels.count(IGNORED) for row in rows], budget)
     found = []
-    for group in track(groups, "instructions", transient=True):
+    for group in track(groups, "instructions"):
         batch = {name: value.to(model.device) for name, value in pack([_instruction(rows[i]) for i in group]).items()}
         found.append(model.base_model.lower(batch)[1])
     order = torch.tensor([i for group in groups for i in group])

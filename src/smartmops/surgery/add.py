@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from smartmops.checks.errors import DataError
 from smartmops.data.tasks import read
 from smartmops.flow.early import at_hand, in_silence
 from smartmops.flow.task import Task
@@ -126,13 +127,13 @@ def _moved(subject: Subject, config: AddConfig) -> dict[str, Any]:
     assert config.source is not None
     there, _, name = config.source.rpartition(":")
     if fingerprints(subject.run) != fingerprints(Run.open(there)):
-        raise ValueError(f"--from {config.source}: that run stands on another base or template: experts move between "
+        raise DataError(f"--from {config.source}: that run stands on another base or template: experts move between "
                          "runs on the same one")  # fmt: skip
     other = _other(subject, Path(there))
     expert, own = other.parts.number(name), config.name or name
     parts.check_new(subject.parts, own)
     if (why := parts.fits(subject.parts.config, other.parts.config)) is not None:
-        raise ValueError(f"--from {config.source}: {why}")
+        raise DataError(f"--from {config.source}: {why}")
     scale = other.parts.scale[expert]
     columns = parts.moved(other.parts.columns(expert), other.parts, subject.parts)
     if config.data is not None:
@@ -156,15 +157,15 @@ def _other(subject: Subject, path: Path) -> Subject:
 def _sent_there(other: Subject, expert: int, source: str) -> Task:
     """The rows of another run that its gate sends to an expert."""
     if other.own is None:
-        raise ValueError(f"--from {source}: the data of that run cannot be read ({other.why}): give examples of the "
+        raise DataError(f"--from {source}: the data of that run cannot be read ({other.why}): give examples of the "
                          "expert's task by --data")  # fmt: skip
-    found: dict[str, Sequence[Encoded]] = {}
+    found: dict[str, Any] = {}
     for part in ("train", "test"):
         rows = some(getattr(other.own, part), 4 * SEEN)
         of = other.weights(rows, part).gate.argmax(-1).tolist()
         found[part] = [row for row, each in zip(rows, of, strict=True) if each == expert]
     if len(found["train"]) < claims.FEWEST:
-        raise ValueError(f"--from {source}: {len(found['train'])} instructions of that run go to this expert: give "
+        raise DataError(f"--from {source}: {len(found['train'])} instructions of that run go to this expert: give "
                          f"{claims.FEWEST} or more examples of its task by --data")  # fmt: skip
     return replace(other.own, train=found["train"], test=found["test"], validation=[])
 
@@ -174,7 +175,7 @@ def _of_prompt(subject: Subject, config: AddConfig) -> dict[str, Any]:
     assert config.prompt is not None
     prompt, name = config.prompt.read_text(encoding="utf-8").strip(), config.name or config.prompt.stem
     if not prompt:
-        raise ValueError(f"--prompt {config.prompt} is blank: write a system prompt")
+        raise DataError(f"--prompt {config.prompt} is blank: write a system prompt")
     parts.check_new(subject.parts, name)
     asked = read(config.inputs, columns=config.columns) if config.inputs else list(subject.known().train_examples)
     questions = some([replace(each, category=name) for each in asked], config.questions)

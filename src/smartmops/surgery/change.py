@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from smartmops.checks.errors import RunError
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.flow.task import Task
 from smartmops.options.finished.surgery import (
@@ -149,7 +150,7 @@ def merge(run: Path, config: MergeConfig) -> dict[str, Any]:
     held = subject.parts
     pair = [held.number(config.first), held.number(config.second)]
     if kept := [held.names[i] for i in pair if held.names[i] in (held.config.frozen_experts or [])]:
-        raise ValueError(f"{kept[0]!r} is frozen, and merging changes it: `experts {run} freeze {kept[0]} --off` first")
+        raise RunError(f"{kept[0]!r} is frozen, and merging changes it: `experts {run} freeze {kept[0]} --off` first")
     name = config.name or f"{config.first}+{config.second}"
     start = _half_of_each(held, pair)
     parts.merged(held, config.first, config.second, name, start)  # a wrong name is told before anything is trained
@@ -177,7 +178,7 @@ def _half_of_each(held: Parts, pair: Sequence[int]) -> dict[str, torch.Tensor]:
 
 def _sent_to(subject: Subject, pair: Sequence[int]) -> Task:
     """The training and validation rows that the gate sends to one of two experts, most of their weight."""
-    task, found = subject.known(), dict[str, Sequence[Encoded]]()
+    task, found = subject.known(), dict[str, Any]()
     for part in ("train", "validation"):
         rows = some(getattr(task, part), 4 * JOINED)
         if len(rows):
@@ -185,7 +186,7 @@ def _sent_to(subject: Subject, pair: Sequence[int]) -> Task:
             rows = [row for row, expert in zip(rows, of, strict=True) if expert in pair]
         found[part] = some(rows, JOINED)
     if not found["train"]:
-        raise ValueError(f"no training instruction goes to {' or '.join(subject.parts.names[i] for i in pair)}: choose "
+        raise RunError(f"no training instruction goes to {' or '.join(subject.parts.names[i] for i in pair)}: choose "
                          "--steps 0 to merge them untrained")  # fmt: skip
     return replace(task, train=found["train"], validation=found["validation"], caches={}, found={})
 
@@ -228,7 +229,7 @@ def calibrate(run: Path, config: CalibrateConfig) -> dict[str, Any]:
     subject = Subject.open(run, config.old, config.columns, config.rows)
     held = subject.parts
     if not held.config.null_expert or held.config.null_threshold <= 0:
-        raise ValueError(f"{run} has no null expert whose threshold could be set: train with --null-expert")
+        raise RunError(f"{run} has no null expert whose threshold could be set: train with --null-expert")
     task, rows = subject.known(), subject.held()
     subject.unrelated(config.unrelated)
     names = {"unrelated": f"unrelated {config.unrelated}", "own": "test"}

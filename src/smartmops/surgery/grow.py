@@ -19,6 +19,7 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
+from smartmops.checks.errors import DataError
 from smartmops.evaluation.perplexity import answer
 from smartmops.fitting.kept import Kept
 from smartmops.fitting.loop import fit
@@ -110,14 +111,14 @@ def lesson(subject: Subject, prompt: str, questions: Sequence[Example], tokens: 
     plain = [replace(each, response=reply) for each, reply in zip(questions, replies, strict=True) if reply]
     told = [_under(prompt, each) for each in plain]
     if not plain:
-        raise ValueError(f"the base answers none of {len(questions)} questions under the prompt: give others by "
+        raise DataError(f"the base answers none of {len(questions)} questions under the prompt: give others by "
                          "--inputs")  # fmt: skip
     config = subject.config("", validation_share=0.0)
     longer = replace(config, max_length=config.max_length + len(subject.tokenizer(prompt)["input_ids"]) + FRAME)
     pairs = _paired(*(Task.of(subject.model, subject.tokenizer, part, [], how)
                       for part, how in ((told, longer), (plain, config))))  # fmt: skip
     if not pairs:
-        raise ValueError(f"none of {len(plain)} questions fits with the prompt into {config.max_length} tokens: give a "
+        raise DataError(f"none of {len(plain)} questions fits with the prompt into {config.max_length} tokens: give a "
                          "shorter prompt, or shorter questions by --inputs")  # fmt: skip
     saved = sum(len(one.input_ids) - len(other.input_ids) for one, other, _ in pairs) / len(pairs)
     return Lesson([one for one, _, _ in pairs], [other for _, other, _ in pairs], [each for _, _, each in pairs], saved)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smartmops.checks.errors import RunError
 from smartmops.checks.folders import refused
 from smartmops.checks.lock import alone
 from smartmops.data.tasks import read, split
@@ -112,7 +113,7 @@ class Subject:
             ValueError: they cannot be read any more.
         """
         if self.own is None:
-            raise ValueError(f"the data of {self.run.path} cannot be read ({self.why}): give instructions that the run "
+            raise RunError(f"the data of {self.run.path} cannot be read ({self.why}): give instructions that the run "
                              "serves by --old DATA")  # fmt: skip
         return self.own
 
@@ -256,7 +257,7 @@ def fingerprints(run: Run) -> dict[str, str]:
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     names = ("base", "tokenizer or template")
     if not set(names) <= stored.keys():
-        raise ValueError(f"{run.path} has no fingerprint of its base in inputs.json, so nothing tells whether experts "
+        raise RunError(f"{run.path} has no fingerprint of its base in inputs.json, so nothing tells whether experts "
                          "of it would fit: train it again with `smartmops train`")  # fmt: skip
     return {name: stored[name] for name in names}
 
@@ -275,12 +276,12 @@ def _check_kind(run: Run) -> None:
     file = run.adapter_dir / "adapter_config.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if found.get("peft_type") != "MOPS" or (found.get("num_experts", 0) < 2 and not found.get("routes")):
-        raise ValueError(f"{run.path} was trained with method {run.config.get('method')!r}, which has no experts to "
+        raise RunError(f"{run.path} was trained with method {run.config.get('method')!r}, which has no experts to "
                          "choose from: give a run of --method mops")  # fmt: skip
     wanted = {"experts": "keys_values", "gate_granularity": "expert", "gate_input": "instruction", "embedder": None}
     for name, value in wanted.items():
         if found.get(name, value) != value:
-            raise ValueError(f"{run.path} has {name}={found[name]!r}, and experts of such a run are not changed one by "
+            raise RunError(f"{run.path} has {name}={found[name]!r}, and experts of such a run are not changed one by "
                              f"one: train with {name}={value!r}")  # fmt: skip
 
 

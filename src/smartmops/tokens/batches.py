@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smartmops.attention.packed import IGNORED
+from smartmops.checks.errors import BaseModelError, ConfigError, DataError
 from smartmops.rows.example import Example
 from smartmops.rows.stored import BATCH, store
 
@@ -22,7 +23,7 @@ from .parts import Prompt
 from .template import Template, Turns
 
 
-class TooLong(ValueError):
+class TooLong(DataError):
     """Instruction and response alone exceed the maximal length.
 
     Attributes:
@@ -34,7 +35,7 @@ class TooLong(ValueError):
         self.tokens = tokens
 
 
-class NoneFits(ValueError):
+class NoneFits(DataError):
     """Every example is too long.
 
     Attributes:
@@ -108,7 +109,7 @@ def encode(
 
     Raises:
         TooLong: Instruction and response alone do not fit.
-        ValueError: Empty response, a plain frame for a tokenizer without EOS, or as `Template.of`.
+        DataError: Empty response, a plain frame for a tokenizer without EOS, or as `Template.of`.
     """
     chosen = template or Template.of("auto", tokenizer)
     return _row(example, [], *_tokens([example.turns()], chosen)[0], chosen, max_length)
@@ -134,7 +135,7 @@ def encode_all(
 
     Raises:
         NoneFits: There are examples, and none of them fits.
-        ValueError: As `encode`; also if there is no example, or the folder cannot hold the rows.
+        DataError: As `encode`; also if there is no example, or the folder cannot hold the rows.
     """
     chosen = template or Template.of("auto", tokenizer)
     cut: list[int] = []
@@ -164,7 +165,7 @@ def encode_all(
     if not found and shortest:
         raise NoneFits(f"none of {len(examples)} examples fits: {shortest[0]}", list(too_long.values()))
     if not found:
-        raise ValueError("no examples to encode")
+        raise DataError("no examples to encode")
     return Encoding(found, Truncation(len(cut), len(too_long), sum(cut)), kept, too_long)
 
 
@@ -182,7 +183,7 @@ def few_shot(
 
     Raises:
         TooLong: Not even `example` alone fits.
-        ValueError: As `encode`.
+        DataError: As `encode`.
     """
     chosen = template or Template.of("auto", tokenizer)
     _check_responses(shots)
@@ -214,10 +215,10 @@ def prompts(
 
     Raises:
         TooLong: An instruction alone does not fit.
-        ValueError: No examples, or a tokenizer that has neither a padding nor an EOS token.
+        DataError: No examples, or a tokenizer that has neither a padding nor an EOS token.
     """
     if not examples:
-        raise ValueError("no examples to make prompts of: give one at least")
+        raise DataError("no examples to make prompts of: give one at least")
     pad, chosen = _pad_id(tokenizer), template or Template.of("auto", tokenizer)
     rows = chosen.prompts([example.turns() for example in examples])
     if max_length is not None:
@@ -242,7 +243,7 @@ def pack(
     carry a gate embedding.
 
     Raises:
-        ValueError: Only some of the rows carry one.
+        DataError: Only some of the rows carry one.
     """
     batch = {
         "input_ids": torch.tensor([token for row in rows for token in row.input_ids]),
@@ -279,7 +280,7 @@ class Collator:
     """Rows to a batch for `Trainer` or a `DataLoader`.
 
     Raises:
-        ValueError: A tokenizer that has neither a padding nor an EOS token; a padding side that is neither left nor
+        ConfigError: A tokenizer that has neither a padding nor an EOS token; a padding side that is neither left nor
             right; rows of which only some carry a gate embedding.
     """
 
@@ -291,9 +292,9 @@ class Collator:
     def __post_init__(self) -> None:
         self.pad_id = _pad_id(self.tokenizer)
         if self.padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side={self.padding_side!r}: choose 'left' or 'right'")
+            raise ConfigError(f"padding_side={self.padding_side!r}: choose 'left' or 'right'")
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of}: choose 1 or more tokens, or None")
+            raise ConfigError(f"pad_to_multiple_of={self.pad_to_multiple_of}: choose 1 or more tokens, or None")
 
     def __call__(
         self, rows: Sequence[Encoded]
@@ -323,7 +324,7 @@ def _masks(rows: Sequence[Encoded]) -> list[list[int]]:
 
 def _all_or_none(found: Sequence[Any], rows: Sequence[Encoded], name: str) -> bool:
     if 0 < len(found) < len(rows):
-        raise ValueError(f"{len(found)} of {len(rows)} rows carry a {name}: give one to all or to none")
+        raise DataError(f"{len(found)} of {len(rows)} rows carry a {name}: give one to all or to none")
     return bool(found)
 
 
@@ -378,17 +379,16 @@ def _tokens(conversations: Sequence[Turns], template: Template, first: int = 0) 
 def _check_responses(examples: Sequence[Example], first: int = 0) -> None:
     for index, example in enumerate(examples, first):
         if not example.response.strip():
-            raise ValueError(
-                f"example {index} ({example.instruction[:60]!r}) has an empty response, so nothing to learn: "
-                "write one or leave the example out"
-            )
+            raise DataError(f"example {index} ({example.instruction[:60]!r}) has an empty response, so nothing to "
+                            "learn: write one or leave the example out")  # fmt: skip
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """EOS fills in for a missing padding token: mask and labels say what is padding, so its id never matters."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad is None:
-        raise ValueError(f"{type(tokenizer).__name__} has neither a padding nor an EOS token: set tokenizer.pad_token")
+        name = type(tokenizer).__name__
+        raise BaseModelError(f"{name} has neither a padding nor an EOS token: set tokenizer.pad_token")
     return int(pad)
 
 

@@ -15,6 +15,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from smartmops.checks.errors import BaseModelError, ConfigError
 from smartmops.rows.example import Example, opened
 
 from .parts import Part, Prompt, ids_of, shared, tokens, whole_after
@@ -59,7 +60,7 @@ def render(
         template: `auto`, `chat`, `plain` or a file.
 
     Raises:
-        ValueError: as `Template.of`, or the messages are no conversation.
+        ConfigError: as `Template.of`, or the messages are no conversation.
     """
     chosen = Template.of(template, tokenizer)
     system, history, question = opened([{"role": "user", "content": text}] if isinstance(text, str) else text)
@@ -102,7 +103,7 @@ class Template:
         """`auto` (the chat template where the tokenizer has one, else plain), `chat`, `plain` or a file.
 
         Raises:
-            ValueError: the tokenizer has no chat template, the file cannot be read, the template is no Jinja, or it
+            ConfigError: the tokenizer has no chat template, the file cannot be read, the template is no Jinja, or it
                 does not say where the assistant's turn begins and ends.
         """
         if name == "plain" or (name == "auto" and not tokenizer.chat_template):
@@ -110,8 +111,8 @@ class Template:
         if name not in ("auto", "chat"):
             return Chat(tokenizer, read_template(name), name)
         if not tokenizer.chat_template:
-            raise ValueError(f"template='chat', but the model's {type(tokenizer).__name__} has no chat template: "
-                             "choose plain, or give a file with one")  # fmt: skip
+            raise ConfigError(f"template='chat', but the model's {type(tokenizer).__name__} has no chat template: "
+                              "choose plain, or give a file with one")  # fmt: skip
         return Chat(tokenizer, tokenizer.get_chat_template())
 
     def parts(self, turns: Turns) -> list[Part]:
@@ -194,11 +195,11 @@ class Plain(Template):
         """The response, letter for letter.
 
         Raises:
-            ValueError: the tokenizer has no EOS.
+            BaseModelError: the tokenizer has no EOS.
         """
         if not self.end_ids:
-            raise ValueError(f"{type(self.tokenizer).__name__} has no EOS token, so no response would ever end: set "
-                             "tokenizer.eos_token")  # fmt: skip
+            raise BaseModelError(f"{type(self.tokenizer).__name__} has no EOS token, so no response would ever end: "
+                                 "set tokenizer.eos_token")  # fmt: skip
         return turns[-1].response
 
 
@@ -217,8 +218,8 @@ class Chat(Template):
         before, found, self._tail = full.partition(answered)
         common = before[: shared(before, opening)]
         if not found or said not in common:
-            raise ValueError(f"template {name!r} does not write an answer behind what opens the assistant's turn "
-                             f"({_short(opening)}): mend it, or choose template='plain'")  # fmt: skip
+            raise ConfigError(f"template {name!r} does not write an answer behind what opens the assistant's turn "
+                              f"({_short(opening)}): mend it, or choose template='plain'")  # fmt: skip
         self._thought = opening[len(common) :]  # what a template opens that answers to learn from do not have
         self.header_ids = self._header(common, self.written([asked]), said)
         self.end, self.end_ids, self._closing = self._ending()
@@ -234,9 +235,9 @@ class Chat(Template):
             at += len(frame[number])
             size = _size(text, at, message["content"], frame[number + 1])
             if size is None or not text.startswith(frame[0]):
-                raise ValueError(f"template {self.name!r} writes around {_short(message['content'])} what it does not "
-                                 "write around other texts, so nobody can tell who says what: choose another template "
-                                 "or leave the example out")  # fmt: skip
+                raise ConfigError(f"template {self.name!r} writes around {_short(message['content'])} what it does not "
+                                  "write around other texts, so nobody can tell who says what: choose another template "
+                                  "or leave the example out")  # fmt: skip
             if message["role"] != "assistant":
                 spans.append((at, at + size))
             at += size
@@ -246,20 +247,20 @@ class Chat(Template):
         """What the template adds to a prompt for the response.
 
         Raises:
-            ValueError: what it opened the turn with is gone once there is an answer.
+            ConfigError: what it opened the turn with is gone once there is an answer.
         """
         full = self.written([*self._messages(turns), {"role": "assistant", "content": turns[-1].response}])
         if not full.startswith(opened) or not full.endswith(self._tail):
-            raise ValueError(f"template {self.name!r} writes another prompt, or another end, once the answer "
-                             f"{_short(turns[-1].response)} is there: choose another template or leave the example "
-                             "out")  # fmt: skip
+            raise ConfigError(f"template {self.name!r} writes another prompt, or another end, once the answer "
+                              f"{_short(turns[-1].response)} is there: choose another template or leave the example "
+                              "out")  # fmt: skip
         return full[len(opened) : len(full) - len(self._tail)] + self._closing
 
     def written(self, messages: Sequence[Mapping[str, str]], opens: bool = False) -> str:
         """Messages as the template writes them.
 
         Raises:
-            ValueError: it refuses them.
+            ConfigError: it refuses them.
         """
         assert self.source is not None
         source = SAME_DAY + self.source if "strftime_now" in self.source else self.source
@@ -270,8 +271,8 @@ class Chat(Template):
             return str(found[0][0])
         except (TemplateError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"template {self.name!r} refuses messages of {roles} ({error}): leave such turns out, or "
-                             "choose template='plain'") from error  # fmt: skip
+            raise ConfigError(f"template {self.name!r} refuses messages of {roles} ({error}): leave such turns out, or "
+                              "choose template='plain'") from error  # fmt: skip
 
     def _opened(self, messages: Sequence[Mapping[str, str]]) -> str:
         return self.written(messages, opens=True).removesuffix(self._thought)
@@ -297,8 +298,8 @@ class Chat(Template):
             for mark in marks:
                 piece, found, text = text.partition(mark)
                 if not found:
-                    raise ValueError(f"template {self.name!r} leaves out turns of a conversation of {len(messages)}: "
-                                     "give it fewer turns, or choose template='plain'")  # fmt: skip
+                    raise ConfigError(f"template {self.name!r} leaves out turns of a conversation of {len(messages)}: "
+                                      "give it fewer turns, or choose template='plain'")  # fmt: skip
                 pieces.append(piece)
             self._frames[key] = [*pieces, text]
         return self._frames[key]
@@ -315,9 +316,9 @@ class Chat(Template):
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         found = [token for token in ids_of(self.tokenizer, [self._tail])[0] if token in special]
         if not found:
-            raise ValueError(f"template {self.name!r} does not end a turn: behind an answer it writes {self._tail!r}, "
-                             "which holds no special token, so generation would not know where to stop: end the "
-                             "assistant's turn with one, or choose template='plain'")  # fmt: skip
+            raise ConfigError(f"template {self.name!r} does not end a turn: behind an answer it writes {self._tail!r}, "
+                              "which holds no special token, so generation would not know where to stop: end the "
+                              "assistant's turn with one, or choose template='plain'")  # fmt: skip
         end = str(self.tokenizer.convert_ids_to_tokens(found[0]))
         return end, [found[0]], self._tail.partition(end)[0]
 
@@ -332,7 +333,7 @@ def check_template(name: str) -> None:
     """What can be known of a template before there is a tokenizer.
 
     Raises:
-        ValueError: the file cannot be read, or is no Jinja.
+        ConfigError: the file cannot be read, or is no Jinja.
     """
     if name not in ("auto", "chat", "plain"):
         _check_jinja(read_template(name), name)
@@ -343,8 +344,8 @@ def _check_jinja(source: str, name: str) -> None:
         with suppress(TypeError):  # of a template that asks for what there is only beside a tokenizer
             render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=source)
     except TemplateSyntaxError as error:
-        raise ValueError(f"template {name!r}, line {error.lineno}: no Jinja ({error.message}): mend it, or choose "
-                         "template='plain'") from error  # fmt: skip
+        raise ConfigError(f"template {name!r}, line {error.lineno}: no Jinja ({error.message}): mend it, or choose "
+                          "template='plain'") from error  # fmt: skip
     except TemplateError:
         return  # it refuses this one conversation
 
@@ -353,13 +354,13 @@ def read_template(file: str | Path) -> str:
     """The text of a template in a file.
 
     Raises:
-        ValueError: it cannot be read.
+        ConfigError: it cannot be read.
     """
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ValueError(f"template={str(file)!r} cannot be read ({reason}): choose {CHOICES}") from error
+        raise ConfigError(f"template={str(file)!r} cannot be read ({reason}): choose {CHOICES}") from error
 
 
 def _framed(example: Example, system: str = "") -> Part:

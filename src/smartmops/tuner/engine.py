@@ -25,6 +25,7 @@ from smartmops.attention.packed import text_positions
 from smartmops.attention.passage import Passage
 from smartmops.backbone import bases, growing, halves
 from smartmops.calls import call, mixed, packing, prefill, reading, trainers
+from smartmops.checks.errors import AdapterError
 from smartmops.experts import gate
 from smartmops.experts import hidden_states as experts
 
@@ -36,14 +37,16 @@ def keep_unpacked(model: nn.Module) -> None:
     every later gradient through them is silently wrong (cosine 0.04 with the right one).
 
     Raises:
-        ValueError: some are repacked already.
+        AdapterError: some are repacked already.
     """
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                raise ValueError(f"the 4-bit weights of {name} were repacked by a pass without gradient, and gradients "
-                                 "through them are now wrong: load the model again and adapt it first")  # fmt: skip
+                raise AdapterError(
+                    f"the 4-bit weights of {name} were repacked by a pass without gradient, and "
+                    "gradients through them are now wrong: load the model again and adapt it first"
+                )
 
 
 class Engine:
@@ -102,7 +105,7 @@ class Engine:
         on = [wrapper for wrapper in self.wrappers.values() if wrapper.current is not None]
         if len(on) > 1:
             names = [wrapper.current for wrapper in on]
-            raise ValueError(f"adapters {names} are active at once: activate one with set_adapter({names[0]!r})")
+            raise AdapterError(f"adapters {names} are active at once: activate one with set_adapter({names[0]!r})")
         return on[0] if on else None
 
     @property
@@ -125,14 +128,14 @@ class Engine:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         if "packed" in kwargs:
-            raise ValueError("a packed batch reached the base model: make the adapter with task_type='CAUSAL_LM'")
+            raise AdapterError("a packed batch reached the base model: make the adapter with task_type='CAUSAL_LM'")
         told = [kwargs.pop(name, None) for name in ("gate_mask", "gate_embedding", "gate_weights")]
         self.last = None
         if (wrapper := self.active()) is None:
             return (), kwargs
         if getattr(model, "_is_replica", False):
-            raise ValueError("nn.DataParallel copies a model without its adapters' parameters: start one process for "
-                             "each GPU with torchrun, or let CUDA_VISIBLE_DEVICES name one")  # fmt: skip
+            raise AdapterError("nn.DataParallel copies a model without its adapters' parameters: start one process for "
+                               "each GPU with torchrun, or let CUDA_VISIBLE_DEVICES name one")  # fmt: skip
         _refuse_reentrant(self.layers, model.training)
         _refuse_unread(kwargs)
         inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -153,7 +156,7 @@ class Engine:
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
             passage = self._begun(wrapper, names, kwargs, real, *self._given(*told))
         elif passage.gate is not None and len(passage.gate) != rows:
-            raise ValueError(
+            raise AdapterError(
                 f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
             )
         passage.look(past, length)
@@ -195,12 +198,12 @@ class Engine:
             return None if self.call is None or cache is not None else self.call.now.passage
         found: Passage | None = getattr(cache, "mops", None)  # it goes where the cache goes: copies, threads, batches
         if found is None:
-            raise ValueError(f"past_key_values hold {past} tokens that were not read under this adapter: "
-                             "start from an empty cache")  # fmt: skip
+            raise AdapterError(f"past_key_values hold {past} tokens that were not read under this adapter: "
+                               "start from an empty cache")  # fmt: skip
         if (filled := found.names or [found.adapter] * len(names)) != names:
             was, now = (" and ".join(sorted(set(each))) for each in (filled, names))
-            raise ValueError(f"past_key_values were filled by adapter {was}, and now {now} is to go on: use the same, "
-                             "or an empty cache")  # fmt: skip
+            raise AdapterError(f"past_key_values were filled by adapter {was}, and now {now} is to go on: use the "
+                               "same, or an empty cache")  # fmt: skip
         return found
 
     def _given(self, *told: Any) -> tuple[Any, ...]:
@@ -216,8 +219,8 @@ class Engine:
         """What is known of a text before its first layer: what the gate may read, and who sees experts."""
         config, rows = wrapper.configs[adapter], len(real)
         if wrapper.mops_gate_in[adapter].is_meta and not any(p.is_meta for p in wrapper.base_layer.parameters()):
-            raise ValueError(f"adapter {adapter!r} was made with low_cpu_mem_usage=True and its weights were not "
-                             "loaded: load them, or leave that unset")  # fmt: skip
+            raise AdapterError(f"adapter {adapter!r} was made with low_cpu_mem_usage=True and its weights were not "
+                               "loaded: load them, or leave that unset")  # fmt: skip
         passage, ids = Passage(adapter, wrapper.index), self._ids(kwargs, config, mask)
         if weights is not None:
             passage.gate_weights = gate.checked(_rows(weights, rows), config.num_experts).to(real.device)
@@ -229,8 +232,8 @@ class Engine:
             passage.start = reading.answer_starts(ids, real, labels, config.answer_header)
         if config.embedding_size is not None:
             if self.call is not None and not self.call.now.own:
-                raise ValueError(f"guidance_scale compares with another text, whose embedding by {config.embedder!r} "
-                                 "this adapter's gate would need: leave it unset")  # fmt: skip
+                raise AdapterError(f"guidance_scale compares with another text, whose embedding by {config.embedder!r} "
+                                   "this adapter's gate would need: leave it unset")  # fmt: skip
             passage.gate_embedding = _embedding(embedding, config, rows)
         elif config.gate_input == "sequence":
             passage.gate_mask = real
@@ -259,7 +262,7 @@ class Engine:
         """The token ids of a pass; of embeddings, where the caller of `generate` gave both.
 
         Raises:
-            ValueError: there are embeddings alone, and the adapter finds by ids where an answer or a turn begins.
+            AdapterError: there are embeddings alone, and the adapter finds by ids where an answer or a turn begins.
         """
         ids: Tensor | None = kwargs.get("input_ids")
         if ids is None and self.call is not None:
@@ -267,12 +270,12 @@ class Engine:
         if ids is not None:
             return ids
         if config.visible_to == "answers" and config.answer_header:
-            raise ValueError("inputs_embeds hide the header of the answer, from which on this adapter acts: give "
-                             "input_ids (generate takes both)")  # fmt: skip
+            raise AdapterError("inputs_embeds hide the header of the answer, from which on this adapter acts: give "
+                               "input_ids (generate takes both)")  # fmt: skip
         reads = config.gate_input == "instruction" and config.embedding_size is None and mask is None
         if reads and config.gate_reads == "own" and config.gate_frame is not None:
-            raise ValueError("inputs_embeds hide where the user's turns begin, which alone this adapter's gate reads: "
-                             "give input_ids (generate takes both), or a gate_mask")  # fmt: skip
+            raise AdapterError("inputs_embeds hide where the user's turns begin, which alone this adapter's gate "
+                               "reads: give input_ids (generate takes both), or a gate_mask")  # fmt: skip
         return None
 
     def _labels(self, kwargs: dict[str, Any], real: Tensor) -> Tensor | None:
@@ -284,7 +287,7 @@ class Engine:
         """Say once where labels leave the gate nothing of worth, may be those of several examples, or are not there.
 
         Raises:
-            ValueError: what the gate was to read was left behind by the trainer.
+            AdapterError: what the gate was to read was left behind by the trainer.
         """
         said = None
         if self.call is None:
@@ -334,8 +337,8 @@ class Engine:
             among = output if isinstance(output, tuple) else ()
             cache = made if made is not None else next((each for each in among if isinstance(each, Cache)), None)
         if passage is not None and not passage.attended:
-            raise ValueError(f"no attention module of {type(model).__name__} saw the prompts: its layers do not hand "
-                             "on what they carry; please report the architecture")  # fmt: skip
+            raise AdapterError(f"no attention module of {type(model).__name__} saw the prompts: its layers do not hand "
+                               "on what they carry; please report the architecture")  # fmt: skip
         if passage is not None and cache is not None:
             cache.mops = passage
         return output if passage is None or passage.segments is None else prefill.unpack(output, passage)
@@ -344,7 +347,7 @@ class Engine:
 def _rows(tensor: Tensor, rows: int) -> Tensor:
     """Repeat for beams: `generate` lays the copies of one row side by side."""
     if rows % len(tensor):
-        raise ValueError(
+        raise AdapterError(
             f"gate_mask, gate_embedding or gate_weights has {len(tensor)} rows for a batch of {rows}: give one per row"
         )
     return tensor.repeat_interleave(rows // len(tensor), 0)
@@ -352,25 +355,27 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
 
 def _embedding(embedding: Tensor | None, config: MoPsConfig, rows: int) -> Tensor:
     if embedding is None:
-        raise ValueError(f"this adapter's gate reads an instruction embedding of width {config.embedding_size} made by "
-                         f"{config.embedder!r}: pass gate_embedding=[rows, {config.embedding_size}]")  # fmt: skip
+        raise AdapterError(f"this adapter's gate reads an instruction embedding of width {config.embedding_size} made "
+                           f"by {config.embedder!r}: pass gate_embedding=[rows, {config.embedding_size}]")  # fmt: skip
     if embedding.shape[-1] != config.embedding_size:
-        raise ValueError(f"gate_embedding has width {embedding.shape[-1]}, but embedding_size={config.embedding_size}")
+        raise AdapterError(
+            f"gate_embedding has width {embedding.shape[-1]}, but embedding_size={config.embedding_size}"
+        )
     return _rows(embedding, rows)
 
 
 def _refuse_unread(kwargs: dict[str, Any]) -> None:
     """Refuse keywords that would go unread, or be read by some layers alone."""
     if kwargs.get("is_causal") is False:
-        raise ValueError("is_causal=False lets tokens see later ones, and the gate would read the answer: leave it "
-                         "unset, or switch the adapter off with disable_adapter()")  # fmt: skip
+        raise AdapterError("is_causal=False lets tokens see later ones, and the gate would read the answer: leave it "
+                           "unset, or switch the adapter off with disable_adapter()")  # fmt: skip
     if unknown := sorted(name for name in kwargs if name.startswith("gate_")):
-        raise ValueError(f"{unknown[0]} is no argument of the gate: choose gate_mask, gate_embedding or gate_weights")
+        raise AdapterError(f"{unknown[0]} is no argument of the gate: choose gate_mask, gate_embedding or gate_weights")
     bounds, examples = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
     several = examples is not None and bool((examples != examples.reshape(-1)[0]).any())
     if several or (bounds is not None and bounds.numel() > 2):
-        raise ValueError(f"{'seq_idx' if several else 'cu_seq_lens_q'} says that rows hold several examples, so "
-                         f"{packing.WHY} (padding_free) off")  # fmt: skip
+        raise AdapterError(f"{'seq_idx' if several else 'cu_seq_lens_q'} says that rows hold several examples, so "
+                           f"{packing.WHY} (padding_free) off")  # fmt: skip
 
 
 def _refuse_reentrant(layers: list[nn.Module], training: bool) -> None:
@@ -378,6 +383,6 @@ def _refuse_reentrant(layers: list[nn.Module], training: bool) -> None:
         if training and getattr(layer, "gradient_checkpointing", False):
             options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
             if options.get("use_reentrant", False):
-                raise ValueError("use_reentrant=True loses the gradients of prompts: enable checkpointing with "
-                                 'gradient_checkpointing_kwargs={"use_reentrant": False}')  # fmt: skip
+                raise AdapterError("use_reentrant=True loses the gradients of prompts: enable checkpointing with "
+                                   'gradient_checkpointing_kwargs={"use_reentrant": False}')  # fmt: skip
         return

@@ -18,6 +18,7 @@ from smartmops.adapter import fresh
 from smartmops.adapter.config import MoPsConfig
 from smartmops.attention.passage import Beside, Passage
 from smartmops.calls import mixed
+from smartmops.checks.errors import AdapterError
 from smartmops.experts import gate, keys_values, null, routes
 from smartmops.experts import hidden_states as experts
 
@@ -67,8 +68,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     def add(self, adapter: str, config: MoPsConfig, inference: bool) -> None:
         """Create the parameters of one adapter: random experts of the base's own size, a uniform gate."""
         if not adapter or "." in adapter or hasattr(nn.ParameterDict, adapter):
-            raise ValueError(f"adapter_name={adapter!r} cannot name parameters: choose a word without dots, such as "
-                             "'default'")  # fmt: skip
+            raise AdapterError(f"adapter_name={adapter!r} cannot name parameters: choose a word without dots, such as "
+                               "'default'")  # fmt: skip
         trained, frozen = fresh.parameters(self.engine.backbone, self.index, config)
         self.configs[adapter] = config
         for name, value in trained.items():
@@ -101,7 +102,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         """The adapter of this layer that is switched on."""
         on = [name for name in self.active_adapters if name in self.configs]
         if len(on) > 1:
-            raise ValueError(f"adapters {on} are active at once: activate one with set_adapter({on[0]!r})")
+            raise AdapterError(f"adapters {on} are active at once: activate one with set_adapter({on[0]!r})")
         return on[0] if on and not self.disable_adapters else None
 
     def _float(self, name: str, adapter: str) -> Tensor:
@@ -190,6 +191,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
     def enter(self, passage: Passage, pooled: Float[Tensor, "batch inputs"]) -> None:
         """Read the gate from pooled inputs, and put the experts in front of this and all later layers."""
         adapter, config = passage.adapter, self.configs[passage.adapter]
+        passage.pooled = pooled.detach()
         if self.training and not config.initialised:
             self._warn(adapter, config)
         with torch.autocast(pooled.device.type, enabled=False):

@@ -23,6 +23,7 @@ from smartmops.attention.packed import Packed, each_nats, mean_loss
 from smartmops.backbone import halves, head
 from smartmops.backbone.bases import refuse_changed_embeddings
 from smartmops.calls import mixed
+from smartmops.checks.errors import AdapterError
 from smartmops.experts import gate, keys_values
 
 from . import states
@@ -56,7 +57,7 @@ class MoPsModel(BaseTuner):
             room = 2**31  # rotary positions go on
         for name in ("prompts_per_expert", "shared_prompts"):
             if (count := getattr(peft_config, name)) > room:
-                raise ValueError(f"{name}={count}, but this model has {room} positions: choose {room} at most")
+                raise AdapterError(f"{name}={count}, but this model has {room} positions: choose {room} at most")
         self._refuse_frozen(peft_config, engine)
         runs = peft_config.experts == "hidden_states" or peft_config.num_recovery_prompts > 0
         refuse_changed_embeddings(self.model, engine.backbone, engine.layers[0], runs)
@@ -78,15 +79,15 @@ class MoPsModel(BaseTuner):
             inside = re.search(rf"\b{layers}\.(\d+)(\.|$)", name)
             behind = name.rpartition(".")[2] in (*halves.FINAL_NORMS, "lm_head", "embed_out")
             if int(inside[1]) < first if inside else not behind:
-                raise ValueError(f"modules_to_save={config.modules_to_save} holds {name}, which stands where this "
-                                 f"method trains nothing: choose the output head, the final norm or parts of layers "
-                                 f"{first} and up (there are {len(engine.layers)})")  # fmt: skip
+                raise AdapterError(f"modules_to_save={config.modules_to_save} holds {name}, which stands where this "
+                                   f"method trains nothing: choose the output head, the final norm or parts of layers "
+                                   f"{first} and up (there are {len(engine.layers)})")  # fmt: skip
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's road for the arguments that it takes off before the base model is called."""
         if kwargs.get("alora_offsets") is not None:
-            raise ValueError("alora_offsets belong to aLoRA adapters, and this is a MoPs adapter: leave them out")
+            raise AdapterError("alora_offsets belong to aLoRA adapters, and this is a MoPs adapter: leave them out")
         if (names := kwargs.get("adapter_names")) is None:
             yield
             return
@@ -119,32 +120,32 @@ class MoPsModel(BaseTuner):
         parent._modules[child_name] = new_module
 
     def _check_merge_allowed(self) -> NoReturn:
-        raise ValueError(NO_MERGE)
+        raise AdapterError(NO_MERGE)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused.
 
         Raises:
-            ValueError: always; the message says why and what to do instead.
+            AdapterError: always; the message says why and what to do instead.
         """
-        raise ValueError(NO_MERGE)
+        raise AdapterError(NO_MERGE)
 
     def unmerge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: nothing is ever merged.
 
         Raises:
-            ValueError: always.
+            AdapterError: always.
         """
-        raise ValueError(NO_MERGE)
+        raise AdapterError(NO_MERGE)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused.
 
         Raises:
-            ValueError: always; the message says why and what to do instead.
+            AdapterError: always; the message says why and what to do instead.
         """
-        raise ValueError("adapters of gated prompts cannot be added up, since each has a gate of its own: train one on "
-                         "all tasks, or give adapter_names= row by row")  # fmt: skip
+        raise AdapterError("adapters of gated prompts cannot be added up, since each has a gate of its own: train one "
+                           "on all tasks, or give adapter_names= row by row")  # fmt: skip
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -179,10 +180,10 @@ class MoPsModel(BaseTuner):
         """Delete an adapter; where it was the active one, the first that is left acts, and with none the bare base.
 
         Raises:
-            ValueError: there is no such adapter.
+            AdapterError: there is no such adapter.
         """
         if adapter_name not in self.peft_config:
-            raise ValueError(f"no adapter {adapter_name!r}: there are {sorted(self.peft_config)}")
+            raise AdapterError(f"no adapter {adapter_name!r}: there are {sorted(self.peft_config)}")
         active = [name for name in self.active_adapters if name != adapter_name]
         gone = self.peft_config.pop(adapter_name)
         left = active or list(self.peft_config)[:1]
@@ -216,20 +217,20 @@ class MoPsModel(BaseTuner):
         """The wrapper that holds an adapter's parameters (default: the active adapter).
 
         Raises:
-            ValueError: there is no such adapter.
+            AdapterError: there is no such adapter.
         """
         name = adapter or self.active_adapters[0]
         wrappers: list[MoPsLayer] = list(Engine.on(self.model).wrappers.values())
         for wrapper in wrappers:
             if name in wrapper.configs:
                 return wrapper
-        raise ValueError(f"no adapter {name!r}: there are {sorted(self.peft_config)}")
+        raise AdapterError(f"no adapter {name!r}: there are {sorted(self.peft_config)}")
 
     def forward(self, *args: Any, packed: Packed | Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
         """The base model's `forward`; with `packed`, the mean loss of examples laid end to end (`packed.Packed`).
 
         Raises:
-            ValueError: a packed batch comes with what goes with padded rows alone.
+            AdapterError: a packed batch comes with what goes with padded rows alone.
         """
         if packed is None:
             return self.model(*args, **kwargs)
@@ -237,9 +238,9 @@ class MoPsModel(BaseTuner):
         other = ["input_ids"] * bool(args) + [name for name, value in kwargs.items() if name not in known
                                               and value is not None and value is not False]  # fmt: skip
         if other:
-            raise ValueError(f"{other[0]} would go unread beside a packed batch: leave it out, or give padded rows")
+            raise AdapterError(f"{other[0]} would go unread beside a packed batch: leave it out, or give padded rows")
         if mixed.names_of(Engine.on(self.model)) is not None:
-            raise ValueError("adapter_names with a packed batch: give padded rows, or one adapter at a time")
+            raise AdapterError("adapter_names with a packed batch: give padded rows, or one adapter at a time")
         batch = self._reduced(Packed.of(packed))
         at, targets = batch.targets()
         hidden = self._through(batch)[at]

@@ -16,6 +16,7 @@ from smartmops.attention.packed import IGNORED, Packed, Segments, text_positions
 from smartmops.attention.passage import Passage, Past
 from smartmops.backbone import halves
 from smartmops.calls import reading
+from smartmops.checks.errors import AdapterError
 
 from .engine import Engine
 
@@ -94,8 +95,8 @@ def _run(
             out = halves.lower(engine.backbone, layer)(input_ids=batch.input_ids[None], **packed(carried))
         else:
             if layer < done:
-                raise ValueError(f"the gate reads what enters layer {layer}, but the batch holds what enters layer "
-                                 f"{done}: give `pooled` of a packed batch")  # fmt: skip
+                raise AdapterError(f"the gate reads what enters layer {layer}, but the batch holds what enters layer "
+                                   f"{done}: give `pooled` of a packed batch")  # fmt: skip
             part = halves.middle(engine.backbone, done, layer)
             out = part(inputs_embeds=found[done][None], **packed(carried))
         found[layer], done = out.last_hidden_state[0], layer
@@ -109,8 +110,8 @@ def _pooled(
     if batch.pooled is not None:
         return batch.pooled.float()
     if config.embedding_size is not None:
-        raise ValueError(f"this adapter's gate reads an embedding of width {config.embedding_size} made by "
-                         f"{config.embedder!r}: give those as `pooled` of a packed batch")  # fmt: skip
+        raise AdapterError(f"this adapter's gate reads an embedding of width {config.embedding_size} made by "
+                           f"{config.embedder!r}: give those as `pooled` of a packed batch")  # fmt: skip
     segments = Segments(batch.lengths.tolist(), batch.labels.device)
     if config.gate_input == "sequence":
         return segments.mean(hidden, torch.ones_like(batch.labels, dtype=torch.bool))
@@ -139,7 +140,7 @@ def answers(engine: Engine, batch: Packed) -> Packed:
     """Headers and answers alone, with what the bare base makes of the text before them in the upper layers.
 
     Raises:
-        ValueError: an example has no answer, or nothing before it.
+        AdapterError: an example has no answer, or nothing before it.
     """
     wrapper = engine.active()
     assert wrapper is not None and batch.input_ids is not None

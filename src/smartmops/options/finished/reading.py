@@ -37,16 +37,17 @@ FinishedRun = Annotated[Path, RunFolder()]
 class DataConfig(Options, ValidationConfig):
     """What `train` would read of DATA."""
 
-    data: Annotated[Data, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]  # as `train --data`
-    model: Model | None = None  # whose tokenizer and chat template are used; None: texts are not tokenised
-    columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
+    data: Annotated[Data, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """data as for `train`; `evaluate` takes the run's test split by default"""
+    model: Model | None = None  # model whose tokenizer and chat template are used; without one, texts are not tokenised
+    columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
     template: Template = "auto"
-    """chat: the tokenizer's own; plain: a frame; or a Jinja file. auto: chat if there is one"""
-    max_length: Count = 512  # tokens; longer examples lose the end of their context
-    limit: Count | None = None  # use only so many examples, drawn at random
-    test_share: Share = 0.1  # of each category
-    data_seed: Seed = 0  # of the draw and the split
-    shown: Whole = 3  # examples shown as they are rendered, one of each task first
+    """how prompts are formatted: chat (the tokenizer's template), plain, a Jinja file, or auto (chat if there is)"""
+    max_length: Count = 512  # tokens of an example; a longer one is shortened
+    limit: Count | None = None  # number of examples to use, drawn at random; all of them by default
+    test_share: Share = 0.1  # share of each category that is held out for testing
+    data_seed: Seed = 0  # seed of the draw and of the split
+    shown: Whole = 3  # number of rendered examples to show, one of each task first
 
 
 @dataclass
@@ -54,12 +55,12 @@ class EvaluateConfig(Options):
     """Perplexity of a run's adapter over response tokens, overall and per task; answers where asked for."""
 
     run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
-    data: Data | None = None  # None: the test split of the data the run was trained on
-    columns: Columns = ()  # of --data: FIELD=COLUMN where they have names of their own, response=answer
-    max_length: Count | None = None  # tokens; None: as in training
-    batch_size: Count = 32  # examples
-    answers: Whole = 0  # examples of each task answered, frozen and adapted, and scored: ROUGE-L and exact match
-    answer_tokens: Count = 48  # at which an answer ends that has not ended itself
+    data: Data | None = None  # data as for `train`; `evaluate` takes the run's test split by default
+    columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
+    max_length: Count | None = None  # tokens of an example; by default as in training
+    batch_size: Count = 32  # examples in a batch
+    answers: Whole = 0  # examples per task that both models answer, scored by ROUGE-L and exact match
+    answer_tokens: Count = 48  # largest number of tokens of an answer
 
 
 @dataclass
@@ -67,9 +68,9 @@ class InspectConfig(Options):
     """Which experts fire, and how much, for an instruction."""
 
     run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
-    text: Annotated[str, Text("an instruction")]  # instruction
-    context: str = ""  # text that the instruction is about
-    max_new_tokens: Count = 48  # at which the answer ends that has not ended itself
+    text: Annotated[str, Text("an instruction")]  # instruction to answer
+    context: str = ""  # text that the instruction refers to
+    max_new_tokens: Count = 48  # largest number of tokens of an answer
 
 
 @dataclass
@@ -77,7 +78,7 @@ class ReportConfig(Options):
     """One self-contained report.html of one or several runs."""
 
     runs: Annotated[tuple[FinishedRun, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]  # run folders
-    out: OutFile | None = None  # None: report.html in the first run folder
+    out: OutFile | None = None  # file to write; by default report.html in the first run folder
 
     def problems(self) -> Iterator[str]:
         """Whether there is a run."""

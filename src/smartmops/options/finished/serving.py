@@ -54,10 +54,10 @@ def experts_of(run: Path) -> list[str]:
 class AnswerConfig(Options):
     """How answers are chosen."""
 
-    max_new_tokens: Count = 256  # at which an answer ends that has not ended itself
-    temperature: NotNegative = 0.0  # 0: always the most likely token; above 0: tokens are drawn
-    top_p: TopP = 1.0  # of drawn tokens: the most likely ones that together have this chance
-    seed: Seed = 0  # of drawn tokens
+    max_new_tokens: Count = 256  # largest number of tokens of an answer
+    temperature: NotNegative = 0.0  # 0: always the most likely token; above 0: tokens are sampled
+    top_p: TopP = 1.0  # sample among the most likely tokens that together have this probability
+    seed: Seed = 0  # seed of sampling
 
 
 @dataclass(kw_only=True)
@@ -67,15 +67,14 @@ class GenerateConfig(AnswerConfig):
     run: Run  # run folder
     text: Annotated[
         Annotated[str, Text("an instruction")] | None, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")
-    ] = None
-    """instruction"""
-    context: str = ""  # text that the instruction is about
+    ] = None  # instruction to answer
+    context: str = ""  # text that the instruction refers to
     file: Annotated[Path, Existing("a JSONL file")] | None = None
-    """JSONL whose rows have `instruction` and perhaps `context`, answered in place of TEXT"""
-    out: OutFile | None = None  # JSONL of --file's rows with their answers; None: to standard output
+    """JSONL file whose rows have `instruction` and perhaps `context`, answered in place of TEXT"""
+    out: OutFile | None = None  # JSONL file for the rows of --file with their answers; by default they are printed
     batch_size: Count = 16  # rows of --file that are answered at once
-    expert: Annotated[str, Text("an expert's name")] | None = None  # answers alone; None: the gate decides
-    base: bool = False  # answer with the frozen base, no expert
+    expert: Annotated[str, Text("an expert's name")] | None = None  # expert to answer with; by default the gate decides
+    base: bool = False  # answer with the frozen base, without experts
 
     def problems(self) -> Iterator[str]:
         """Whether there is one thing to answer, by one side, and such an expert."""
@@ -109,7 +108,9 @@ class ServeConfig(Options):
     host: Annotated[str, Text("an address of this machine")] = "127.0.0.1"
     """address to listen on; others than 127.0.0.1 can be reached from outside"""
     port: AnyPort = 8000  # 0: any that is free
-    api_key_file: Annotated[Path, Keys()] | None = None  # one key a line, of which a client sends one; None: no key
+    api_key_file: Annotated[Path, Keys()] | None = (
+        None  # file with one key a line, one of which a client sends; no key is needed by default
+    )
     queue: Count = 64  # answers that may wait; more are refused with status 429
     batch_size: Count = 16  # answers that are generated at once
     max_tokens: Count = 512  # that one answer may have, and has at most where a request does not say

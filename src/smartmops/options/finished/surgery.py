@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
 from smartmops.checks.limits import Count, Options, Rate, Seed, Share, Text, Whole, check
 from smartmops.options.method import Unrelated
@@ -35,7 +36,7 @@ class _Writing(Options):
         if (self.out is None) == (not self.in_place):
             yield "--out DIR or --in-place: give one of them"
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         return refused(self.out, False) if self.out is not None else None
 
@@ -161,7 +162,7 @@ class ExpertsConfig(Options):
             pass  # `taken` says it
         yield from self._names()
 
-    def taken(self) -> OSError | None:
+    def taken(self) -> RunError | None:
         """As `Options`."""
         return self.do.taken()
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from smartmops.adapter.fresh import CLAIM_RANK
+from smartmops.checks.errors import DataError
 from smartmops.experts import null, routes
 
 from .parts import Claim
@@ -49,7 +50,7 @@ def fit(
         ValueError: there are too few instructions.
     """
     if len(own) < FEWEST:
-        raise ValueError(f"{len(own)} instructions of the new expert: give {FEWEST} or more, or --by-name")
+        raise DataError(f"{len(own)} instructions of the new expert: give {FEWEST} or more, or --by-name")
     generator = torch.Generator().manual_seed(0)
     sides = [torch.randperm(len(each), generator=generator) % 2 == 0 for each in (own, others, unrelated)]
     measured: list[list[Tensor]] = [[], [], []]

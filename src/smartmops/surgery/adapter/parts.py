@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smartmops.checks.errors import ConfigError
 from smartmops.tuner import MoPsConfig
 from smartmops.tuner.engine import Engine
 
@@ -63,7 +64,7 @@ class Parts:
             ValueError: there is no such expert.
         """
         if name not in self.names:
-            raise ValueError(f"{name!r} is no expert of this run: choose one of {', '.join(self.names)}")
+            raise ConfigError(f"{name!r} is no expert of this run: choose one of {', '.join(self.names)}")
         return self.names.index(name)
 
     def columns(self, expert: int) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ def without(parts: Parts, name: str) -> Parts:
     kept = [i for i, expert in enumerate(parts.routes) if expert != gone]
     kept_rows, kept_claims = [i for i in kept if i < rows], [i - rows for i in kept if i >= rows]
     if not kept_rows:
-        raise ValueError(f"{name!r} is the last expert of the gate: drop the whole adapter, or train another run")
+        raise ConfigError(f"{name!r} is the last expert of the gate: drop the whole adapter, or train another run")
     tensors = dict(parts.tensors)
     for each in COLUMNS:
         held = tensors[each]
@@ -187,7 +188,7 @@ def merged(parts: Parts, first: str, second: str, name: str, columns: dict[str, 
     """
     one, other = sorted((parts.number(first), parts.number(second)))
     if one == other:
-        raise ValueError(f"{first!r} cannot be merged with itself: name two experts")
+        raise ConfigError(f"{first!r} cannot be merged with itself: name two experts")
     if name not in (first, second):
         check_new(parts, name)
     count, tensors = parts.config.prompts_per_expert, dict(parts.tensors)
@@ -247,9 +248,9 @@ def check_new(parts: Parts, name: str) -> None:
         ValueError: one has, or it is blank.
     """
     if not name.strip():
-        raise ValueError("an expert's name is blank: give one by --name")
+        raise ConfigError("an expert's name is blank: give one by --name")
     if name in parts.names:
-        raise ValueError(f"{name!r} is an expert of this run already: give another --name")
+        raise ConfigError(f"{name!r} is an expert of this run already: give another --name")
 
 
 def fits(own: MoPsConfig, other: MoPsConfig) -> str | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pkgutil
-import re
 from importlib import import_module
 
 import pytest
-import tyro
 
 from smartmops import options
+from smartmops.settings.described import described
 
 COMMANDS = [
     each
@@ -22,15 +21,8 @@ COMMANDS = [
 ]
 
 
-def help_of(action: object) -> str:
-    """Without colours and what tyro adds about the default."""
-    said = re.sub(r"\x1b\[[0-9;]*m|\[/?[a-z ]+\]", "", str(getattr(action, "help", None) or ""))
-    return re.sub(r"\((?:default|required|optional|repeatable).*", "", said, flags=re.DOTALL).strip()
-
-
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda each: each.__name__)
 def test_every_option_has_help(command: type) -> None:
-    helps = {action.dest: help_of(action) for action in tyro.extras.get_parser(command)._actions}
-    assert helps.pop("help") and helps
-    assert [name for name, said in helps.items() if not said] == []
+    helps = {each.name: each.help for each in described(command)}
+    assert helps and [name for name, said in helps.items() if not said.strip()] == []
     assert [name for name, said in helps.items() if said.endswith((";", ",", " its", " of", " the"))] == []

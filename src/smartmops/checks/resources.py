@@ -1,0 +1,66 @@
+"""What a machine runs out of: memory, disk space, permission to write. Turns such errors into lines with a way out.
+
+Knows errors, and which options cost memory. Imports nothing that takes time to import.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .errors import DiskError, OutOfMemory, ResourceError, SmartmopsError
+from .limits import typed
+
+SIZES = ("batch_size", "max_length", "sequences", "sequence_length", "actors", "experts", "prompt_tokens")
+FULL = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "alloc_failed")
+NO_SPACE = ("no space left on device", "disk quota exceeded", "os error 28", "os error 122", "file write failed")
+# Answers of the operating system that more disk, more permissions or a sound disk would change.
+CODES = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EMFILE", "ENFILE", "EIO", "ESTALE")
+REFUSED = {getattr(errno, name) for name in CODES if hasattr(errno, name)}
+
+
+@contextmanager
+def translated(config: Any) -> Iterator[None]:
+    """Raise a lack of memory or disk space inside the block as an error that a user can mend.
+
+    Raises:
+        ResourceError: the machine has too little of something.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SmartmopsError) or (known := lacking(config, error)) is None:
+            raise
+        raise known from error
+
+
+def lacking(config: Any, error: BaseException) -> ResourceError | None:
+    """What an error says that the machine lacks, with the way out in the options of `config`; None: nothing."""
+    if is_full(error):
+        return OutOfMemory(lower(config, error))
+    refused = isinstance(error, OSError) and error.errno in REFUSED
+    if not refused and not any(words in str(error).lower() for words in NO_SPACE):
+        return None
+    reason, file = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+    again = ", then go on with --resume" if hasattr(config, "resume") else ""
+    return DiskError(f"{f'{file}: ' if file else ''}{reason}: free some disk space, or see to its permissions{again}")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a device, was not enough."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in FULL)
+
+
+def lower(config: Any, error: BaseException) -> str:
+    """What to lower where the memory was not enough."""
+    given = [(name, getattr(config, name, None)) for name in SIZES]
+    ways = [f"{typed(name)} (now {value})" for name, value in given if isinstance(value, int) and value > 1]
+    less = f"lower {' or '.join(ways)}" if ways else "close other programs"
+    for name, choice in (("dtype", "bfloat16"), ("activations", "off")):
+        if getattr(config, name, choice) != choice:
+            less += f", or choose {typed(name)} {choice}"
+    asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error))
+    return f"out of memory{f' ({asked[1]} asked for at once)' if asked else ''}: {less}"

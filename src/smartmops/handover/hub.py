@@ -1,0 +1,95 @@
+"""A run's adapter on the hub: what goes there, and that nothing of this machine goes along. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from smartmops.checks.errors import HubError
+from smartmops.methods.baselines import base_of, template_of
+from smartmops.options.finished.handover import PushConfig
+from smartmops.runs.card import ORIGINS, card
+from smartmops.runs.folder import Run, check_adapter
+from smartmops.tokens.template import FILE, Template, read_template
+
+CARRIED = ("adapter_config.json", "adapter_model.safetensors", FILE)
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+
+
+def push(config: PushConfig) -> dict[str, Any]:
+    """Put a run's adapter, its template and its card into a repository of the hub, which is made where it is not there.
+
+    Returns:
+        `repo`, `files` {name: bytes}, and `url`, None where `dry_run` only asks what would go there.
+
+    Raises:
+        FileNotFoundError: there is no finished run, or it has no adapter.
+        OSError: the hub cannot be reached, or does not let us write.
+        ValueError: the adapter is damaged.
+    """
+    run = Run.open(config.run)
+    check_adapter(run.adapter_dir)
+    with tempfile.TemporaryDirectory(prefix="smartmops-push-") as name:
+        folder = Path(name)
+        stage(run, folder, config.repo)
+        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        url = None if config.dry_run else _upload(folder, config)
+    return {"repo": config.repo, "files": files, "url": url}
+
+
+def stage(run: Run, folder: Path, repo: str) -> None:
+    """Write what is to be pushed into an empty folder."""
+    from transformers import AutoTokenizer
+
+    from smartmops.base import local
+
+    for name in CARRIED:
+        if (run.adapter_dir / name).is_file():
+            shutil.copy(run.adapter_dir / name, folder / name)
+    file = folder / "adapter_config.json"
+    found = without_folders(json.loads(file.read_text(encoding="utf-8")))
+    base = str(run.config["base"])
+    found["base_model_name_or_path"] = ORIGINS.get(base, without_folders(base))
+    file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(local(base_of(run)))
+    if (run.adapter_dir / FILE).is_file():
+        tokenizer.chat_template = read_template(run.adapter_dir / FILE)
+    template = Template.of(template_of(run), tokenizer)
+    (folder / "README.md").write_text(card(template, run.config, run.read_metrics(), repo), encoding="utf-8")
+
+
+def without_folders(value: Any) -> Any:
+    """A JSON value in which no text says where on this machine something lies: the last part of each path is left."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_folders(each) for each in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "./", "../"))):
+        return Path(value).name
+    return value
+
+
+def _upload(folder: Path, config: PushConfig) -> str:
+    """Make the repository and upload the folder; what the hub says is told without what we sent."""
+    api = HfApi()
+    try:
+        api.create_repo(config.repo, private=config.private, exist_ok=True)
+        done = api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message="Add an adapter of smartmops")
+    except LocalTokenNotFoundError:
+        raise HubError(f"no token for {api.endpoint} is on this machine: {LOGIN}") from None
+    except OfflineModeIsEnabled:
+        raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        way = LOGIN if status in (401, 403) else "try again later"
+        raise HubError(f"{api.endpoint} answers {status} for {config.repo}: {way}") from None
+    except (OSError, ConnectionError) as error:
+        raise HubError(f"{api.endpoint} cannot be reached ({type(error).__name__}): go online and try again") from None
+    return str(done.commit_url)

@@ -1,0 +1,112 @@
+"""Help pages, examples, and options of a file under those that are typed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smartmops as sm
+from smartmops import cli
+from smartmops.checks.errors import ConfigError
+from smartmops.options.training import TrainConfig
+from smartmops.settings.described import GROUPS
+from smartmops.settings.examples import EXAMPLES
+from smartmops.settings.line import asked
+
+HEAVY = {"torch", "transformers", "peft", "datasets", "numpy", "flwr"}
+
+
+def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        asked(cli.COMMANDS, words)
+    said = capsys.readouterr()
+    assert stopped.value.code == 0 and said.err == ""
+    return said.out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_page_has_a_sentence_options_and_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = shown([command, "--help"], capsys)
+    assert page.startswith(f"usage: smartmops {command} ") and max(map(len, page.splitlines())) <= 140
+    assert page.rstrip().splitlines()[-len(EXAMPLES[command]) :] == [f"  {line}" for line in EXAMPLES[command]]
+
+
+def test_the_page_of_train_has_groups_and_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    page = shown(["train", "--help"], capsys)
+    for group in ("run", "base", "data", "method", "experts", "gate", "preparation", "training", "rates", "validation"):
+        assert f"\n{group}: {GROUPS[group]}\n" in page
+    assert len(EXAMPLES["train"]) == 2 and "--steps INT" in page and "(default: 1000)" in page
+
+
+@pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
+def test_every_example_is_taken(line: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: tiny\ndata: office\nout: old\n")
+    words = shlex.split(line.replace("runs/mine/config.yaml", str(tmp_path / "config.yaml")))
+    assert words[0] == "smartmops"
+    call, _ = asked(cli.COMMANDS, words[1:])
+    assert callable(call)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base: {model: tiny}\ndata: {data: office, validation: true}\ntraining: {steps: 4}\n"
+                    "gate: {gate_renormalise: false}\n")  # fmt: skip
+    words = ["train", "--config", str(file), "--out", "a", "--steps", "5", "--no-validation"]
+    _, config = asked(cli.COMMANDS, words)
+    assert config == TrainConfig(model="tiny", data="office", out=Path("a"), steps=5, gate_renormalise=False)
+    assert asked(cli.COMMANDS, ["train", "smollm2", f"--config={file}", "--out", "a"])[1].model == "smollm2"
+    with pytest.raises(ConfigError, match="--out"):
+        asked(cli.COMMANDS, ["train", "--config", str(file)])
+    file.write_text("methods: {mops: 3, lora: null}\nmodel: tiny\ndata: office\nout: a\n")
+    assert asked(cli.COMMANDS, ["compare", "--config", str(file)])[1].methods == {"mops": 3.0, "lora": None}
+    typed = ["compare", "--config", str(file), "--methods", "ia3", "1"]
+    assert asked(cli.COMMANDS, typed)[1].methods == {"ia3": 1.0}
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["trian"], "trian is no command: perhaps train is meant"),
+    (["zzz"], "zzz is no command: choose quickstart, compress"),
+    (["train", "--config"], "--config names no file"),
+    (["train", "--config", "a", "--config=b"], "--config is given twice"),
+    (["train", "--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+])  # fmt: skip
+def test_a_wrong_line_is_told(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+        asked(cli.COMMANDS, words)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["serve", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy_and_is_silent_otherwise(words: list[str]) -> None:
+    code = f"""import sys
+from smartmops.cli import main
+try:
+    main()
+finally:
+    assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)
+    assert len(sys.modules) < 700, len(sys.modules)"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code, *words], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])})  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "" and "smartmops" in done.stdout
+
+
+def test_a_run_starts_again_from_the_file_it_left(tmp_path: Path) -> None:
+    """Same options, same numbers bit for bit, on the command line and from Python."""
+    first = sm.train(model="tiny", data="office", limit=84, steps=3, batch_size=2, experts=7, samples_per_task=0,
+                     validation_limit=7, out=tmp_path / "first")  # fmt: skip
+    file = tmp_path / "first" / "config.yaml"
+    _, config = asked(cli.COMMANDS, ["train", "--config", str(file), "--out", str(tmp_path / "second")])
+    again = sm.train(config)
+    from_file = sm.train(config=str(file), out=tmp_path / "third")
+    for other in (again, from_file):
+        for name in ("perplexity", "perplexity_frozen"):
+            assert other[name] == first[name]
+    with pytest.raises(sm.RunError, match="exists and holds a finished run"):
+        sm.train(config=file)
+    with pytest.raises(sm.ConfigError, match=r"config\.yaml, line \d+: steps is 'x': give INT"):
+        file.write_text(file.read_text().replace("steps: 3", "steps: x", 1))
+        sm.train(config=file)
