@@ -139,7 +139,7 @@ def at_hand(data: str) -> bool:
 
 
 @contextmanager
-def _in_silence(name: str) -> Iterator[None]:
+def in_silence(name: str) -> Iterator[None]:
     """Whatever this logger says in the block goes unsaid."""
     logger = logging.getLogger(name)
     before = logger.level
@@ -153,7 +153,7 @@ def _in_silence(name: str) -> Iterator[None]:
 def _data_say(config: TaskConfig) -> Iterator[str]:
     if not at_hand(config.data):
         return
-    with _in_silence("smartmops.data"):  # the run itself reads them again, and says what they are
+    with in_silence("smartmops.data"):  # the run itself reads them again, and says what they are
         train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation,
                              columns=config.columns)  # fmt: skip
     if config.hold_out is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smartmops.checks.errors import DataError
 from smartmops.data.tasks import read
-from smartmops.flow.early import at_hand
+from smartmops.flow.early import at_hand, in_silence
 from smartmops.flow.task import Task
 from smartmops.options.finished.surgery import AddConfig, AdviseConfig, Trial
 from smartmops.runs.adapters import load_adapter
@@ -68,7 +68,8 @@ def _look(data: str | None, columns: Sequence[str]) -> None:
         ValueError: they cannot be read.
     """
     if data is not None and at_hand(data):
-        read(data, columns=columns)
+        with in_silence("smartmops.data"):  # they are read again, and then it is said what they are
+            read(data, columns=columns)
 
 
 def _named(task: Task, data: str) -> str:

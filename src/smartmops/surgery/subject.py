@@ -33,11 +33,12 @@ from smartmops.rows.stored import take
 from smartmops.runs.card import keep
 from smartmops.runs.folder import Run
 from smartmops.states.instructions import instructions
-from smartmops.tokens.batches import Encoded
+from smartmops.tokens.batches import Encoded, encode_all
 from smartmops.tokens.template import Template
 
 from .adapter.parts import ADAPTER, Parts, put, taken
 
+TEXT = 512  # tokens of a text of no task, at most: as a null expert is fitted
 SEEN = 200  # instructions of the run's data, and of the new data, that a rule is fitted by
 
 
@@ -126,8 +127,8 @@ class Subject:
     def unrelated(self, file: Path | None = None) -> Float[Tensor, "n inputs"]:
         """What the gate reads of texts of no task."""
         examples = [Example(text, "", ".") for text in gating.unrelated_texts(file)]
-        task = Task.of(self.model, self.tokenizer, examples, [], self.config("", validation_share=0.0))
-        return self.read(f"unrelated {file}", task.train)
+        rows = encode_all(examples, self.tokenizer, TEXT, template=self.template).rows
+        return self.read(f"unrelated {file}", rows)
 
     def instructions(self) -> tuple[Sequence[Encoded], Float[Tensor, "n inputs"]]:
         """Some of the run's training rows, as many of each task, and what the gate reads of them."""
