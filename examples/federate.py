@@ -40,10 +40,9 @@ def main() -> None:
             batch_size=4,
             aggregation=aggregation,
         )
-        last = found["rounds"][-1]
-        sent = sum(each["bytes_up"] + each["bytes_down"] for each in found["rounds"])
         print(f"{aggregation}: perplexity {found['perplexity_frozen']['overall']:.2f} frozen, "
-              f"{last['perplexity']:.2f} after {len(found['rounds'])} rounds; {sent / 1e6:.1f} MB sent")  # fmt: skip
+              f"{found['perplexity']['overall']:.2f} after {len(found['rounds'])} rounds; "
+              f"{(found['bytes_up'] + found['bytes_down']) / 1e6:.1f} MB sent")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def main() -> None:
         from trl import SFTConfig, SFTTrainer
 
         rows = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in ready.rows])
-        trainer: Any = SFTTrainer(model, SFTConfig(**settings), train_dataset=rows, processing_class=tokenizer)
+        trainer: Any = SFTTrainer(
+            model, SFTConfig(**settings, bf16=False), train_dataset=rows, processing_class=tokenizer
+        )
     else:
         trainer = Trainer(model, TrainingArguments(**settings, remove_unused_columns=False),
                           train_dataset=list(ready.rows), data_collator=ready.collator)  # fmt: skip

@@ -30,7 +30,9 @@ def main() -> None:
             reply = client.chat.completions.create(model="auto", messages=messages, max_tokens=given.max_tokens)
             print(f"{question}\n  {reply.choices[0].message.content!r}\n  by {reply.choices[0].experts}")
         print("base, as it comes: ", end="")
-        for chunk in client.chat.completions.create(model="base", messages=messages, max_tokens=given.max_tokens, stream=True):
+        for chunk in client.chat.completions.create(
+            model="base", messages=messages, max_tokens=given.max_tokens, stream=True
+        ):
             print(chunk.choices[0].delta.content or "", end="", flush=True)
         print()
     finally:

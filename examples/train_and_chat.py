@@ -35,7 +35,8 @@ def main() -> None:
         turns.append({"role": "assistant", "content": run.chat(turns)})
         weights, left = run.latest()
         print(f"model> {turns[-1]['content']}")
-        print(f"       by {max(weights, key=lambda name: weights[name])}" + (f", {left:.0%} left to the base" if left else ""))
+        said = f", {left:.0%} left to the base" if left else ""
+        print(f"       by {max(weights, key=lambda name: weights[name])}{said}")
 
 
 if __name__ == "__main__":

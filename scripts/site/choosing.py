@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 
 import results
-from results import below, by_hand, change, family, figure, loaded, on, pruned, real, said, signed
+from results import below, by_hand, change, claim, family, figure, loaded, means, on, pruned, real, said, signed, worded
 from svg import Drawing, curves, rows
 
 PAGE, RELATIVES, FIGURES = "docs/choosing.md", "docs/relatives.md", "docs/figures"
@@ -15,7 +15,16 @@ FAMILIES = {"frozen": "frozen", "ungated": "ungated", "mops": "MoPs", "lora": "L
 SETS = results.SETS
 COUNTS = ("1 expert", "2 experts", "mops", "14 experts", "28 experts")
 PROMPTS = (1, 2, 5, 10, 20, 40)
-PATTERNS = {"0.5": "50 %", "0.75": "75 %", "0.85": "85 %", "0.9": "90 %", "2:4": "2:4", "4:8": "4:8", "3:4": "3:4", "7:8": "7:8"}
+PATTERNS = {
+    "0.5": "50 %",
+    "0.75": "75 %",
+    "0.85": "85 %",
+    "0.9": "90 %",
+    "2:4": "2:4",
+    "4:8": "4:8",
+    "3:4": "3:4",
+    "7:8": "7:8",
+}
 
 
 def files() -> dict[str, str]:
@@ -66,7 +75,7 @@ def gate_or_not() -> str:
         gate = mean(cell["gate_accuracy"] for cell in real(data)["mops"].values())
         table.append(f"| {what} | {' | '.join(cells)} | {100 * gate:.0f} % |")
     chosen = ", ".join(f"{family(data, 'lora').split()[-1]}" for data in SETS)
-    tasks = {data: means(data, "test") for data in SETS}
+    tasks = {data: means(data, "test", FAMILIES) for data in SETS}
     gated = claim(all((each["mops"] < each["ungated"]) == (data != "dolly") for data, each in tasks.items()),
                   "Where tasks conflict, gated experts beat one shared prompt; where they are styles of one kind, they do "
                   "not.")  # fmt: skip
@@ -93,7 +102,9 @@ def left_alone() -> str:
     found, table = [], ["| data trained on | frozen | ungated | MoPs | one LoRA |", "|---|---|---|---|---|"]
     for data, what in SETS.items():
         frozen = on(data, "frozen", "unrelated")
-        moved = {name: change(on(data, family(data, name), "unrelated"), frozen) for name in ("ungated", "mops", "lora")}
+        moved = {
+            name: change(on(data, family(data, name), "unrelated"), frozen) for name in ("ungated", "mops", "lora")
+        }
         table.append(f"| {what} | {figure(frozen[0])} | {' | '.join(signed(moved[name]) for name in moved)} |")
         found.append(moved["mops"])
     kept = sum(abs(each) <= 0.5 for each in found)
@@ -123,7 +134,10 @@ def how_many_experts() -> str:
         table.append(f"| {data} | {' | '.join(cells)} |")
     growth = {each["experts"]: each for each in loaded("benchmarks/speed.json")["growth"]["experts"]}
     least = min(growth)
-    steps = ", ".join(f"{count} experts {growth[count]['seconds'] / growth[least]['seconds']:.1f} times" for count in sorted(growth)[1:4])
+    steps = ", ".join(
+        f"{count} experts {growth[count]['seconds'] / growth[least]['seconds']:.1f} times"
+        for count in sorted(growth)[1:4]
+    )
     few, labels = by_hand("superni", "2 experts"), by_hand("superni", "mops")
     return f"""## How many experts?
 
@@ -189,7 +203,9 @@ def which_kind() -> str:
     """Keys and values or hidden states; who sees them."""
     found = loaded("benchmarks/experts.json")
     lines = ["| experts | a step | kept for the backward pass |", "|---|---|---|"]
-    lines += [f"| {name} | {found['ratios'][name]:.2f} | {found['memory_ratios'][name]:.2f} |" for name in found["ratios"]]
+    lines += [
+        f"| {name} | {found['ratios'][name]:.2f} | {found['memory_ratios'][name]:.2f} |" for name in found["ratios"]
+    ]
     table = ["| | " + " | ".join(SETS.values()) + " |", "|---|" + "---|" * len(SETS)]
     for variant in ("mops", "mops shared half", "mops separate"):
         table.append(f"| {variant} | " + " | ".join(said(on(data, variant, "test")) for data in SETS) + " |")
@@ -274,31 +290,6 @@ smartmops report runs/choice
 each expert is used for, and answers side by side."""
 
 
-def claim(holds: bool, words: str) -> str:
-    """Words that results have to carry.
-
-    Raises:
-        ValueError: they no longer do, so the page has to be written anew by hand.
-    """
-    if not holds:
-        raise ValueError(f"the results no longer say {words!r}: read them, and change scripts/site/choosing.py")
-    return words
-
-
-def worded(ours: Sequence[float], other: Sequence[float]) -> str:
-    """How the first mean lies to the second; `level with` where they differ by less than either's spread."""
-    percent = change(ours, other)
-    spread = max((max(each) - min(each)) / 2 for each in (ours, other))
-    if abs(mean(ours) - mean(other)) <= spread:
-        return f"level with ({signed(percent)})"
-    return f"{abs(percent):.1f} % {'above' if percent > 0 else 'below'}"
-
-
-def means(data: str, part: str) -> dict[str, float]:
-    """Of each family, over seeds."""
-    return {name: mean(on(data, family(data, name), part)) for name in FAMILIES}
-
-
 def relative(part: str) -> list[tuple[str, Mapping[str, Sequence[float]]]]:
     """By data and method, perplexities on a part as a share of the frozen model's."""
     found: list[tuple[str, Mapping[str, Sequence[float]]]] = []
@@ -327,22 +318,41 @@ def experts() -> Drawing:
     lines = {}
     for data, label in (("superni", "six tasks that conflict"), ("dolly", "Dolly")):
         seven = mean(by_hand(data, "mops"))
-        lines[label] = [(count, mean(by_hand(data, name)) / seven) for count, name in zip((1, 2, 7, 14, 28), COUNTS, strict=True)]
-    return curves("Perplexity by number of experts (embedded base, three seeds)", "experts", "against seven experts", lines, log=True)
+        lines[label] = [
+            (count, mean(by_hand(data, name)) / seven) for count, name in zip((1, 2, 7, 14, 28), COUNTS, strict=True)
+        ]
+    return curves(
+        "Perplexity by number of experts (embedded base, three seeds)",
+        "experts",
+        "against seven experts",
+        lines,
+        log=True,
+    )
 
 
 def prompts() -> Drawing:
     """Perplexity by prompts of each expert."""
     lines = {label: [(count, mean(by_hand("dolly", f"{name}, {count} prompts an expert"))) for count in PROMPTS]
              for name, label in (("prompt-tuning", "ungated"), ("mops", "MoPs"))}  # fmt: skip
-    return curves("Perplexity by prompts of each of seven experts (embedded base, Dolly, one seed)", "prompts of an expert", "perplexity", lines, log=True)
+    return curves(
+        "Perplexity by prompts of an expert (embedded base, Dolly, one seed)",
+        "prompts of an expert",
+        "perplexity",
+        lines,
+        log=True,
+    )
 
 
 def injection() -> Drawing:
     """Perplexity by injection layer."""
     lines = {label: [(layer, mean(by_hand("dolly", f"{name} at layer {layer}"))) for layer in range(8)]
              for name, label in (("prompt-tuning", "ungated"), ("mops", "MoPs"))}  # fmt: skip
-    return curves("Perplexity by injection layer (embedded base of 8 layers, Dolly, one seed)", "injection layer, from 0", "perplexity", lines)
+    return curves(
+        "Perplexity by injection layer (embedded base of 8 layers, Dolly, one seed)",
+        "injection layer, from 0",
+        "perplexity",
+        lines,
+    )
 
 
 def compression() -> Drawing:

@@ -1,101 +1,100 @@
-"""docs/commands.md: every command and every option, as the parsers tell them. Knows the parsers; runs no command."""
+"""docs/commands.md: every command and every option, as the command line knows them. Runs no command."""
 
 from __future__ import annotations
 
-import argparse
-import re
-import warnings
-from collections.abc import Iterator
-from typing import Any
-
-import tyro
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from itertools import groupby
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from smartmops import cli
+from smartmops.settings.described import GROUPS, Described, described
+from smartmops.settings.examples import EXAMPLES
 
 PATH = "docs/commands.md"
-COLOURS = re.compile(r"\x1b\[[0-9;]*m|\[/?(?:dim|bold|italic|red|cyan|bright_red)(?: [a-z_]+)*\]")
-HELP = re.compile(r"^(?P<said>.*?)\s*\((?P<kind>default|required|optional|repeatable)(?::\s*(?P<value>.*?))?\)$", re.DOTALL)
 HEAD = """# Commands
 
-Written by `python scripts/site/write.py` from the parsers; a test says when it is stale. `smartmops COMMAND --help` shows the
-same. What each returns in Python is on [the page of the API](api.md).
+Written by `python scripts/site/write.py` from the command line's own tables; a test says when it is stale. `smartmops COMMAND --help`
+shows the same. Options may also stand in a YAML file that `--config` names; every run folder has one, and what is typed counts for
+more. The same in Python is on [the page of the API](api.md).
 """
 
 
 def files() -> dict[str, str]:
     """The page, by its path."""
     lines = [HEAD, "| command | what it does |", "|---|---|"]
-    parsers = {name: parser(name) for name in cli.COMMANDS}
-    lines += [f"| [`{name}`](#{name}) | {first(each)} |" for name, each in parsers.items()]
-    for name, each in parsers.items():
+    lines += [f"| [`{name}`](#{name}) | {escaped(paragraphs(each)[0])} |" for name, each in cli.COMMANDS.items()]
+    for name, each in cli.COMMANDS.items():
         lines += ["", *section(name, each)]
     return {PATH: "\n".join(lines) + "\n"}
 
 
-def parser(name: str) -> argparse.ArgumentParser:
-    """Of one command."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # tyro's, of the only way to a parser
-        return tyro.extras.get_parser(cli.COMMANDS[name], prog=f"smartmops {name}",
-                                      config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))  # fmt: skip
-
-
-def described(of: Any) -> list[str]:
-    """Paragraphs of the function's docstring up to its first heading such as `Args:`."""
-    text = re.split(r"\n\s*(?:Args|Returns|Raises):", of.__doc__ or "")[0]
+def paragraphs(of: Any) -> list[str]:
+    """Of a docstring, up to its first heading such as `Args:`."""
+    text = (inspect.getdoc(of) or "").split("Args:")[0].split("Returns:")[0]
     return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 
 
-def first(each: argparse.ArgumentParser) -> str:
-    """The first sentence of what a command says of itself."""
-    return described(cli.COMMANDS[each.prog.split()[1]])[0]
-
-
-def section(name: str, each: argparse.ArgumentParser) -> Iterator[str]:
-    """Heading, usage, what it does, and a table of options for each group of them."""
-    groups = [(group.title or "", [a for a in group._group_actions if a.dest != "help"])
-              for group in each._action_groups]  # fmt: skip
-    groups = [(title, actions) for title, actions in groups if actions]
-    named = [word(a) for _, actions in groups for a in actions if not a.option_strings]
-    needed = [f"{a.option_strings[-1]} {shape(a)}" for _, actions in groups for a in actions
-              if a.option_strings and told(a)["kind"] == "required"]  # fmt: skip
-    yield from (f"## {name}", "", "```text", " ".join([f"smartmops {name}", *named, *needed, "[options]"]), "```", "")
-    for paragraph in described(cli.COMMANDS[name]):
+def section(name: str, command: Callable[..., Any]) -> Iterator[str]:
+    """Heading, usage, what it does, options by group, examples."""
+    kind = get_type_hints(command).get("config")
+    options = list(described(kind)) if kind else list(of_function(command))
+    within = {each.name: subcommands(each.hint) for each in options}
+    typed = [each for each in options if not within[each.name]]
+    yield from (f"## {name}", "", "```text", usage(name, typed, bool(any(within.values()))), "```", "")
+    for paragraph in paragraphs(command):
         yield from (escaped(paragraph), "")
-    for title, actions in groups:
-        if len(groups) > 2 and title not in ("positional arguments", "options"):
-            yield from (f"**{title}**", "")
+    yield from tables(typed)
+    for word, each in (pair for found in within.values() for pair in found):
+        own = list(described(each))
+        yield from (f"### {name} RUN {word}", "", "```text", usage(f"{name} RUN {word}", own, False), "```", "")
+        yield from (escaped(paragraphs(each)[0]), "", *tables(own))
+    if EXAMPLES.get(name):
+        yield from ("```", *EXAMPLES[name], "```")
+
+
+def usage(name: str, options: list[Described], more: bool) -> str:
+    """How a command is called, with what it cannot do without."""
+    needed = [each.flag for each in sorted(options, key=lambda each: not each.positional) if each.required]
+    return " ".join(["smartmops", name, *needed, "COMMAND ..." if more else "[options]"])
+
+
+def subcommands(hint: Any) -> list[tuple[str, type]]:
+    """Words and configs of an option that is a choice of configs; empty for any other."""
+    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    parts = [get_args(each) for each in get_args(inner) if get_origin(each) is Annotated]
+    return [(part[1].name, part[0]) for part in parts if is_dataclass(part[0]) and isinstance(part[0], type)]
+
+
+def of_function(command: Callable[..., Any]) -> Iterator[Described]:
+    """The arguments of a command that has no config; their words are those of its docstring."""
+    said = dict(
+        line.split(":", 1) for line in (inspect.getdoc(command) or "").split("Args:")[-1].splitlines() if ":" in line
+    )
+    words = {name.strip(): text.strip() for name, text in said.items()}
+    hints = get_type_hints(command, include_extras=True)
+    for name, each in inspect.signature(command).parameters.items():
+        yield Described(name, None, words[name], hints[name], each.default)
+
+
+def tables(options: list[Described]) -> Iterator[str]:
+    """A table for each group of options, what is given by its place first."""
+    options = sorted(options, key=lambda each: not each.positional)
+    for group, members in groupby(options, key=lambda each: None if each.positional else each.group):
+        if group:
+            yield from (f"**{group.capitalize()}**: {GROUPS[group]}.", "")
         yield from ("| option | default | |", "|---|---|---|")
-        yield from (row(action) for action in actions)
+        yield from (row(each) for each in members)
         yield ""
 
 
-def row(action: argparse.Action) -> str:
+def row(each: Described) -> str:
     """One option: how it is typed, its default, what it is."""
-    found = told(action)
-    typed = word(action) if not action.option_strings else action.option_strings[-1]
-    value = "required" if found["kind"] == "required" else f"`{found['value']}`" if found["value"] else ""
-    values = shape(action)
-    choices = f" `{values}`" if action.option_strings and values else ""
-    return f"| `{typed}`{escaped(choices)} | {escaped(value)} | {escaped(found['said'])} |"
-
-
-def told(action: argparse.Action) -> dict[str, str]:
-    """What an option's help says, and its default apart."""
-    text = " ".join(COLOURS.sub("", str(action.help or "")).split())
-    match = HELP.match(text)
-    found = match.groupdict() if match else {"said": text, "kind": "", "value": ""}
-    return {name: value or "" for name, value in found.items()}
-
-
-def word(action: argparse.Action) -> str:
-    """A positional argument as it is typed."""
-    return COLOURS.sub("", str(action.metavar or action.dest.upper()))
-
-
-def shape(action: argparse.Action) -> str:
-    """Of an option's value: its type, or what can be chosen."""
-    return COLOURS.sub("", action.metavar if isinstance(action.metavar, str) else "").replace("{None}|", "None or ")
+    typed, _, value = each.flag.partition(" ")
+    default = each.ending.removeprefix("(").removesuffix(")").removeprefix("default: ")
+    shown = default if each.required else f"`{default}`" if default else ""
+    return f"| `{typed}`{escaped(f' `{value}`' if value else '')} | {escaped(shown)} | {escaped(each.help)} |"
 
 
 def escaped(text: str) -> str:

@@ -29,7 +29,9 @@ def layers() -> Drawing:
     sheet.arrow((left + width / 2, 136), (left + width / 2, 126))
     sheet.arrow((left + width / 2, 88), (left + width / 2, 62))
     sheet.text(left + width / 2, 54, "next token", size=14, anchor="middle")
-    sheet.box(18, 88, 168, 134, ["E experts", "P columns of keys and", "values in each of", "these layers"], colour=TEAL)
+    sheet.box(
+        18, 88, 168, 134, ["E experts", "P columns of keys and", "values in each of", "these layers"], colour=TEAL
+    )
     for y in (107, 155, 203):
         sheet.arrow((186, y), (left, y), colour=TEAL)
     sheet.box(490, 234, 172, 76, ["gate", "reads the mean of the", "instruction's states"], colour=AMBER)
@@ -49,9 +51,11 @@ def bias() -> Drawing:
     sheet.text(16, 24, sheet.title, size=15, weight="bold")
     logits = [0.9, 0.5, 0.8, 0.6, 0.7, 1.0, 1.1, 0.4, 0.8]
     gate = (0.90, 0.08, 0.02)
-    for across, (words, weights) in enumerate((("even gate, g = ⅓, ⅓, ⅓: ungated", (1 / 3,) * 3), ("g = 0.90, 0.08, 0.02", gate))):
+    for across, (words, weights) in enumerate(
+        (("even gate, g = ⅓, ⅓, ⅓: ungated", (1 / 3,) * 3), ("g = 0.90, 0.08, 0.02", gate))
+    ):
         left, floor = 30 + across * 330, 250
-        lifted = [e ** 1.0 for e in _exp(logits)]
+        lifted = [e**1.0 for e in _exp(logits)]
         lifted = [value * (3 * weights[i // 2] if i < 6 else 1) for i, value in enumerate(lifted)]
         total = sum(lifted)
         sheet.text(left, 58, words, size=14, weight="bold")
@@ -62,13 +66,15 @@ def bias() -> Drawing:
         for expert in range(3):
             sheet.text(left + expert * 64 + 28, floor + 20, f"expert {expert + 1}", size=12, anchor="middle")
         sheet.text(left + 14 + 6 * 32 + 44, floor + 20, "text", size=12, anchor="middle")
-    sheet.text(16, 300, "Height: attention weight of one query on each column. Logits are the same on both sides;", size=13)
+    sheet.text(
+        16, 300, "Height: attention weight of one query on each column. Logits are the same on both sides;", size=13
+    )
     sheet.text(16, 318, "to those of expert e, log(E·gₑ) is added. The numbers are made up.", size=13)
     return sheet
 
 
 def _exp(values: list[float]) -> list[float]:
-    return [2.718281828 ** value for value in values]
+    return [2.718281828**value for value in values]
 
 
 def mask() -> Drawing:
@@ -89,7 +95,12 @@ def mask() -> Drawing:
         sheet.text(left - 12, top + down * size + 20, name, size=13, anchor="end")
     sheet.text(left + 2 * size, top + 7 * size + 22, "experts", size=13, anchor="middle", colour=TEAL)
     sheet.text(left + 7.9 * size, top + 7 * size + 22, "text, causally", size=13, anchor="middle")
-    sheet.text(16, 350, "Rows are queries. Darker and lighter green: the gate gives expert 1 more weight than expert 2.", size=13)
+    sheet.text(
+        16,
+        350,
+        "Rows are queries. Darker and lighter green: the gate gives expert 1 more weight than expert 2.",
+        size=13,
+    )
     sheet.text(540, top + 40, "instructions", size=13)
     sheet.text(540, top + 57, "are read by the", size=13)
     sheet.text(540, top + 74, "base alone", size=13)
@@ -103,13 +114,21 @@ def null() -> Drawing:
     sheet = Drawing(680, 226, "Text like no training instruction is left to the base")
     sheet.text(16, 24, sheet.title, size=15, weight="bold")
     sheet.box(16, 96, 138, 52, ["instruction"], colour=INK)
-    sheet.box(204, 86, 186, 72, ["null weight ν", "distance to the nearest task,", "direction to other text"], colour=AMBER, size=12)
+    sheet.box(
+        204,
+        86,
+        186,
+        72,
+        ["null weight ν", "distance to the nearest task,", "direction to other text"],
+        colour=AMBER,
+        size=12,
+    )
     sheet.arrow((154, 122), (204, 122))
     for y, words, colour, label in ((44, ["bias log(E·g) + log(1 − ν)", "experts, a little dimmed"], TEAL, "ν below ½"),
                                     (140, ["no column is seen at all", "the base, bit for bit"], RED, "ν from ½ on")):  # fmt: skip
         sheet.box(458, y, 206, 60, words, colour=colour, size=13)
         sheet.arrow((390, 122), (424, 122), (424, y + 30), (458, y + 30))
-        sheet.text(394, y + 30 + (-8 if y < 100 else 20), label, size=12, style="italic")
+        sheet.text(386, y + 30 + (-8 if y < 100 else 20), label, size=12, style="italic")
     return sheet
 
 
@@ -119,7 +138,7 @@ def flow() -> Drawing:
         (["Do the same words call for", "different answers by task?"], "no", ["one LoRA, or one prompt", "--method lora | prompt-tuning"]),
         (["Must other text stay as the", "base has it, or tasks share", "one batch?"], "no", ["try both: smartmops compare", "one LoRA may be ahead"]),
         (["Do rows name their task?"], "no", ["--gate-pretraining clusters", "--experts N: kinds you expect"]),
-        (["Are there more tasks", "than seven, or fewer?"], "yes", ["--experts N", "one for each task"]),
+        (["Are there other than", "seven tasks?"], "yes", ["--experts N", "one for each task"]),
         (["Do data stay at", "several places?"], "yes", ["smartmops federate", "--aggregation expert-weighted"]),
         (["Is the base too large", "for the machine?"], "yes", ["smartmops compress", "--int8, or --nf4"]),
     ]  # fmt: skip
@@ -134,5 +153,7 @@ def flow() -> Drawing:
         on = "yes" if ends else "either way" if number > 2 else "yes, or then"
         sheet.arrow((152, y + 66), (152, y + 92), label=on)
     y = 46 + 92 * len(steps)
-    sheet.box(20, y, 640, 44, ["smartmops train MODEL --data DATA --out RUN, with what was collected; the rest are the defaults"], colour=BLUE, size=13)
+    sheet.box(
+        20, y, 640, 44, ["smartmops train MODEL --data DATA --out RUN, with what was collected"], colour=BLUE, size=13
+    )
     return sheet

@@ -1,9 +1,9 @@
-"""Numbers of the results files of the repository, by what they are of. Knows where files lie; draws and words nothing."""
+"""Numbers of the results files of the repository, by what they are of. Knows where files lie; draws nothing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -40,12 +40,16 @@ def family(data: str, name: str) -> str:
         return name
     known = {each: seeds for each, seeds in found.items() if each.split(" rate ")[0] == name}
     most = max(len(seeds) for seeds in known.values())
-    return min((each for each in known if len(known[each]) == most), key=lambda each: mean(on(data, each, "validation")))
+    return min(
+        (each for each in known if len(known[each]) == most), key=lambda each: mean(on(data, each, "validation"))
+    )
 
 
 def on(data: str, variant: str, part: str) -> list[float]:
     """Perplexities of a variant on `test`, `validation`, `unseen` or `unrelated`, by seed."""
-    return [cell["measured"][part]["overall"] for _, cell in sorted(real(data)[variant].items()) if part in cell["measured"]]
+    return [
+        cell["measured"][part]["overall"] for _, cell in sorted(real(data)[variant].items()) if part in cell["measured"]
+    ]
 
 
 @cache
@@ -99,3 +103,28 @@ def pruned(method: str, setting: str, key: str = "perplexity") -> list[float]:
     """Perplexities on held-out Wikipedia text of the pruned embedded base, by draw of calibration text."""
     return [cell[key] for name, cell in sorted(loaded("experiments/compression/results.json")["wiki"].items())
             if name.startswith(f"{method}/{setting}/") and key in cell]  # fmt: skip
+
+
+def claim(holds: bool, words: str) -> str:
+    """Words that results have to carry.
+
+    Raises:
+        ValueError: they no longer do, so the page has to be written anew by hand.
+    """
+    if not holds:
+        raise ValueError(f"the results no longer say {words!r}: read them, and change scripts/site/choosing.py")
+    return words
+
+
+def worded(ours: Sequence[float], other: Sequence[float]) -> str:
+    """How the first mean lies to the second; `level with` where they differ by less than either's spread."""
+    percent = change(ours, other)
+    spread = max((max(each) - min(each)) / 2 for each in (ours, other))
+    if abs(mean(ours) - mean(other)) <= spread:
+        return f"level with ({signed(percent)})"
+    return f"{abs(percent):.1f} % {'above' if percent > 0 else 'below'}"
+
+
+def means(data: str, part: str, families: Iterable[str]) -> dict[str, float]:
+    """Of each family, over seeds."""
+    return {name: mean(on(data, family(data, name), part)) for name in families}

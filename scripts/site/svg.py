@@ -116,9 +116,11 @@ def rows(title: str, axis: str, found: Sequence[tuple[str, Mapping[str, Sequence
     return drawing
 
 
-def curves(title: str, across: str, up: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, log: bool = False) -> Drawing:
+def curves(
+    title: str, across: str, up: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, log: bool = False
+) -> Drawing:
     """Values over a number; each line a series, points marked, every x that occurs labelled."""
-    left, right, top, bottom = 78, 640, 78, 300
+    left, right, top, bottom = 78, 640, 82, 300
     drawing = Drawing(680, 356, title)
     colours = _legend(drawing, list(lines))
     xs = sorted({x for of in lines.values() for x, _ in of})
@@ -142,7 +144,7 @@ def curves(title: str, across: str, up: str, lines: Mapping[str, Sequence[tuple[
         for point in of:
             drawing.dot(*place(*point), colour)
     drawing.text((left + right) / 2, bottom + 40, across, size=13, anchor="middle")
-    drawing.text(left - 60, top - 12, up, size=13)
+    drawing.text(left, top - 6, up, size=12, colour="#5d666e")
     return drawing
 
 

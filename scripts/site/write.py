@@ -1,7 +1,7 @@
 """Write every page and drawing of docs/ that is made from something else: parsers, results files, code.
 
-    python scripts/site/write.py            write those that changed, and say which
-    python scripts/site/write.py --check    write nothing; exit status 1 and their names where some are stale
+python scripts/site/write.py            write those that changed, and say which
+python scripts/site/write.py --check    write nothing; exit status 1 and their names where some are stale
 """
 
 from __future__ import annotations

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import re
+import runpy
 import shlex
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-import tyro
+from typing import get_type_hints
 
 from smartmops import cli
+from smartmops.checks.limits import typed
+from smartmops.settings.described import described
 
 ROOT = Path(__file__).resolve().parents[2]
+subcommands = runpy.run_path(str(ROOT / "scripts/site/commands.py"))["subcommands"]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md", *(ROOT / "docs").glob("*.md"))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "examples/README.md",
+        *(ROOT / "docs").glob("*.md"),
+    )
     if path.name != "commands.md"  # written from the parsers themselves
 )
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Parsed here, and run by the tests of their own rooms: they need other machines, processes, a GPU's time, or hours.
 ELSEWHERE = {
     "quickstart": "tests/test_cli.py, at small size", "federate-server": "tests/deployment", "federate-client": "tests/deployment",
-    "serve": "tests/serving; its client is run below", "reproduce": "tests/reproduce", "bench": "tests/bench",
+    "serve": "tests/serving; its client is run below", "reproduce": "tests/reproduce", "bench": "tests/bench", "export": "tests/handover", "push": "tests/handover",
+    "python": "tests/docs/test_examples.py, or tests/handover",
     "flower-simulation": "tests/flower", "noise-multiplier": "tests/federated", "torchrun": "the tests of parallel training",
     "accelerate": "the tests of parallel training",
 }  # fmt: skip
 TRAINED = ["--steps", "2", "--batch-size", "4", "--samples-per-task", "0", "--dtype", "float32"]
 SMALL = {
     "train": TRAINED, "compare": [*TRAINED, "--seeds", "0", "--shots", "1"],
-    "federate": ["--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--limit", "40", "--clients-per-round", "2",
+    "federate": ["--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--limit", "40", "--clients-per-round", "2", "--skip-empty",
                  "--dtype", "float32"],
     "generate": ["--max-new-tokens", "2"], "inspect": ["--max-new-tokens", "2"],
     "compress": ["--sequences", "2", "--sequence-length", "32"],
 }  # fmt: skip
 WORDS = {"MODEL": "tiny", "smollm2": "tiny", "DATA": "yours.jsonl", "big.jsonl": "yours.jsonl", "office": "yours.jsonl",
-         "RUN": "runs/other", "DIR": "kept"}  # fmt: skip
+         "RUN": "runs/other", "DIR": "./kept"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,9 @@ class Block:
     @property
     def synopsis(self) -> bool:
         """Whether it lists what can be typed rather than showing what to type."""
-        return bool(re.search(r"\[--|\.\.\.$", self.text, re.MULTILINE)) and self.page == "README.md"
+        return (
+            bool(re.search(r"\[--|\.\.\.$", self.text, re.MULTILINE)) and self.page == "README.md" and not self.language
+        )
 
 
 @cache
@@ -75,23 +85,25 @@ def shell() -> Iterator[tuple[Block, str]]:
 
 
 @cache
-def parser(command: str) -> argparse.ArgumentParser:
-    """Of one command, which reads a line and runs nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return tyro.extras.get_parser(cli.COMMANDS[command], config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
-
-
-@cache
 def options(command: str) -> dict[str, list[str]]:
     """Options of a command, and the words that each takes if it takes only some."""
-    return {option: list(map(str, action.choices or ())) for action in parser(command)._actions
-            for option in action.option_strings}  # fmt: skip
+    kind = get_type_hints(cli.COMMANDS[command]).get("config")
+    if kind is None:
+        return {f"--{name}": [] for name in inspect.signature(cli.COMMANDS[command]).parameters}
+    found: dict[str, list[str]] = {"--config": [], "--help": []}
+    for each in (kind, *(own for option in described(kind) for _, own in subcommands(option.hint))):
+        for option in described(each):
+            flag, _, words = option.flag.partition(" ")
+            found[flag] = re.findall(r"[\w.-]+", words) if words.startswith("{") else []
+            found[typed(option.name)] = found[flag]
+    return found
 
 
 def small(line: str) -> list[str]:
     """The words behind `smartmops`, at a size for tests: a line's own sizes give way to ours."""
-    command, *words = shlex.split(line[line.index("smartmops ") :].replace(" ... ", " MODEL --data DATA --out RUN "))[1:]
+    command, *words = shlex.split(line[line.index("smartmops ") :].replace(" ... ", " MODEL --data DATA --out RUN "))[
+        1:
+    ]
     words = [WORDS.get(word, word) for word in words]
     for option in [each for each in SMALL.get(command, []) if each.startswith("--")]:
         if option in words:

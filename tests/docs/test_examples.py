@@ -86,7 +86,12 @@ def test_a_server_that_is_asked(play: Play, place: Path, monkeypatch: pytest.Mon
 
 def test_the_notebook(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(place)
-    for name, value in (("MODEL", "tiny"), ("STEPS", "2"), ("OUT", "tour"), ("DATA", str(EXAMPLES / "data/support.jsonl"))):
+    for name, value in (
+        ("MODEL", "tiny"),
+        ("STEPS", "2"),
+        ("OUT", "tour"),
+        ("DATA", str(EXAMPLES / "data/support.jsonl")),
+    ):
         monkeypatch.setenv(name, value)
     cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
     scope: dict[str, object] = {}

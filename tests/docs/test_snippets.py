@@ -43,7 +43,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("openai", reason="OpenAI's client asks the server")
     pytest.importorskip("fastapi", reason="serving is an extra")
     from served import serving
-
     from smartmops.serving.answering import Answerer
 
     out = tmp_path_factory.mktemp("served") / "run"
