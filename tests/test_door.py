@@ -89,7 +89,7 @@ def test_unknown_options_name_the_nearest_known_one(tmp_path: Path) -> None:
 
 
 def test_every_command_that_returns_results_has_its_function() -> None:
-    names = {"data": "preview"}
+    names = {"data": "preview", "experts": "list_experts"}
     other = {"quickstart", "federate-keys", "federate-server", "federate-client", "report", "reproduce", "bench",
              "serve"}  # fmt: skip
     there = {*dir(door), *dir(sm.LoadedRun)}

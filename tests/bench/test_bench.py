@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from smartmops.bench.ratios import TARGETS, bench, sides
-from smartmops.bench.ratios import ratios as command
+from smartmops.bench import ratios as command
+from smartmops.bench import sides
+from smartmops.bench.ratios import TARGETS, bench
 from smartmops.bench.sides import BenchConfig, Lab, Side, alternate, rise, step_flops
 
 SMALL = dict(

@@ -14,7 +14,7 @@ from smartmops import cli
 from smartmops.checks.limits import Count, Limit, Number, Options, Rate, Several, check, hints_of
 from smartmops.options.training import TrainConfig
 
-FREE = {"hold_out", "context", "methods", "rates"}  # any words; a category, or the name of a table's line
+FREE = {"hold_out", "context", "methods", "rates", "do"}  # any words; a category, a table's line; a change has its own
 
 
 @dataclass

@@ -36,7 +36,7 @@ def last_word():  # registered first, so it comes last
 
 atexit.register(last_word)
 torch.set_num_threads(1)
-from smartmops.training import loop, ranks
+from smartmops.fitting import loop, ranks
 from smartmops.flow.trainer import TrainConfig, train
 
 settings, ill = json.loads(Path(sys.argv[1]).read_text())

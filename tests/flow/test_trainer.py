@@ -88,7 +88,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config: Make, tmp_p
     train(whole)
     source = (
         f"import json, os, pathlib, signal, sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
-        "from smartmops.training import loop\n"
+        "from smartmops.fitting import loop\n"
         "from smartmops.flow.trainer import TrainConfig, train\n"
         "values = json.loads(sys.argv[1]); values['out'] = pathlib.Path(values['out'])\n"
         "die_at, step = int(sys.argv[2]), loop.Trainer.training_step\n"

@@ -11,7 +11,7 @@ import io
 import textwrap
 import tokenize
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -62,7 +62,13 @@ class Described:
     @property
     def positional(self) -> bool:
         """Whether it is given by its place on the command line."""
-        return tyro.conf.Positional in _metadata(self.hint)
+        return self.nested or tyro.conf.Positional in _metadata(self.hint)
+
+    @property
+    def nested(self) -> bool:
+        """Whether it is one of several configs, chosen by a word that has options of its own."""
+        inner = get_args(get_args(self.hint)[0]) if get_origin(self.hint) is Annotated else get_args(self.hint)
+        return bool(inner) and all(_is_config(each) for each in inner)
 
     @property
     def required(self) -> bool:
@@ -72,7 +78,7 @@ class Described:
     @property
     def flag(self) -> str:
         """As it is typed, with a word for its value."""
-        word = _arg(self.hint, "metavar") or metavar(self.hint)
+        word = "ACTION" if self.nested else _arg(self.hint, "metavar") or metavar(self.hint)
         if self.positional:
             return word
         if word:
@@ -89,6 +95,10 @@ class Described:
             return ""
         shown = " ".join(map(str, self.default)) if isinstance(self.default, tuple) else self.default
         return f"(default: {shown})"
+
+
+def _is_config(hint: Any) -> bool:
+    return is_dataclass(get_args(hint)[0] if get_origin(hint) is Annotated else hint)
 
 
 @cache

@@ -43,4 +43,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "smartmops reproduce all --model smollm2 --budget 60 --out runs/paper",
     ),
     "bench": ("smartmops bench --out runs/bench", "smartmops bench --only train_vs_lora --out runs/lora"),
+    "export": (
+        "smartmops export runs/mine --format kv --out exports/kv",
+        "smartmops export runs/mine --format router --out exports/router",
+    ),
+    "push": ("smartmops push runs/mine me/my-experts --dry-run", "smartmops push runs/mine me/my-experts --private"),
+    "experts": (
+        "smartmops experts runs/mine list",
+        "smartmops experts runs/mine add --data new.jsonl --out runs/eight",
+        "smartmops experts runs/mine drop poetry --out runs/six",
+    ),
+    "advise": ("smartmops advise runs/mine --data new.jsonl",),
 }

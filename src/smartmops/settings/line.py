@@ -19,6 +19,7 @@ import tyro
 
 from smartmops.checks.errors import ConfigError
 
+from .described import described
 from .examples import EXAMPLES
 from .page import overview, page
 from .reading import options_of
@@ -46,7 +47,8 @@ def asked(commands: Mapping[str, Callable[..., Any]], words: Sequence[str]) -> t
         raise ConfigError(f"{name} is no command: {way_out}")
     command = commands[name]
     kind = get_type_hints(command).get("config")
-    if {"-h", "--help"} & set(rest):
+    acting = kind is not None and any(each.nested for each in described(kind)) and len(rest) > 2  # RUN ACTION --help
+    if {"-h", "--help"} & set(rest) and not acting:
         _shown(page(name, _said(command, whole=True), kind or command, EXAMPLES[name], kind is not None))
     if kind is None:
         call: Callable[[], Any] = parsed(lambda: tyro.cli(

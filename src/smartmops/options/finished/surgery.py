@@ -151,6 +151,7 @@ class ExpertsConfig(Options):
 
     run: Run  # run folder
     do: tyro.conf.OmitSubcommandPrefixes[Change]
+    """list, add, drop, merge, rename, freeze or calibrate; `experts RUN add --help` shows the options of one"""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the change."""
