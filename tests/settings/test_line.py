@@ -40,7 +40,7 @@ def test_the_page_of_train_has_groups_and_two_examples(capsys: pytest.CaptureFix
     page = shown(["train", "--help"], capsys)
     for group in ("run", "base", "data", "method", "experts", "gate", "preparation", "training", "rates", "validation"):
         assert f"\n{group}: {GROUPS[group]}\n" in page
-    assert len(EXAMPLES["train"]) == 2 and "--steps INT" in page and "(default: 1000)" in page
+    assert len(EXAMPLES["train"]) == 2 and "--steps INT" in page and "(default: 1000)" in " ".join(page.split())
 
 
 @pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
