@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
 from itertools import groupby
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from smartmops import cli
-from smartmops.settings.described import GROUPS, Described, described
+from smartmops.settings.described import GROUPS, Described, described, of_function, subcommands
 from smartmops.settings.examples import EXAMPLES
 
 PATH = "docs/commands.md"
@@ -58,24 +57,6 @@ def usage(name: str, options: list[Described], more: bool) -> str:
     """How a command is called, with what it cannot do without."""
     needed = [each.flag for each in sorted(options, key=lambda each: not each.positional) if each.required]
     return " ".join(["smartmops", name, *needed, "COMMAND ..." if more else "[options]"])
-
-
-def subcommands(hint: Any) -> list[tuple[str, type]]:
-    """Words and configs of an option that is a choice of configs; empty for any other."""
-    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    parts = [get_args(each) for each in get_args(inner) if get_origin(each) is Annotated]
-    return [(part[1].name, part[0]) for part in parts if is_dataclass(part[0]) and isinstance(part[0], type)]
-
-
-def of_function(command: Callable[..., Any]) -> Iterator[Described]:
-    """The arguments of a command that has no config; their words are those of its docstring."""
-    said = dict(
-        line.split(":", 1) for line in (inspect.getdoc(command) or "").split("Args:")[-1].splitlines() if ":" in line
-    )
-    words = {name.strip(): text.strip() for name, text in said.items()}
-    hints = get_type_hints(command, include_extras=True)
-    for name, each in inspect.signature(command).parameters.items():
-        yield Described(name, None, words[name], hints[name], each.default)
 
 
 def tables(options: list[Described]) -> Iterator[str]:

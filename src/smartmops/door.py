@@ -239,9 +239,7 @@ def _changed(module: str, name: str, run: str | Path, change: Change) -> dict[st
     """A change of a run's experts, once it is known that it can be made."""
     config = ExpertsConfig(run=Path(run), do=change)
     check_named(config)
-    act: Callable[..., dict[str, Any]] = getattr(import_module(f"smartmops.surgery.{module}"), name)
-    with named_in_python(config), translated(config):
-        return act(config.run, config.do)
+    return _run(f"surgery.{module}", name, config, config.run, config.do)
 
 
 def _made(kind: type[C], config: C | str | Path | None, options: dict[str, Any]) -> C:
@@ -288,10 +286,10 @@ def _near(name: str, names: set[str]) -> str:
     return f": {found[0]!r} is meant, perhaps" if found else f": choose from {', '.join(sorted(names))}"
 
 
-def _run(module: str, name: str, config: Options) -> dict[str, Any]:
-    """The function behind a command, imported now: it brings torch along."""
+def _run(module: str, name: str, config: Options, *given: Any) -> dict[str, Any]:
+    """The function behind a command, imported now: it brings torch along. It takes `given`, or else the config."""
     early = import_module("smartmops.flow.early")
-    run: Callable[[Options], dict[str, Any]] = getattr(import_module(f"smartmops.{module}"), name)
+    run: Callable[..., dict[str, Any]] = getattr(import_module(f"smartmops.{module}"), name)
     with named_in_python(config), translated(config):
         early.look_at(config)
-        return run(config)
+        return run(*(given or (config,)))

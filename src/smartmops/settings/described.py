@@ -10,11 +10,11 @@ import inspect
 import io
 import textwrap
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -67,8 +67,7 @@ class Described:
     @property
     def nested(self) -> bool:
         """Whether it is one of several configs, chosen by a word that has options of its own."""
-        inner = get_args(get_args(self.hint)[0]) if get_origin(self.hint) is Annotated else get_args(self.hint)
-        return bool(inner) and all(_is_config(each) for each in inner)
+        return bool(subcommands(self.hint))
 
     @property
     def required(self) -> bool:
@@ -81,9 +80,10 @@ class Described:
         word = "ACTION" if self.nested else _arg(self.hint, "metavar") or metavar(self.hint)
         if self.positional:
             return word
+        name = _arg(self.hint, "name") or self.name
         if word:
-            return f"{typed(self.name)} {word}"
-        return typed(f"no_{self.name}" if self.default is True else self.name)
+            return f"{typed(name)} {word}"
+        return typed(f"no_{name}" if self.default is True else name)
 
     @property
     def ending(self) -> str:
@@ -97,8 +97,15 @@ class Described:
         return f"(default: {shown})"
 
 
-def _is_config(hint: Any) -> bool:
-    return is_dataclass(get_args(hint)[0] if get_origin(hint) is Annotated else hint)
+def subcommands(hint: Any) -> list[tuple[str, type]]:
+    """Words and configs of an option that is a choice of configs; empty for any other."""
+    parts = [get_args(each) for each in get_args(_bare(hint)) if get_origin(each) is Annotated]
+    return [(part[1].name, part[0]) for part in parts if is_dataclass(part[0]) and isinstance(part[0], type)]
+
+
+def _bare(hint: Any) -> Any:
+    """A type without its limits."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 @cache
@@ -113,8 +120,19 @@ def described(kind: type) -> tuple[Described, ...]:
                 groups[name] = about
     order = [*GROUPS, None]
     found = [Described(field.name, groups.get(field.name), _arg(hints[field.name], "help") or words[field.name],
-                       hints[field.name], _default(field)) for field in fields(kind)]  # fmt: skip
+                       hints[field.name], default_of(field)) for field in fields(kind)]  # fmt: skip
     return tuple(sorted(found, key=lambda each: order.index(each.group)))
+
+
+def of_function(command: Callable[..., Any]) -> Iterator[Described]:
+    """The arguments of a command that has no config; their words are those of its docstring."""
+    said = dict(
+        line.split(":", 1) for line in (inspect.getdoc(command) or "").split("Args:")[-1].splitlines() if ":" in line
+    )
+    words = {name.strip(): text.strip() for name, text in said.items()}
+    hints = get_type_hints(command, include_extras=True)
+    for name, each in inspect.signature(command).parameters.items():
+        yield Described(name, None, words[name], hints[name], each.default)
 
 
 def metavar(hint: Any) -> str:
@@ -140,8 +158,7 @@ def _short(hint: Any) -> str:
 
 def choices(hint: Any) -> str:
     """What may be given for a type, as the end of a sentence."""
-    if get_origin(hint) is Annotated:
-        return choices(get_args(hint)[0])
+    hint = _bare(hint)
     if get_origin(hint) is Literal:
         return f"choose {listed(get_args(hint))}"
     return f"give {metavar(hint) or 'true or false'}"
@@ -157,7 +174,8 @@ def _arg(hint: Any, name: str) -> str | None:
     return next((each for each in found if isinstance(each, str)), None)
 
 
-def _default(field: Field[Any]) -> Any:
+def default_of(field: Field[Any]) -> Any:
+    """A fresh default of an option; `MISSING` where it has none."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 

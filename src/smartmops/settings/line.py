@@ -19,7 +19,7 @@ import tyro
 
 from smartmops.checks.errors import ConfigError
 
-from .described import described
+from .described import default_of, described
 from .examples import EXAMPLES
 from .page import overview, page
 from .reading import options_of
@@ -81,9 +81,8 @@ def _config(kind: type, name: str, words: list[str]) -> Any:
 
 def _default(option: Field[Any]) -> Any:
     """As the config has it, or tyro's mark of what has to be typed."""
-    if option.default_factory is not MISSING:
-        return option.default_factory()
-    return tyro.MISSING if option.default is MISSING else option.default
+    found = default_of(option)
+    return tyro.MISSING if found is MISSING else found
 
 
 def _file_in(words: list[str]) -> tuple[str | None, list[str]]:

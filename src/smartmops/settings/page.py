@@ -5,15 +5,14 @@ Knows how a page looks. Which commands there are, their examples say.
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
 
-from .described import GROUPS, Described, described
+from .described import GROUPS, Described, described, of_function
 
 LEFT, NARROW, WIDE = 27, 60, 110  # columns: where help begins; the least and the most a page is wide
 CONFIG = ("--config FILE", "read options from a YAML file; those that are typed here count for more")
@@ -39,7 +38,7 @@ def page(name: str, said: str, kind: type | Callable[..., Any], examples: tuple[
         examples: Command lines.
         from_file: Whether it takes `--config`.
     """
-    options = list(described(kind)) if isinstance(kind, type) else list(_of_function(kind))
+    options = list(described(kind)) if isinstance(kind, type) else list(of_function(kind))
     needed = " ".join(each.flag for each in sorted(options, key=lambda each: not each.positional) if each.required)
     lines = [*_wrapped(f"usage: smartmops {name} {needed} [options]".replace("  ", " ")), "", *_wrapped(said), ""]
     for each in options:
@@ -78,14 +77,3 @@ def _width() -> int:
 
 def _bold(text: str) -> str:
     return f"\x1b[1m{text}\x1b[0m" if sys.stdout.isatty() else text
-
-
-def _of_function(command: Callable[..., Any]) -> Iterator[Described]:
-    """Arguments of a function, as its docstring describes them."""
-    from inspect import signature
-    from typing import get_type_hints
-
-    said = dict(re.findall(r"^ {8}(\w+): (.*)$", command.__doc__ or "", re.MULTILINE))
-    hints = get_type_hints(command)
-    for name, parameter in signature(command).parameters.items():
-        yield Described(name, None, said[name], hints[name], parameter.default)
