@@ -23,7 +23,6 @@ from smartmops.progress.bars import track
 from smartmops.tokens.batches import Collator, Encoded
 from smartmops.tuner import MoPsConfig
 
-from .gating import close as close
 from .initial import initialise
 
 SINKS = 4  # tokens at the start of a text that attention rests on, whatever they say

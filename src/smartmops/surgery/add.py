@@ -24,8 +24,8 @@ from smartmops.tokens.batches import Encoded
 from . import grow
 from .adapter import claims, parts
 from .adapter.parts import Parts
-from .change import both, instructions_of
-from .subject import SEEN, Subject, fingerprints, some
+from .change import both
+from .subject import SEEN, Subject, fingerprints, instructions_of, some
 
 HELPS = 0.97  # of the perplexity that is had already: below it, a trial's new expert is worth having
 Columns = dict[str, Tensor]
@@ -55,10 +55,15 @@ def add(run: Path, config: AddConfig) -> dict[str, Any]:
     task = subject.task(config.data, config.columns, share=config.test_share, seed=config.seed)
     name = config.name or _named(task, config.data)
     parts.check_new(subject.parts, name)
-    scale = float(subject.parts.config.num_experts + 1)
-    start = grow.started(subject, instructions_of(task, SEEN), task, scale, config.seed)
-    columns, _ = grow.trained(subject, task, start, scale, config)
+    columns, scale = _trained(subject, task, config)
     return _with(subject, config, name, columns, scale, task)
+
+
+def _trained(subject: Subject, task: Task, trial: Trial) -> tuple[Columns, float]:
+    """A new expert's columns, from text of its task through training, and what its weight is multiplied by."""
+    scale = float(subject.parts.config.num_experts + 1)
+    start = grow.started(subject, instructions_of(task, SEEN), task, scale, trial.seed)
+    return grow.trained(subject, task, start, scale, trial)[0], scale
 
 
 def _look(data: str | None, columns: Sequence[str]) -> None:
@@ -85,7 +90,7 @@ def _with(subject: Subject, config: AddConfig, name: str, columns: Columns, scal
     claim = claims.never(len(subject.parts.tensors["mops_gate_mean"])) if rule is None else rule.claim
     after = parts.grown(subject.parts, name, columns, scale, claim)
     metrics, said = _measured(subject, after)
-    said = {"name": name, "rule": None if rule is None else {"sent": rule.sent, "taken": rule.taken}, "old": said}
+    said = {"name": name, "rule": None if rule is None else rule.shares(), "old": said}
     said["new"] = _new(subject, after, task, columns, scale)
     out = subject.write(after, config.out, f"experts add {name}", said | (more or {}), metrics)
     return said | (more or {}) | {"out": str(out)}
@@ -221,15 +226,13 @@ def advise(config: AdviseConfig) -> dict[str, Any]:
         if subject.own is not None and len(task.train) >= claims.FEWEST:
             rule = _rule(subject, task)
     told = {"gate": dict(zip(subject.parts.names, seen.mean(), strict=True)), "left_to_base": seen.left(),
-            "perplexity": found, "rule": None if rule is None else {"sent": rule.sent, "taken": rule.taken},
+            "perplexity": found, "rule": None if rule is None else rule.shares(),
             "examples": {"trained": len(task.train), "measured": len(rows)}}  # fmt: skip
     return {"advice": sentence(told, config.steps)} | told
 
 
 def _tried(subject: Subject, task: Task, rows: Sequence[Encoded], trial: Trial) -> float:
-    scale = float(subject.parts.config.num_experts + 1)
-    start = grow.started(subject, instructions_of(task, SEEN), task, scale, trial.seed)
-    columns, _ = grow.trained(subject, task, start, scale, trial)
+    columns, scale = _trained(subject, task, trial)
     return subject.measure(task, rows, parts.alone(subject.parts, columns, scale)).overall
 
 

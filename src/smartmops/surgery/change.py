@@ -22,7 +22,6 @@ from smartmops.options.finished.surgery import (
     MergeConfig,
     RenameConfig,
 )
-from smartmops.preparing.gating import draw
 from smartmops.tokens.batches import Encoded
 
 from . import grow
@@ -248,9 +247,3 @@ def calibrate(run: Path, config: CalibrateConfig) -> dict[str, Any]:
     said = {"threshold": at, "let_through": shares, "perplexity": _told(was, now)}
     out = subject.write(changed, config.out, "experts calibrate", said, metrics)
     return said | {"out": str(out)}
-
-
-def instructions_of(task: Task, count: int) -> list[Encoded]:
-    """Some of a task's training rows, as many of each category."""
-    tasks = sorted({row.category for row in task.train})
-    return [task.train[i] for i in draw([tasks.index(row.category) for row in task.train], count, 0)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from smartmops.checks.errors import DataError
@@ -28,11 +28,13 @@ from smartmops.flow.task import Task
 from smartmops.options.finished.surgery import Trial
 from smartmops.options.method import MethodConfig
 from smartmops.options.training import Schedule
+from smartmops.preparing import gating
 from smartmops.preparing.initial import initialise
+from smartmops.progress.bars import track
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import Encoded, pack
 
-from .adapter.parts import COLUMNS, Parts, alone, put, taken
+from .adapter.parts import COLUMNS, Parts, alone, moved, put, taken
 from .subject import Subject
 
 Columns = dict[str, Tensor]
@@ -50,13 +52,8 @@ def started(subject: Subject, rows: Sequence[Encoded], task: Task, scale: float,
     put(subject.model, alone(parts, empty, scale))
     initialise(subject.model, rows, task.collator, [0] * len(rows), seed)
     made = taken(subject.model)
-    found = {}
-    for name in COLUMNS:
-        unit = name[:-1] + "_size"
-        ratio = made.tensors[unit] / parts.tensors[unit].to(made.tensors[unit])
-        found[name] = made.tensors[name] * ratio[None, :, None, None]
     put(subject.model, parts)
-    return found
+    return moved(made.tensors, made, parts)
 
 
 def trained(subject: Subject, task: Task, columns: Columns, scale: float, trial: Trial) -> tuple[Columns, float]:
@@ -131,7 +128,7 @@ def _under(prompt: str, example: Example) -> Example:
 def _replies(subject: Subject, examples: Sequence[Example], tokens: int) -> list[str]:
     template = subject.template
     found: list[str] = []
-    for start in track(range(0, len(examples), AT_ONCE), "the base answers under the prompt", transient=True):
+    for start in track(range(0, len(examples), AT_ONCE), "the base answers under the prompt"):
         found += answer(subject.model, subject.tokenizer, examples[start : start + AT_ONCE], tokens, template)
     return found
 
@@ -158,7 +155,7 @@ def teacher(subject: Subject, rows: Sequence[Encoded]) -> list[Float[Tensor, "to
     """What the base predicts each answer's tokens from: its normed last hidden states, row by row."""
     tuner, found = subject.model.base_model, []
     with subject.model.disable_adapter():
-        for row in track(rows, "the base reads its answers", transient=True):
+        for row in track(rows, "the base reads its answers"):
             batch = {name: value.to(subject.model.device) for name, value in pack([row]).items()}
             found.append(tuner.predicting(batch)[0].cpu())
     return found
@@ -175,7 +172,7 @@ def distilled(
     optimiser = torch.optim.AdamW(trainable, lr=trial.relative_lr, weight_decay=0.0)
     generator, kept = torch.Generator().manual_seed(trial.seed), Kept()
     model.train()
-    for step in track(range(trial.steps), "distilling the prompt", transient=True):
+    for step in track(range(trial.steps), "distilling the prompt"):
         chosen = torch.randint(len(rows), (trial.batch_size,), generator=generator).tolist()
         _kl(model, task, chosen, targets).mean().backward()  # type: ignore[no-untyped-call]
         kept.clip(trainable, CLIP)
@@ -218,14 +215,15 @@ def _kl(model: Any, task: Task, chosen: Sequence[int], targets: Sequence[Tensor]
 def agreement(subject: Subject, rows: Sequence[Encoded], targets: Sequence[Tensor], parts: Parts | None) -> Agreement:
     """How near the base without the prompt (None), or under an adapter of one expert, is to the base with it."""
     model = subject.model
-    put(model, parts or replace(subject.parts, config=replace(subject.parts.config, null_threshold=0.0)))
+    put(model, parts or subject.parts)
     same, nats, count = 0.0, 0.0, 0
-    for row, target in zip(rows, targets, strict=True):
-        batch = {name: value.to(model.device) for name, value in pack([row]).items()}
-        mine = model.base_model.logits(model.base_model.predicting(batch)[0]).float()
-        theirs = model.base_model.logits(target.to(model.device)).float()
-        same += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
-        nats += float(F.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), reduction="sum", log_target=True))
-        count += len(target)
+    with gating.closed(model) if parts is None else nullcontext():
+        for row, target in zip(rows, targets, strict=True):
+            batch = {name: value.to(model.device) for name, value in pack([row]).items()}
+            mine = model.base_model.logits(model.base_model.predicting(batch)[0]).float()
+            theirs = model.base_model.logits(target.to(model.device)).float()
+            same += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
+            nats += float(F.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), reduction="sum", log_target=True))
+            count += len(target)
     put(model, subject.parts)
     return Agreement(same / count, nats / count)

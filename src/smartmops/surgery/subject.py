@@ -132,10 +132,7 @@ class Subject:
 
     def instructions(self) -> tuple[Sequence[Encoded], Float[Tensor, "n inputs"]]:
         """Some of the run's training rows, as many of each task, and what the gate reads of them."""
-        task = self.known()
-        tasks = sorted({row.category for row in task.train})
-        chosen = gating.draw([tasks.index(row.category) for row in task.train], SEEN, 0)
-        rows = [task.train[i] for i in chosen]
+        rows = instructions_of(self.known(), SEEN)
         return rows, self.read("own", rows)
 
     def held(self, part: str = "test") -> Sequence[Encoded]:
@@ -154,10 +151,9 @@ class Subject:
 
     def frozen(self, task: Task, rows: Sequence[Encoded]) -> Evaluation:
         """Perplexity of rows without any expert."""
-        put(self.model, replace(self.parts, config=replace(self.parts.config, null_threshold=0.0)))
-        found = task.evaluate(self.model, rows=rows)
         put(self.model, self.parts)
-        return found
+        with gating.closed(self.model):
+            return task.evaluate(self.model, rows=rows)
 
     def weights(self, rows: Sequence[Encoded], what: str, parts: Parts | None = None) -> Weights:
         """Who answers rows."""
@@ -245,6 +241,12 @@ def some(items: Sequence[Any], count: int) -> Sequence[Any]:
     if len(items) <= count:
         return items
     return take(items, sorted(random.Random(0).sample(range(len(items)), count)))
+
+
+def instructions_of(task: Task, count: int) -> list[Encoded]:
+    """Some of a task's training rows, as many of each category."""
+    tasks = sorted({row.category for row in task.train})
+    return [task.train[i] for i in gating.draw([tasks.index(row.category) for row in task.train], count, 0)]
 
 
 def fingerprints(run: Run) -> dict[str, str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -15,7 +13,7 @@ from smartmops.checks.errors import RunError, RunExists
 from smartmops.checks.folders import OutFolder, held_by
 from smartmops.checks.limits import Options, Text, listed
 
-from .serving import Run, experts_of
+from .serving import Run, adapter_config, experts_of
 
 Format = Literal["peft-prefix", "cartridge", "kv", "router"]
 PREFIXES = ("peft-prefix", "cartridge")  # that stand before every token in every layer
@@ -67,15 +65,6 @@ class PushConfig(Options):
     repo: Annotated[str, Repository(), tyro.conf.Positional, tyro.conf.arg(metavar="REPO")]  # owner/name on the hub
     private: bool = False  # where the repository is made
     dry_run: bool = False  # only list what would be pushed
-
-
-def adapter_config(run: Path) -> dict[str, Any]:
-    """What a run's adapter says of itself; empty where it cannot be read (who loads it says why)."""
-    try:
-        found = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 def uncarried(format: Format, adapter: dict[str, Any]) -> Iterator[str]:

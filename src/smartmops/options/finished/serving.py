@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -43,11 +43,20 @@ def keys_in(file: Path) -> list[str]:
 
 def experts_of(run: Path) -> list[str]:
     """Names of a run's experts, by number where it gave none; empty where its adapter has none."""
+    found = adapter_config(run)
+    try:
+        return list(found.get("expert_names") or [f"expert {i}" for i in range(found.get("num_experts") or 0)])
+    except TypeError:
+        return []  # who loads it says what is wrong
+
+
+def adapter_config(run: Path) -> dict[str, Any]:
+    """What a run's adapter says of itself; empty where it cannot be read (who loads it says why)."""
     try:
         found = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-        return list(found.get("expert_names") or [f"expert {i}" for i in range(found.get("num_experts") or 0)])
-    except (OSError, ValueError, AttributeError, TypeError):
-        return []  # who loads it says what is wrong
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 @dataclass(kw_only=True)

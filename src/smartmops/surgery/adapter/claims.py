@@ -30,6 +30,10 @@ class Fitted:
     sent: float  # share of the expert's own instructions
     taken: float  # share of the other experts'
 
+    def shares(self) -> dict[str, float]:
+        """What it does, without the rule."""
+        return {"sent": self.sent, "taken": self.taken}
+
 
 def never(inputs: int) -> Claim:
     """The rule of an expert that answers by name only."""
