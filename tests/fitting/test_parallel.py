@@ -123,7 +123,7 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(config: Make, 
     done, said = launch(tmp_path / "two", *taken, taken[0], replace(taken[0], resume=True))
     assert done.returncode == 0, done.stderr[-3000:]
     assert closed(tmp_path / "two") == ["closed"] * 2
-    assert [text.split(":")[0] for text in said[-2]] == ["FileExistsError"] * 2, "the second did not start it again"
+    assert [text.split(":")[0] for text in said[-2]] == ["RunExists"] * 2, "the second did not start it again"
     assert said.pop() == said[0] and said.pop(), "taken up again, a finished run is read"
     for (name, each), returned in zip(cases.items(), said, strict=True):
         alone = train(both(f"{name}-one", 6, **each))

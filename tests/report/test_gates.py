@@ -54,7 +54,8 @@ def test_own_weights_need_experts_named_after_tasks():
 
 
 def test_a_row_of_which_a_part_was_left_to_the_base_is_read() -> None:
-    table = tables({"experts": ["a", "b"], "after": {"qa": [0.3, 0.1], "chat": [0.0, 0.0]}})["after"]
+    table = tables({"experts": ["a", "b"], "left_to_base": True,
+                    "after": {"qa": [0.3, 0.1], "chat": [0.0, 0.0]}})["after"]  # fmt: skip
     assert table.weights["qa"] == (0.3, 0.1)
     assert entropy(table.weights["qa"]) == pytest.approx(entropy([0.75, 0.25])) and entropy(table.weights["chat"]) == 0
 
@@ -65,6 +66,7 @@ def test_a_row_of_which_a_part_was_left_to_the_base_is_read() -> None:
         ([1.0], r"gates\.json, after\.qa has 1 weights for 2 experts"),
         ([1.2, -0.2], "outside 0 to 1"),
         ([None, 1.0], "outside 0 to 1"),
+        ([0.5, 0.2], "sums to 0.7, not 1"),
         ([0.8, 0.6], "sums to 1.4, more than 1"),
     ],
 )

@@ -168,6 +168,9 @@ def test_bad_input_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         report([tmp_path / "none"], tmp_path)
     run = train(tmp_path / "run")
+    (run / "gates.json").write_text('{"experts": ["a"], "after": {"qa": [0.5]}}')
+    with pytest.raises(ValueError, match=r"run: gates\.json, after\.qa sums to 0\.5, not 1"):
+        report([run], tmp_path)
     (run / "gates.json").write_text('{"experts": ["a"], "after": {"qa": [1.5]}}')
     with pytest.raises(ValueError, match=r"run: gates\.json, after\.qa=\[1\.5\] has a weight outside 0 to 1"):
         report([run], tmp_path)

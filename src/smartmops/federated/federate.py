@@ -26,6 +26,7 @@ from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
 from smartmops.flow.task import Task
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE
+from smartmops.preparing import gating
 from smartmops.progress.bars import console
 from smartmops.runs.card import keep
 from smartmops.runs.folder import Run
@@ -228,7 +229,8 @@ def _finish(
     seen = [row for row in rows if "eval_perplexity" in row]
     if names := extra.pop("experts"):
         stages = {"before": seen[0], "during": seen[len(seen) // 2], "after": seen[-1]}
-        run.write_gates({"experts": names} | {stage: row["gates"] for stage, row in stages.items()})
+        about = {"experts": names, "left_to_base": gating.leaves(model)}
+        run.write_gates(about | {stage: row["gates"] for stage, row in stages.items()})
     if task.embedder is None and config.samples_per_task:
         run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template))
     keys = ("round", "bytes_up", "bytes_down", "clients_ok", "clients_failed", "failures", "left_out", "loss", "drift",

@@ -17,6 +17,7 @@ from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
 from smartmops.options.training import CompareConfig
+from smartmops.preparing import gating
 from smartmops.progress.bars import console
 from smartmops.runs.card import keep
 from smartmops.runs.folder import Run
@@ -140,7 +141,8 @@ def _one(
     result = evaluate(model, task.test, task.collator)
     if kept:
         keep(run, model, task.template)
-        run.write_gates({"experts": names, "before": before, "after": task.gates(model), "accuracy": accuracy})
+        run.write_gates({"experts": names, "before": before, "after": task.gates(model), "accuracy": accuracy,
+                         "left_to_base": gating.leaves(model)})  # fmt: skip
         if config.samples_per_task:
             run.write_samples(
                 samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template)

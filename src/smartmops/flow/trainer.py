@@ -114,7 +114,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
 
     def halfway() -> None:
         stages = {"experts": names, "before": before, "during": task.gates(model)}
-        run.write_gates(stages)
+        run.write_gates(stages | {"left_to_base": gating.leaves(model)})
 
     middle = (lambda: ranks.first_does(halfway)) if before else None
     with phases("train"):
@@ -178,7 +178,7 @@ def _gates(
     """Write what the gate does after training; how decided it is, where it is open."""
     weights = task.weights(model)
     stages = {"experts": names, "before": before, "after": task.mean_weights(weights)}
-    run.write_gates((run.read_gates() or {}) | stages)
+    run.write_gates((run.read_gates() or {}) | stages | {"left_to_base": gating.leaves(model)})
     return {"gate": task.choices(weights, names)} if is_open else {}
 
 

@@ -196,6 +196,12 @@ def closed(model: Any) -> Iterator[None]:
         config.null_threshold = before
 
 
+def leaves(model: Any) -> bool:
+    """Whether a part of the weight of some text may go to no expert, so that weights of experts sum to less than 1."""
+    config = model.base_model.layer().configs["default"]
+    return bool(config.null_expert or config.null_threshold <= 0)
+
+
 def close(model: Any) -> None:
     """Leave everything to the base: from now on the adapter answers as the frozen model does, bit for bit."""
     model.base_model.layer().configs["default"].null_threshold = 0.0

@@ -17,7 +17,7 @@ from typing import Any
 from smartmops.checks.errors import RunError
 
 STAGES = ("before", "during", "after")  # training of prompts and gate, in order of time
-_ROUNDING = 0.05  # how far above 1 a row of weights written in low precision may sum
+_ROUNDING = 0.05  # how far a row of weights written in low precision may sum from 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def tables(gates: Mapping[str, Any]) -> dict[str, GateTable]:
 
     Args:
         gates: `{"experts": [name], "before": {task: [weight per expert]}, "after": {...}}`; a stage may be missing.
+            With `left_to_base`, rows may sum to less than 1.
 
     Raises:
         RunError: A row has a weight too many or too few, a negative or missing weight, or does not sum to 1.
@@ -78,19 +79,21 @@ def tables(gates: Mapping[str, Any]) -> dict[str, GateTable]:
     experts = tuple(map(str, gates.get("experts", ())))
     found = {stage: gates[stage] for stage in STAGES if gates.get(stage)}
     order = list(dict.fromkeys(task for rows in found.values() for task in rows))
+    least = 0.0 if gates.get("left_to_base") else 1 - _ROUNDING
     return {
-        stage: GateTable(experts, {task: _checked(stage, task, rows[task], experts) for task in order if task in rows})
+        stage: GateTable(experts, {task: _checked(f"gates.json, {stage}.{task}", rows[task], experts, least)
+                                   for task in order if task in rows})
         for stage, rows in found.items()
-    }
+    }  # fmt: skip
 
 
-def _checked(stage: str, task: str, row: Sequence[float | None], experts: Sequence[str]) -> tuple[float, ...]:
-    where = f"gates.json, {stage}.{task}"
+def _checked(where: str, row: Sequence[float | None], experts: Sequence[str], least: float) -> tuple[float, ...]:
     if len(row) != len(experts):
         raise RunError(f"{where} has {len(row)} weights for {len(experts)} experts: write one weight per expert")
     weights = tuple(float(w) for w in row if w is not None and 0 <= w <= 1 + _ROUNDING)
     if len(weights) != len(row):
         raise RunError(f"{where}={list(row)} has a weight outside 0 to 1: write gate weights, not scores")
-    if math.fsum(weights) > 1 + _ROUNDING:
-        raise RunError(f"{where} sums to {math.fsum(weights):.3g}, more than 1: write the mean of softmax weights")
+    if not least <= (total := math.fsum(weights)) <= 1 + _ROUNDING:
+        short = "more than" if total > 1 else "not"
+        raise RunError(f"{where} sums to {total:.3g}, {short} 1: write the mean of softmax weights")
     return weights

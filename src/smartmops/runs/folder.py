@@ -249,7 +249,7 @@ class Run:
             write_text(file, _dump(dict(found)))
 
     def write_gates(self, gates: Mapping[str, Any]) -> None:
-        """Write mean gate weights: `{"experts": [name], "before": {task: [weight]}, "after": {task: [weight]}}`."""
+        """Write mean gate weights, as `report.gates.tables` takes them."""
         write_text(self.path / "gates.json", _dump(_plain(gates)))
 
     def write_evaluation(self, metrics: Mapping[str, Any]) -> None:
