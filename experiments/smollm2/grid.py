@@ -1,10 +1,11 @@
-"""Every cell of the ablation that has no result yet, by several processes at once, until the time is up. Resumable.
+"""Every cell of the ablation and of the questions that has no result yet, by several processes at once. Resumable.
 
     python experiments/smollm2/grid.py [--workers 14] [--minutes 60] [--base smollm2] [--sets mixture paper7 dolly]
 
-What decides comes first: the rates of every family, then three seeds of the default and of what it is compared with;
-then seed 0 of all others, and their seeds in the order of their perplexity on validation data. One process serves one
-data set, whose base and states its cells share.
+What decides comes first; then further seeds of the default and of what it is compared with; then seed 0 of all others,
+and their seeds in the order of their perplexity on validation data. A process begins with one of the sets in turn (a set
+named twice gets two of them), whose base and states its cells share, and goes on to the next where none is left. It
+begins no cell that would probably not end within --minutes.
 """
 
 from __future__ import annotations
@@ -17,28 +18,46 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (1, 2)
-FIRST = ("mops", "ungated", "lora rate 0.003", "mops shared half", "lora rate 0.001", "lora rate 0.01", "mops separate",
-         "mops gate rate 0.03", "mops rate 0.02", "mops rate 0.06", "ungated rate 0.02", "ungated rate 0.06")  # fmt: skip
-DECIDING = ("mops", "ungated", "mops shared half")  # and LoRA at the best of its rates
+MAIN = ("mixture", "paper7", "dolly")
+DECIDING = ("mops", "ungated", "mops shared half", "lora rate 0.003", "mops separate shared half from the first layer",
+            "activated lora", "one lora for each task", "oracle")  # fmt: skip
+FIRST = (
+    "mops", "ungated", "lora rate 0.003", "activated lora", "mops seen by all", "mops from the first layer",
+    "mops separate from the first layer", "mops separate seen by all", "mops seen by all from the first layer",
+    "mops separate seen by all from the first layer", "mops separate shared half from the first layer",
+    "mops 30 columns", "oracle", "one lora for each task", "mops top-1", "mops linear", "mops hidden states",
+    "mops gate by gradient", "mops without null", "uniform gate", "ungated seen by all", "ungated from the first layer",
+    "prefix tuning rate 0.01", "ia3 rate 0.01", "input prompts rate 0.03", "nearest cluster", "mops by clusters",
+    "paper's literal", "ungated separate", "mops first column frozen", "lora in all layers", "mops separate",
+    "mops shared half",
+)  # fmt: skip
+LABELS = ("wrong-10", "wrong-30", "split")  # whose labels alone differ from the mixture's
+GROWTH = ("mops top-2", "ungated 20 columns", "lora as 20 columns", "mops", "ungated", "lora rate 0.003")
 
 
 def cells(data: str) -> Iterator[tuple[str, int]]:
     """In order; what stands behind some of seed 0 depends on the results that are there when it is asked for."""
     from run import VARIANTS
 
-    yield "frozen", 0
-    yield from ((variant, 0) for variant in FIRST)
-    ranked = by_validation(data)
-    best = [name for name in ranked if name.startswith("lora")][:1]
-    yield from ((variant, seed) for variant in (*DECIDING, *best) for seed in SEEDS)
-    yield from ((variant, 0) for variant in VARIANTS)
-    yield from ((variant, seed) for variant in ranked for seed in SEEDS)
+    if data not in LABELS:
+        yield "frozen", 0
+    if data in MAIN:
+        yield from ((variant, 0) for variant in FIRST)
+        yield from ((variant, seed) for variant in DECIDING for seed in SEEDS)
+        yield from ((variant, 0) for variant in VARIANTS if "top-2" not in variant and " 20 columns" not in variant)
+        yield from ((variant, seed) for variant in by_validation(data) for seed in SEEDS)
+        return
+    if data in LABELS:
+        yield from ((variant, seed) for seed in (0, *SEEDS) for variant in ("mops", "one lora for each task"))
+        return
+    asked = GROWTH if data.startswith("growth") else ("mops", "ungated", "lora rate 0.003")
+    yield from ((variant, seed) for seed in (0, *SEEDS) for variant in asked)
 
 
 def by_validation(data: str) -> list[str]:
@@ -59,7 +78,13 @@ def claimed(data: str, variant: str, seed: int) -> bool:
     return True
 
 
-def work(data: str, base: str, until: float) -> None:
+def work(sets: Sequence[str], base: str, until: float) -> None:
+    """Cells that nobody else has begun, of one data set after another."""
+    for data in sets:
+        work_on(data, base, until)
+
+
+def work_on(data: str, base: str, until: float) -> None:
     """Cells of one data set that nobody else has begun, as long as another one will probably end in time."""
     import torch
     from run import Bench, file_of, run
@@ -91,14 +116,23 @@ def main() -> None:
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
-        work(chosen.worker, chosen.base, chosen.until)
+        first = chosen.sets.index(chosen.worker)
+        work([*chosen.sets[first:], *chosen.sets[:first]], chosen.base, chosen.until)
         return
     shutil.rmtree(HERE / "checkpoints" / "claims", ignore_errors=True)
     until = time.time() + 60 * chosen.minutes
-    processes = [
-        subprocess.Popen([sys.executable, __file__, "--worker", data, "--base", chosen.base, "--until", str(until)])
-        for data in islice(cycle(chosen.sets), max(chosen.workers, len(chosen.sets)))
+    own = [
+        sys.executable,
+        __file__,
+        "--base",
+        chosen.base,
+        "--until",
+        str(until),
+        "--sets",
+        *dict.fromkeys(chosen.sets),
     ]
+    first = islice(cycle(chosen.sets), chosen.workers)
+    processes = [subprocess.Popen([*own, "--worker", data]) for data in first]
     for process in processes:
         process.wait()
 
