@@ -26,6 +26,8 @@ def load(folder: Path) -> dict[str, Found]:
 
 
 def spread(values: list[float]) -> str:
+    if not values:
+        return ""  # the gate is told the task, so text of others cannot be asked
     if len(values) == 1:
         return f"{values[0]:.3g}" if values[0] < 100 else f"{values[0]:.0f}"
     return f"{mean(values):.2f} ± {stdev(values):.2f}"
@@ -119,6 +121,9 @@ def lines(found: dict[str, Found]) -> Iterator[str]:
 
 
 def write(folder: Path) -> None:
+    import questions
+
+    questions.write(folder, load(folder))
     found = {name: variants for name, variants in load(folder).items() if "frozen" in variants}
     found = {name: found[name] for name in SETS if name in found}
     picture(found, folder / "ablation.png")
