@@ -48,13 +48,18 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
         raise RunError(f"method {arguments['method']!r} is told which expert to use: it is a mark for tables, "
                        f"and its perplexity is in {config.run / 'metrics.json'}")  # fmt: skip
     return TrainConfig(
-        model=base_of(run), out=config.run, data=config.data or arguments["data"],
+        model=base_of(run), out=config.run, data=_named(config.data or arguments["data"]),
         data_seed=arguments.get("data_seed", arguments["seed"]),
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
         validation_share=0.0, template=template_of(run),
         columns=config.columns if config.data else tuple(arguments.get("columns", ())),
     )  # fmt: skip
+
+
+def _named(data: str | Sequence[str]) -> str | tuple[str, ...]:
+    """One name, or several as a config holds them."""
+    return data if isinstance(data, str) else tuple(data)
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
@@ -145,14 +150,14 @@ class LoadedRun:
         named = zip(self.experts, by_expert(weights, len(self.experts))[0].tolist(), strict=True)
         return dict(named), None if lost is None else float(lost[0])
 
-    def evaluate(self, data: str | None = None, **options: Any) -> dict[str, Any]:
+    def evaluate(self, data: str | Sequence[str] | None = None, **options: Any) -> dict[str, Any]:
         """Perplexity over response tokens, with the options of `smartmops.evaluate`; nothing is loaded again.
 
         Raises:
             UnknownOption: an option is unknown.
             RunError: an option is outside its limits, or the data cannot be read.
         """
-        config = EvaluateConfig(run=self.path, data=data, **options)
+        config = EvaluateConfig(run=self.path, data=data if data is None else _named(data), **options)
         check_named(config)
         return self._measured(config, _again(config, self._run))
 

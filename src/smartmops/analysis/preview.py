@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from smartmops.attention.packed import IGNORED
 from smartmops.base.names import local, readable
 from smartmops.checks.errors import DataError
+from smartmops.data.several import as_typed
 from smartmops.data.tasks import splits
 from smartmops.fitting.validation import hold_out
 from smartmops.flow.early import shape_of
@@ -102,7 +103,7 @@ def tokens(config: DataConfig, parts: Parts) -> dict[str, Any]:
     template = Template.of(config.template, tokenizer)
     rows, encodings = list[Encoded](), dict[str, Encoding]()
     for name, part in parts.items():
-        encodings[name] = _encoded(f"{config.data}, {name}", part, tokenizer, limit, template)
+        encodings[name] = _encoded(f"{as_typed(config.data)}, {name}", part, tokenizer, limit, template)
         rows += encodings[name].rows
     lost = Lost.of(limit, {name: (parts[name], own.kept, own.too_long) for name, own in encodings.items()})
     dropped = Counter(each.task for each in lost.examples)
@@ -112,7 +113,7 @@ def tokens(config: DataConfig, parts: Parts) -> dict[str, Any]:
     return {
         "max_length": limit.tokens,
         "tokens": {task: _numbers(own, dropped[task]) for task, own in by_task.items()},
-        "lost": list(lost.said(config.data)),
+        "lost": list(lost.said(as_typed(config.data))),
         "rendered": _rendered(rows, tokenizer, config.shown),
     }
 

@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from smartmops.base import load_base, local
 from smartmops.checks.errors import DataError
+from smartmops.data.several import as_typed
 from smartmops.data.tasks import splits
 from smartmops.evaluation.perplexity import Evaluation, evaluate
 from smartmops.experts.gate import by_expert
@@ -133,7 +134,7 @@ class Task:
             rows.append(encoding.rows)
             parts[name] = part, encoding.kept, encoding.too_long
         lost = Lost.of(limit, parts)
-        for said in lost.said(str(getattr(config, "clients_data", None) or config.data)):
+        for said in lost.said(as_typed(getattr(config, "clients_data", None) or config.data)):
             console.print(said, markup=False)
         return cls(base, tokenizer, rows[0], rows[1], kept[0], kept[1], collator, template, None, embedder,
                    config.activations, rows[2], limit=limit, held_out=held_out,

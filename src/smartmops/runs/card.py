@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from smartmops.base.builtin import BUILT_IN
 from smartmops.base.names import HUB_ID, local
+from smartmops.data.several import names_of
 from smartmops.rows.example import Example
 from smartmops.tokens.template import FILE, Template
 
@@ -91,7 +92,9 @@ def card(
         place: Where it is loaded from: this folder, or a repository of the hub.
     """
     named = str(config.get("base", "unknown"))
-    base, data = (shown_name(str(config.get(key, "unknown"))) for key in ("base", "data"))
+    base, data = (
+        " ".join(map(shown_name, names_of(config.get(key, "unknown")))) for key in ("base", "data")
+    )
     chat, opened = template.source is not None, template.words(template.parts([SHOWN]))
     licence, origin = licence_of(named), ORIGINS.get(named, named if base == named and "/" in named else None)
     file = f'open("{place}/{FILE}").read()' if place == PLACE else f'open(hf_hub_download("{place}", "{FILE}")).read()'

@@ -11,7 +11,7 @@ import tyro
 
 from smartmops.checks.folders import OutFile, near
 from smartmops.checks.limits import Count, Options, Seed, Share, Text, Whole
-from smartmops.options.training import Columns, Data, Model, Template, ValidationConfig
+from smartmops.options.training import Columns, Datas, Model, Template, ValidationConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ FinishedRun = Annotated[Path, RunFolder()]
 class DataConfig(Options, ValidationConfig):
     """What `train` would read of DATA."""
 
-    data: Annotated[Data, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    data: Annotated[Datas, tyro.conf.Positional, tyro.conf.arg(metavar="DATA...")]
     """data as for `train`; `evaluate` takes the run's test split by default"""
     model: Model | None = None  # model whose tokenizer and chat template are used; without one, texts are not tokenised
     columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
@@ -55,7 +55,7 @@ class EvaluateConfig(Options):
     """Perplexity of a run's adapter over response tokens, overall and per task; answers where asked for."""
 
     run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
-    data: Data | None = None  # data as for `train`; `evaluate` takes the run's test split by default
+    data: Datas | None = None  # data as for `train`; `evaluate` takes the run's test split by default
     columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
     max_length: Count | None = None  # tokens of an example; by default as in training
     batch_size: Count = 32  # examples in a batch
