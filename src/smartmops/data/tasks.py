@@ -64,7 +64,9 @@ TEXTS = pa.schema([
 ])  # fmt: skip
 
 
-def read(data: Names, *, keep_general_qa: bool = False, columns: Sequence[str] = ()) -> list[Example]:
+def read(
+    data: str | Path | Sequence[str | Path], *, keep_general_qa: bool = False, columns: Sequence[str] = ()
+) -> list[Example]:
     """Read what the command line calls DATA: one name, or a list of them.
 
     Rows have columns of one form: `instruction` and `response`; `instruction` and `output` (Alpaca); `prompt` and

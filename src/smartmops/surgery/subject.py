@@ -31,7 +31,7 @@ from smartmops.options.training import TrainConfig
 from smartmops.preparing import gating
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
-from smartmops.runs.card import keep
+from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
 from smartmops.states.instructions import instructions
 from smartmops.tokens.batches import Encoded, encode_all
@@ -213,7 +213,9 @@ class Subject:
         if metrics is not None:
             stale = ("perplexity", "perplexity_frozen", "tokens", "best", "answers", "gate", "interference", "examples")
             kept = {name: value for name, value in kept.items() if name not in stale} | dict(metrics)
-        run.write_metrics(kept | {"experts": parts_names(self.model), "change": dict(said)})
+        kept |= {"experts": parts_names(self.model), "change": dict(said)}
+        number(run, self.template, kept)
+        run.write_metrics(kept)
 
 
 @dataclass(frozen=True)
