@@ -227,7 +227,7 @@ def test_fewer_experts_are_fewer_bytes(config: Make, once: Once) -> None:
             "choose fewer --clients, a larger --dirichlet-alpha, more data, or",
         ),
         ({"method": "fedprompt", "aggregation": "expert-weighted"}, "expert-weighted"),
-        ({"expert_names": ("a", "c")}, "category 'b' is none of the expert_names"),
+        ({"expert_names": ("a", "c")}, "--expert-names a c lack category 'b'"),
         ({"noise_multiplier": 1.0, "aggregation": "median"}, "plain averaging"),
     ],
 )
