@@ -61,6 +61,20 @@ class EvaluateConfig(Options):
     batch_size: Count = 32  # examples in a batch
     answers: Whole = 0  # examples per task that both models answer, scored by ROUGE-L and exact match
     answer_tokens: Count = 48  # largest number of tokens of an answer
+    suite: Annotated[str, Text("a folder of task files, or a task's name")] | None = None
+    """tasks of EleutherAI's harness (extra lm-eval) to ask of base and run: a folder or file of its YAML, or a name"""
+    suite_limit: Count | None = None  # examples of each of these tasks, the first ones; all of them by default
+
+    def problems(self) -> Iterator[str]:
+        """Whether one thing is measured."""
+        given = {"--data": self.data, "--answers": self.answers or None, "--max-length": self.max_length}
+        for name, value in given.items():
+            if self.suite is not None and value is not None:
+                told = " ".join(value) if isinstance(value, tuple) else value
+                yield (f"{name} {told} is not of --suite {self.suite}, whose tasks bring texts and measures of their "
+                       "own: evaluate one after the other")  # fmt: skip
+        if self.suite_limit is not None and self.suite is None:
+            yield f"--suite-limit {self.suite_limit} is of tasks, and none are named: give --suite, or leave it away"
 
 
 @dataclass
