@@ -15,6 +15,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from smartmops.analysis.told import print_answers, print_data, print_suite
 from smartmops.checks.limits import Options, check
 from smartmops.ending import ending, quiet, unread
 from smartmops.options.bench import BenchConfig
@@ -79,7 +80,7 @@ def train_command(config: TrainConfig) -> dict[str, Any]:
     metrics = train(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     if "answers" in metrics:
-        _print_answers(metrics["answers"])
+        print_answers(metrics["answers"])
     if said := verdict(metrics):
         console.print(f"[bold yellow]{escape(said)}[/bold yellow]")
     return metrics
@@ -167,19 +168,25 @@ def data_command(config: DataConfig) -> dict[str, Any]:
     from smartmops.analysis.preview import preview
 
     found = preview(config)
-    _print_data(found)
+    print_data(found)
     return found
 
 
 def evaluate_command(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate a run; the numbers are also written to RUN/evaluation.json."""
+    """Evaluate a run on its test split, on other data, or on tasks of EleutherAI's harness.
+
+    The numbers are also written to RUN/evaluation.json.
+    """
     _ready(config)
     from smartmops.analysis.finished import evaluate
 
     metrics = evaluate(config)
+    if "suite" in metrics:
+        print_suite(metrics["suite"])
+        return metrics
     _print_perplexity({"adapted": metrics["perplexity"]})
     if "answers" in metrics:
-        _print_answers(metrics["answers"])
+        print_answers(metrics["answers"])
     return metrics
 
 
@@ -297,36 +304,6 @@ def _ready(config: Options) -> None:
     quiet()
 
 
-def _print_data(found: dict[str, Any]) -> None:
-    """Two tables with a line for each task; then repeated texts, and examples with what is trained on in brackets."""
-    table = Table("examples", *found["examples"])
-    for task, counts in found["tasks"].items():
-        table.add_row(escape(task) or "no task", *map(str, counts.values()))
-    table.add_section()
-    table.add_row("all", *map(str, found["examples"].values()))
-    console.print(table)
-    if "tokens" in found:
-        table = Table("tokens", "row", "longest", "answer", "longest", "shortened", "dropped")
-        for task, own in found["tokens"].items():
-            table.add_row(escape(task) or "no task", *(f"{value:g}" for value in own.values()))
-        console.print(table)
-        console.print(f"row and answer: median numbers of tokens; a row may have {found['max_length']}. A longer one "
-                      "loses the end of its context, and is dropped where that does not do.")  # fmt: skip
-    if found["sources"]:
-        console.print(f"sources: {found['sources']}")
-    again = found["repeated"]
-    console.print(f"training examples that stand twice: {again['train']}; with another answer: {again['answers']}; "
-                  f"questions also trained on: {again['test']} of the test split, {again['validation']} of the "
-                  "validation part")  # fmt: skip
-    for each in again["shown"]:
-        console.print(f"  {each['part']}: {each['text'][:100]!r}", markup=False)
-    for each in found.get("rendered", []):
-        console.rule(escape(each["task"]) or "no task")
-        console.print(f"{each['prompt']}⟦{each['answer']}⟧", markup=False, highlight=False)
-    if found.get("rendered"):
-        console.rule("trained on is what stands in ⟦ ⟧")
-
-
 def _print_comparison(metrics: dict[str, Any]) -> None:
     found = {name: {"overall": metrics["perplexity"][name], "per_task": metrics["per_task"][name]}
              for name in metrics["perplexity"]}  # fmt: skip
@@ -341,18 +318,6 @@ def _print_perplexity(found: dict[str, dict[str, Any]]) -> None:
         table.add_row(task, *(f"{values['per_task'][task]:.2f}" for values in found.values()))
     table.add_section()
     table.add_row("overall", *(f"[bold]{values['overall']:.2f}[/bold]" for values in found.values()))
-    console.print(table)
-
-
-def _print_answers(found: dict[str, Any]) -> None:
-    """Tasks down, scores of the frozen and the adapted model across."""
-    sides = (("frozen", found["frozen"]), ("adapted", found))
-    scores = [side[key] for key in ("rouge_l", "exact_match") for _, side in sides]
-    table = Table("answers", "", *(f"{words}, {name}" for words in ("ROUGE-L", "exact match") for name, _ in sides))
-    for task, count in found["count"].items():
-        table.add_row(task, str(count), *(f"{each['per_task'][task]:.3f}" for each in scores))
-    table.add_section()
-    table.add_row("overall", str(sum(found["count"].values())), *(f"[bold]{s['overall']:.3f}[/bold]" for s in scores))
     console.print(table)
 
 

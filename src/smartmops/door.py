@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from smartmops.checks.errors import UnknownOption
 from smartmops.checks.limits import Options, check_named, hints_of, named_in_python
@@ -267,16 +267,22 @@ def _complete(kind: type, options: dict[str, Any]) -> dict[str, Any]:
     needed = [name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
     if missing := [name for name in needed if name not in options]:
         raise UnknownOption(f"{kind.__name__} needs {' and '.join(missing)}: give {missing[0]}=...")
-    return {name: _as_path(kind, name, value) for name, value in options.items()}
+    return {name: _meant(kind, name, value) for name, value in options.items()}
 
 
-def _as_path(kind: type, name: str, value: Any) -> Any:
-    """A string where a path is meant is one."""
+def _meant(kind: type, name: str, value: Any) -> Any:
+    """A string where a path is meant is one, and so is a list where several values are meant."""
+    if isinstance(value, list) and _is_several(hints_of(kind)[name]):
+        return tuple(value)
     return Path(value) if isinstance(value, str) and _is_path(hints_of(kind)[name]) else value
 
 
 def _is_path(hint: Any) -> bool:
     return hint is Path or any(_is_path(each) for each in get_args(hint) if each is not str)
+
+
+def _is_several(hint: Any) -> bool:
+    return get_origin(hint) is tuple or any(_is_several(each) for each in get_args(hint))
 
 
 def _near(name: str, names: set[str]) -> str:

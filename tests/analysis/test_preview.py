@@ -60,8 +60,24 @@ def test_rows_that_do_not_fit_are_counted_and_none_at_all_is_an_error(file: Path
     long.write_text(file.read_text() + json.dumps({**rows()[0], "response": "word " * 100}) + "\n")
     found = preview(DataConfig(data=str(long), model="tiny", max_length=64, test_share=0.02, validation_share=0))
     assert sum(each["dropped"] for each in found["tokens"].values()) == 1
-    with pytest.raises(ValueError, match=r"rows are too long for --max-length 4 .*choose --max-length \d+"):
+    assert found["lost"] == []
+    said = rf"{file.name}, train: \d+ of \d+ rows are too long for --max-length 4 .*choose --max-length \d+"
+    with pytest.raises(ValueError, match=said):
         preview(DataConfig(data=str(file), model="tiny", max_length=4))
+
+
+def test_a_source_and_a_task_that_are_gone_are_told(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [{"instruction": f"Tell {i}", "response": "word " * 100, "category": "tales", "source": "grimm"}
+            for i in range(2)]  # fmt: skip
+    (tmp_path / "long.jsonl").write_text(file.read_text() + "".join(json.dumps(row) + "\n" for row in long))
+    found = data_command(DataConfig(data=str(tmp_path / "long.jsonl"), model="tiny", max_length=64, validation_share=0))
+    assert [each.partition(": ")[2].partition(": ")[0] for each in found["lost"]] == [
+        "nothing is left of task 'tales'", "nothing is left of task 'tales'", "nothing is left of source 'grimm'",
+    ]  # fmt: skip
+    told = " ".join(capsys.readouterr().out.split())
+    assert "nothing is left of source 'grimm': 2 of 2 rows are too long for --max-length 64" in told
 
 
 def test_what_stands_twice_is_found_without_regard_to_case_and_space() -> None:

@@ -102,14 +102,20 @@ def example(row: dict[str, str], source: str = "") -> Example:
     return Example(row["instruction"], "", row["response"], row["category"], source)
 
 
-def test_a_source_that_lost_all_its_rows_is_named_with_the_cause(held: Held) -> None:
+def test_a_source_that_lost_all_its_rows_is_named_with_the_cause(
+    held: Held, capsys: pytest.CaptureFixture[str]
+) -> None:
     berlin, rome = example(SHORT, "berlin"), example(SHORT, "rome")
     with pytest.raises(ValueError, match=r"^1 of 2 clients .* 'paris': 1 of 1 rows are too long for --max-length 96"):
         held(train=[berlin, example(LONG, "paris")], partition="source")
     with pytest.raises(ValueError, match=r"^1 of 2 clients .* 'rome': 1 of 1 rows are in the test split: give it more"):
         held(train=[berlin], test=[rome], partition="source")
+    with pytest.raises(ValueError, match=r"^1 of 2 clients .* 'rome': 2 of 2 rows are too long for --max-length 96"):
+        held(train=[berlin], test=[berlin, *[example(LONG, "rome")] * 2], partition="source")
     found = held(train=[berlin, example(LONG, "paris")], test=[berlin, rome], partition="source", skip_empty=True)
     assert (found.names, found.rows, found.table) == (["berlin"], [[0]], {"a": [1]})
+    told = " ".join(capsys.readouterr().out.split())
+    assert "nothing is left of source 'paris': 1 of 1 rows are too long" in told, "whoever skips it is told of it too"
 
 
 def test_rows_that_are_too_long_are_counted_where_too_few_are_shared_out(held: Held) -> None:

@@ -47,7 +47,7 @@ def extras() -> list[str]:
     part = (
         (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("[project.scripts]")[0]
     )
-    return re.findall(r"^(\w+) = ", part, re.MULTILINE)
+    return re.findall(r"^([\w-]+) = ", part, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tickets.csv").write_text(
         "question,answer,team\n" + "Is it open?,Yes.,desk\nWhere is it?,Here.,field\n" * 6
     )
+    (folder / "more.csv").write_text("instruction,response\n" + "Count to ten.,One two three.\n" * 14)
     (folder / "keys.txt").write_text("secret\n")
     return folder
 

@@ -104,6 +104,8 @@ def test_the_adapter_of_a_finished_run_gives_the_perplexity_it_reports(config: M
     model, tokenizer, _ = load_run(settings.out)
     task = Task.load(settings.central(), model, tokenizer)
     assert task.evaluate(model).overall == pytest.approx(metrics["perplexity"]["overall"], rel=1e-5)
+    card = (settings.out / "adapter" / "README.md").read_text()
+    assert f" {metrics['perplexity']['overall']:.2f} |\n\nOne run: rounds {settings.rounds}" in card
 
 
 @pytest.mark.parametrize("aggregation", ["uniform", "fedadam", "trimmed-mean", "median", "expert-weighted"])
@@ -225,7 +227,7 @@ def test_fewer_experts_are_fewer_bytes(config: Make, once: Once) -> None:
             "choose fewer --clients, a larger --dirichlet-alpha, more data, or",
         ),
         ({"method": "fedprompt", "aggregation": "expert-weighted"}, "expert-weighted"),
-        ({"expert_names": ("a", "c")}, "category 'b' is none of the expert_names"),
+        ({"expert_names": ("a", "c")}, "--expert-names a c lack category 'b'"),
         ({"noise_multiplier": 1.0, "aggregation": "median"}, "plain averaging"),
     ],
 )

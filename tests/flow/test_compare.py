@@ -28,6 +28,8 @@ def test_a_method_in_company_gets_what_it_gets_alone(config: Make, tmp_path) -> 
     for method in ("ungated", "mops"):
         assert metrics["perplexity"][method] == pytest.approx(sum(metrics["per_seed"][method]) / 2)
         assert len(metrics["seconds"][method]) == 2
+    told = (chosen.out / "adapter" / "README.md").read_text()
+    assert f"| {metrics['perplexity']['mops']:.2f} |\n\nMeans over seeds 0, 1" in told
 
 
 def test_a_pruned_base_is_kept_with_the_run_and_the_adapter_loads_on_it(config: Make) -> None:

@@ -96,7 +96,7 @@ def test_what_cannot_be_held_out_is_refused(config: Make, three_tasks: Path, tmp
     lone.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="--hold-out a is the only category"):
         Task.load(config(data=str(lone), hold_out="a"))
-    with pytest.raises(ValueError, match="method='oracle' is told the task, but 'c' is in no training example"):
+    with pytest.raises(ValueError, match="--method oracle is told the task, but 'c' is in no training example"):
         train(config(data=str(three_tasks), hold_out="c", method="oracle"))
 
 

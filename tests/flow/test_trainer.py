@@ -176,7 +176,9 @@ def test_more_tasks_than_experts_is_refused(config: Make, two_tasks: Path, tmp_p
     more = tmp_path / "three.jsonl"
     extra = {"instruction": "cherry", "response": "CCC", "category": "c"}
     more.write_text(two_tasks.read_text() + 5 * (json.dumps(extra) + "\n"))
-    with pytest.raises(ValueError, match="3 tasks for experts=2: choose experts=3, or gate_pretraining='clusters'"):
+    with pytest.raises(
+        ValueError, match="--experts 2, but there are 3 tasks: choose 3, or --gate-pretraining clusters"
+    ):
         train(config(data=str(more)))
 
 

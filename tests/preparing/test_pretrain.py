@@ -91,11 +91,11 @@ def test_without_categories_experts_are_meant_for_clusters(
 def test_labels_and_clusters_that_cannot_be_are_refused(task: Task) -> None:
     pooled = torch.randn(len(task.train), 4)
     nameless = [dataclasses.replace(row, category="") for row in task.train]
-    with pytest.raises(ValueError, match="no example has a category: add one, or choose 'clusters'"):
-        assign(nameless, pooled, 2, "labels", 0)
     with pytest.raises(
-        ValueError, match=r"category 'b' is none of the expert_names \['a', 'c'\]: name an expert for it"
+        ValueError, match="--gate-pretraining labels, but no example has a category: add one, or choose clusters"
     ):
+        assign(nameless, pooled, 2, "labels", 0)
+    with pytest.raises(ValueError, match=r"--expert-names a c lack category 'b': name an expert for it"):
         assign(task.train, pooled, 2, "labels", 0, given=("a", "c"))
     expert_of, names = assign(task.train, pooled, 3, "labels", 0, given=("b", "a"))
     assert names == ["b", "a", "expert 2"]

@@ -90,7 +90,7 @@ def test_a_kept_weight_that_is_not_renormalised_has_a_gradient() -> None:
 
 def test_who_is_told_the_task_cannot_answer_an_unknown_one(two_tasks: Path) -> None:
     config = TaskConfig(model="tiny", data=str(two_tasks), method="oracle", experts=1)
-    with pytest.raises(ValueError, match="2 tasks for experts=1: choose experts=2"):
+    with pytest.raises(ValueError, match="--experts 1, but there are 2 tasks: choose 2"):
         Task.load(config).told(config, 0)
 
 

@@ -105,6 +105,31 @@ def test_deleted_tables_and_pictures_come_back_byte_for_byte(config: Callable[..
 CENTRAL = {"methods": (), "bases": (), "steps": 3, "batch_size": 2}
 
 
+def test_columns_of_other_names_go_through_training_compression_and_tasks(
+    config: Callable[..., ReproduceConfig], mine: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in mine.read_text().splitlines()]
+    other = [{"asked": row["instruction"], "said": row["response"], "team": row["category"]} for row in rows]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    named = {"data": (f"mine={tmp_path / 'other.jsonl'}",), "methods": ("mops",),
+             "columns": ("instruction=asked", "response=said", "category=team")}  # fmt: skip
+    assert reproduce(config(**named)) == {"cells": 2, "missing": 0}
+    assert all(each["settings"]["columns"] == list(named["columns"]) for each in stored(tmp_path / "out").values())
+    unseen = config(**named | {"name": "unseen", "methods": ()})
+    assert plan_of(unseen, "unseen")._tasks(datas_of(unseen.data)[0]) == ["apple", "banana", "cherry"]
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    ((), "those of the tables have columns of their own"), (("office",), "office have columns of their own"),
+    (("own.jsonl", "x=superni"), "x=superni have columns of their own"),
+])  # fmt: skip
+def test_columns_of_data_that_come_with_the_package_are_refused_in_one_line(
+    config: Callable[..., ReproduceConfig], data: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^--columns response=answer: {said}: give --data of yours alone, or leave"):
+        reproduce(config(data=data, columns=("response=answer",)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, study in STUDIES.items() if name != "table6"])
 def test_a_users_own_file_goes_through_every_name(config: Callable[..., ReproduceConfig], name: str) -> None:

@@ -48,3 +48,41 @@ def test_the_card_names_folders_without_where_they_are(tmp_path: Path) -> None:
     told = card(template, {"base": str(tmp_path), "data": "/home/me/rows.jsonl", "method": "mops"})
     assert f"# mops on {tmp_path.name}\n" in told and "`rows.jsonl`" in told and "/home" not in told
     assert str(tmp_path) not in told
+
+
+def told(config: dict[str, Any], metrics: dict[str, Any]) -> str:
+    template = Template.of("plain", AutoTokenizer.from_pretrained(local("tiny")))
+    return card(template, {"base": "tiny", "data": "office", "method": "mops", **config}, metrics)
+
+
+def test_the_card_of_a_comparison_has_each_method_and_says_which_adapter_it_is() -> None:
+    tasks = {"frozen": {"a": 9.0, "b": 8.0}, "ungated": {"a": 6.0, "b": 7.0}, "mops": {"a": 5.0, "b": 4.0}}
+    metrics = {
+        "perplexity": {"frozen": 8.5, "ungated": 6.5, "mops": 4.5}, "per_task": tasks, "seeds": [3, 4],
+        "per_seed": {"frozen": [8.5], "ungated": [6.5, 6.5], "mops": [4.4, 4.6]}, "examples": {"train": 90, "test": 10},
+    }  # fmt: skip
+    config = {"command": "compare", "method": "prompt-tuning, mops", "arguments": {"steps": 40, "seed": 0}}
+    text = told(config, metrics)
+    assert "# mops on tiny" in text and "| task | frozen | ungated | mops |" in text
+    assert "| a | 9.00 | 6.00 | 5.00 |" in text and "| **overall** | 8.50 | 6.50 | 4.50 |" in text
+    assert ("Means over seeds 3, 4: steps 40, 90 examples to train on, 10 examples to test; this adapter is `mops` of "
+            "seed 3, 4.40 overall.") in text  # fmt: skip
+    one = told(config, metrics | {"seeds": [3], "per_seed": {"mops": [4.4]}})
+    assert "One seed, 3: steps 40" in one
+
+
+def test_the_card_of_a_federation_has_its_numbers_rounds_and_clients() -> None:
+    metrics = {
+        "perplexity": {"overall": 4.5, "per_task": {"": 4.5}}, "clients": 5, "examples": {"test": 10},
+        "perplexity_frozen": {"overall": 8.5, "per_task": {"": 8.5}},
+    }  # fmt: skip
+    arguments = {"rounds": 2, "local_steps": 3, "clients_per_round": 4, "seed": 1, "steps": 1000}
+    text = told({"command": "federate", "arguments": arguments}, metrics)
+    assert "| no task | 8.50 | 4.50 |" in text
+    said = "One run: rounds 2, local steps 3, clients per round 4, seed 1, 5 clients, 10 examples to test."
+    assert said in text and "steps 1000" not in text
+
+
+def test_a_card_without_numbers_claims_nothing() -> None:
+    assert "nothing else is claimed" in told({"command": "federate"}, {"clients": 3})
+    assert "nothing else is claimed" in told({"command": "compare"}, {})

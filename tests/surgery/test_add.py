@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,26 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 
 import smartmops as sm
 from smartmops.methods.baselines import load_run as opened
 from smartmops.serving.answering import Answerer, Settings
+from smartmops.surgery import told
 from smartmops.tokens.batches import prompts
 from smartmops.tokens.template import Template
 
 OLD = ("apple apple number 3.", "banana banana number 50.", "cherry cherry number 7.", "Something else entirely?")
 NEW = "date date number 40."
+GAINED = {"before": 9.0, "after": 4.0, "alone": 4.0, "frozen": 8.0, "rows": 3}
 Added = tuple[Path, dict[str, Any]]
+
+
+def said_of(found: dict[str, Any]) -> str:
+    """What a terminal shows of an expert that was added."""
+    console = Console(record=True, width=200, file=io.StringIO())
+    told._added(found, console)
+    return console.export_text()
 
 
 def logits(run: sm.LoadedRun, text: str) -> torch.Tensor:
@@ -116,6 +128,7 @@ def test_a_prompt_becomes_an_expert_that_answers_by_name(run: Path, tmp_path: Pa
                           answer_tokens=6, questions=30)  # fmt: skip
     assert found["rule"] is None and found["tokens_saved"] > 10
     assert found["agreement"]["nats"] < found["agreement_without"]["nats"]
+    assert "Nothing was gained" not in said_of(found)
     now = sm.load_run(tmp_path / "told")
     assert now.experts[-1] == "terse" and now.gate(OLD[0])["terse"] == 0.0
     now.generate(OLD[0], expert="terse", max_new_tokens=2)
@@ -143,3 +156,41 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     with pytest.raises(ValueError) as caught:
         sm.add_expert(run, out=tmp_path / "none", **options)
     assert said.replace("--", "") in str(caught.value) and not (tmp_path / "none").exists()
+
+
+def test_an_expert_of_a_prompt_has_the_base_s_answers_for_a_target_and_not_those_of_its_questions(
+    run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "terse.txt").write_text("Answer in capital letters.")
+    found = []
+    for answer in ("Yes.", "A much longer answer, which nobody gave."):
+        rows = [
+            {"instruction": f"{word} number {i}.", "response": answer} for i in range(6) for word in ("fig", "pear")
+        ]
+        (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found.append(sm.add_expert(run, prompt=str(tmp_path / "terse.txt"), inputs=str(tmp_path / "asked.jsonl"),
+                                   out=tmp_path / answer[:3], steps=2, answer_tokens=4, by_name=True))  # fmt: skip
+    for name in ("agreement", "agreement_without", "tokens_saved", "new"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-6), name
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({}, ""),
+    ({"new": GAINED | {"after": 9.0}}, "9.000 → 9.000 on new examples, the frozen base 8.000."),
+    ({"new": GAINED | {"after": 9.0}, "rule": None}, ""),
+    ({"new": GAINED | {"alone": 8.5}, "rule": None}, "9.000 → 8.500 on new examples, the frozen base 8.000."),
+    ({"new": GAINED | {"after": 9.0, "alone": 9.0}, "rule": None, "nats": (0.1, 0.4)}, ""),
+    ({"new": GAINED, "nats": (0.5, 0.4)}, "0.500 nats from the base under the prompt with the expert, 0.400 without it."),
+    ({"new": {}}, ""),
+])  # fmt: skip
+def test_a_gain_is_told_by_what_the_expert_was_to_learn(changes: dict[str, Any], said: str) -> None:
+    nats = changes.pop("nats", None)
+    found: dict[str, Any] = {
+        "name": "date", "old": {"before": 3.0, "after": 3.0, "untouched": 1.0}, "new": GAINED,
+        "rule": {"sent": 0.9, "taken": 0.0},
+    } | changes  # fmt: skip
+    if nats is not None:
+        after, before = ({"greedy": 0.5, "nats": value} for value in nats)
+        found |= {"agreement": after, "agreement_without": before, "questions": {"held out": 1}, "tokens_saved": 9}
+    text = said_of(found)
+    assert f"Nothing was gained: {said}" in text if said else "Nothing was gained" not in text

@@ -10,6 +10,7 @@ import torch
 
 from smartmops.checks.errors import DataError, RunError
 from smartmops.checks.limits import check_named
+from smartmops.evaluation import harness
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer
 from smartmops.evaluation.perplexity import evaluate as measured
@@ -30,31 +31,53 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Perplexity of a run's adapter over response tokens, on its test split or on other data.
 
     Returns:
-        `perplexity` {`overall`, `per_task`: {task: value}}, and `answers` where `config.answers` asks for some; the
-        same is written to RUN/evaluation.json.
+        `perplexity` {`overall`, `per_task`: {task: value}}, and `answers` where `config.answers` asks for some; with
+        `config.suite`, `suite` alone, as `evaluation.harness.measure` returns it. The same is written to
+        RUN/evaluation.json, and what a suite measured also into `suites` of RUN/metrics.json.
 
     Raises:
         RunNotFound: there is no finished run.
         RunError: its method is told which expert to use, or the data cannot be read.
+        DataError: there is no such suite.
+        MissingExtra: the harness of a suite is not installed.
     """
+    if config.suite is not None:
+        _check_free(Run.open(config.run))
+        suite = harness.load(config.suite)
+        return LoadedRun.open(config.run)._asked(config, suite)
     again = _again(config, Run.open(config.run))  # before the base, which may be large
     return LoadedRun.open(config.run)._measured(config, again, progress=True)
 
 
 def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
     """The data, and how they are read: those of the run, or others in the run's template."""
+    _check_free(run)
     arguments = run.config["arguments"]
-    if arguments.get("method") in TOLD:
-        raise RunError(f"method {arguments['method']!r} is told which expert to use: it is a mark for tables, "
-                       f"and its perplexity is in {config.run / 'metrics.json'}")  # fmt: skip
     return TrainConfig(
-        model=base_of(run), out=config.run, data=config.data or arguments["data"],
+        model=base_of(run), out=config.run, data=_named(config.data or arguments["data"]),
         data_seed=arguments.get("data_seed", arguments["seed"]),
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
         validation_share=0.0, template=template_of(run),
         columns=config.columns if config.data else tuple(arguments.get("columns", ())),
     )  # fmt: skip
+
+
+def _check_free(run: Run) -> None:
+    """Whether a run decides by itself which expert answers.
+
+    Raises:
+        RunError: it is told.
+    """
+    method = run.config["arguments"].get("method")
+    if method in TOLD:
+        raise RunError(f"method {method!r} is told which expert to use: it is a mark for tables, and its perplexity is "
+                       f"in {run.path / 'metrics.json'}")  # fmt: skip
+
+
+def _named(data: str | Sequence[str]) -> str | tuple[str, ...]:
+    """One name, or several as a config holds them."""
+    return data if isinstance(data, str) else tuple(data)
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
@@ -145,15 +168,18 @@ class LoadedRun:
         named = zip(self.experts, by_expert(weights, len(self.experts))[0].tolist(), strict=True)
         return dict(named), None if lost is None else float(lost[0])
 
-    def evaluate(self, data: str | None = None, **options: Any) -> dict[str, Any]:
+    def evaluate(self, data: str | Sequence[str] | None = None, **options: Any) -> dict[str, Any]:
         """Perplexity over response tokens, with the options of `smartmops.evaluate`; nothing is loaded again.
 
         Raises:
             UnknownOption: an option is unknown.
             RunError: an option is outside its limits, or the data cannot be read.
         """
-        config = EvaluateConfig(run=self.path, data=data, **options)
+        config = EvaluateConfig(run=self.path, data=data if data is None else _named(data), **options)
         check_named(config)
+        if config.suite is not None:
+            _check_free(self._run)
+            return self._asked(config, harness.load(config.suite))
         return self._measured(config, _again(config, self._run))
 
     def save(self, folder: str | Path) -> None:
@@ -180,6 +206,14 @@ class LoadedRun:
                 raise RunError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts)}")
             inputs["gate_weights"] = torch.tensor([[float(name == expert) for name in self.experts]])
         return answer(self.model, self.tokenizer, [example], max_new_tokens, self._template, **inputs)[0]
+
+    def _asked(self, config: EvaluateConfig, suite: harness.Suite) -> dict[str, Any]:
+        found = harness.measure(self.model, self.tokenizer, self._template, suite, config.batch_size,
+                                config.suite_limit, self._embedder)  # fmt: skip
+        self._run.write_evaluation({"suite": found})
+        kept = self._run.read_metrics()
+        self._run.write_metrics(kept | {"suites": kept.get("suites", {}) | {suite.name: found}})
+        return {"suite": found}
 
     def _measured(self, config: EvaluateConfig, again: TrainConfig, progress: bool = False) -> dict[str, Any]:
         task = Task.load(again, self.model, self.tokenizer)

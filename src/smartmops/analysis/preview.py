@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from smartmops.attention.packed import IGNORED
 from smartmops.base.names import local, readable
 from smartmops.checks.errors import DataError
+from smartmops.data.several import as_typed
 from smartmops.data.tasks import splits
 from smartmops.fitting.validation import hold_out
 from smartmops.flow.early import shape_of
@@ -23,7 +24,7 @@ from smartmops.options.finished.reading import DataConfig
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import Encoded, Encoding, NoneFits, Truncation, encode_all
 from smartmops.tokens.template import Template, check_template
-from smartmops.tokens.unfit import Limit
+from smartmops.tokens.unfit import Limit, Lost
 
 Parts = Mapping[str, Sequence[Example]]
 SHOWN = 3  # texts that stand twice, which are shown
@@ -35,7 +36,8 @@ def preview(config: DataConfig) -> dict[str, Any]:
     Returns:
         `examples` {part: count}, `tasks` {task: {part: count}}, `sources` (how many there are), `repeated` (see
         `repeated`); with a model also `max_length` in tokens, `tokens` {task: numbers of tokens and of examples that
-        are cut or dropped} and `rendered`, a list of {task, prompt, answer}, whose answer is what is trained on.
+        are cut or dropped}, `lost` (a sentence for each task of a part, and each source, that is dropped entirely) and
+        `rendered`, a list of {task, prompt, answer}, whose answer is what is trained on.
 
     Raises:
         DataError: the data cannot be read or rendered; the message names file, lines and way out.
@@ -99,28 +101,30 @@ def tokens(config: DataConfig, parts: Parts) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     limit = Limit(config.max_length, shape_of(Path(folder)).get("max_position_embeddings"))
     template = Template.of(config.template, tokenizer)
-    rows, dropped = list[Encoded](), Counter[str]()
-    for part in parts.values():
-        encoding = _encoded(part, tokenizer, limit, template)
-        rows += encoding.rows
-        dropped.update(part[index].category for index in encoding.too_long)
+    rows, encodings = list[Encoded](), dict[str, Encoding]()
+    for name, part in parts.items():
+        encodings[name] = _encoded(f"{as_typed(config.data)}, {name}", part, tokenizer, limit, template)
+        rows += encodings[name].rows
+    lost = Lost.of(limit, {name: (parts[name], own.kept, own.too_long) for name, own in encodings.items()})
+    dropped = Counter(each.task for each in lost.examples)
     by_task: dict[str, list[Encoded]] = {task: [] for task in sorted({row.category for row in rows} | set(dropped))}
     for row in rows:
         by_task[row.category].append(row)
     return {
         "max_length": limit.tokens,
         "tokens": {task: _numbers(own, dropped[task]) for task, own in by_task.items()},
+        "lost": list(lost.said(as_typed(config.data))),
         "rendered": _rendered(rows, tokenizer, config.shown),
     }
 
 
-def _encoded(part: Sequence[Example], tokenizer: Any, limit: Limit, template: Template) -> Encoding:
+def _encoded(name: str, part: Sequence[Example], tokenizer: Any, limit: Limit, template: Template) -> Encoding:
     if not part:
         return Encoding([], Truncation(), [])
     try:
         return encode_all(part, tokenizer, limit.tokens, template=template)
     except NoneFits as error:
-        raise DataError(limit.none_fits(error.lengths, len(part))) from error
+        raise DataError(f"{name}: {limit.none_fits(error.lengths, len(part))}") from error
 
 
 def _numbers(rows: Sequence[Encoded], dropped: int) -> dict[str, int | float]:

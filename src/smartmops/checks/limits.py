@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -204,11 +204,14 @@ def _wrong(hint: Any, value: Any) -> Iterator[tuple[Any, str]]:
     elif origin in (Union, types.UnionType):
         if value is not None or type(None) not in inner:
             kinds = [each for each in inner if each is not type(None)]
+            kinds = [each for each in kinds if _of_several(each) == isinstance(value, list | tuple)] or kinds
             answers = [list(_wrong(each, value)) for each in kinds]
             yield from [] if [] in answers else answers[0]
     elif origin is Literal:
         if value not in inner:
             yield value, f": choose {listed(inner)}"
+    elif origin is tuple and (isinstance(value, str) or not isinstance(value, Iterable)):
+        yield value, ": give a list"
     elif origin is tuple:
         for each in value:
             yield from _wrong(inner[0], each)
@@ -218,6 +221,11 @@ def _wrong(hint: Any, value: Any) -> Iterator[tuple[Any, str]]:
             yield from ((f"{key} {item}", said) for item, said in _wrong(inner[1], each))
     elif isinstance(hint, type) and not _is(hint, value):
         yield value, f": give {NAMES.get(hint, hint.__name__)}"
+
+
+def _of_several(hint: Any) -> bool:
+    """Whether a type is a list of values."""
+    return get_origin(get_args(hint)[0] if get_origin(hint) is Annotated else hint) is tuple
 
 
 NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "True or False"}

@@ -62,7 +62,7 @@ def client_task(config: TaskConfig, base: Any, tokenizer: Any, examples: Sequenc
 def _sources(task: Task) -> set[str]:
     """Of all examples, those included that are not trained on."""
     kept = {example.source for part in (task.train_examples, task.test_examples) for example in part}
-    return kept | {source for source, _ in task.too_long} | set(task.held_out)
+    return kept | {each.source for each in task.lost.examples} | set(task.held_out)
 
 
 def _by_source(task: Task, sources: set[str]) -> tuple[list[str], list[list[int]]]:
@@ -83,7 +83,7 @@ def _shared_out(config: FederateConfig, task: Task) -> tuple[list[str], list[lis
 
 def _note(task: Task) -> str:
     """How many rows there would be more, if they were not too long."""
-    lengths = [tokens for _, tokens in task.too_long]
+    lengths = task.lost.lengths(part="train")
     return f" ({task.limit.cause(lengths, len(lengths) + len(task.train))})" if lengths else ""
 
 
@@ -96,7 +96,7 @@ def _not_enough(config: FederateConfig, task: Task) -> str:
 
 def _left_out(config: FederateConfig, task: Task, name: str) -> str:
     """Why nothing is left of what a client holds, and the way out."""
-    lengths = [tokens for source, tokens in task.too_long if source == name]
+    lengths = task.lost.lengths(name)
     held, tested = task.held_out.get(name, 0), sum(example.source == name for example in task.test_examples)
     of, causes, ways = len(lengths) + held + tested, list[str](), list[str]()
     if lengths:

@@ -24,8 +24,10 @@ from smartmops.rows.faults import Faults
 from smartmops.rows.office import office
 from smartmops.rows.stored import store, take
 
+from .ahead import once, taken
 from .files import SUFFIXES, rows_of, unit_of
 from .forms import CATEGORY, examples_of
+from .several import BUILT_IN, Names, labelled, labels, names_of
 from .superni import is_task, read_superni, task_files
 
 log = logging.getLogger(__name__)
@@ -62,8 +64,10 @@ TEXTS = pa.schema([
 ])  # fmt: skip
 
 
-def read(data: str | Path, *, keep_general_qa: bool = False, columns: Sequence[str] = ()) -> list[Example]:
-    """Read what the command line calls DATA.
+def read(
+    data: str | Path | Sequence[str | Path], *, keep_general_qa: bool = False, columns: Sequence[str] = ()
+) -> list[Example]:
+    """Read what the command line calls DATA: one name, or a list of them.
 
     Rows have columns of one form: `instruction` and `response`; `instruction` and `output` (Alpaca); `prompt` and
     `completion`; `messages` or `conversations` (ShareGPT), each of whose answers becomes an example of its own.
@@ -74,19 +78,22 @@ def read(data: str | Path, *, keep_general_qa: bool = False, columns: Sequence[s
         data: `office`, `dolly`, `superni`, a file ending in .jsonl, .json, .csv, .tsv or .parquet, a
             Super-NaturalInstructions .json file or a folder of them, a folder of files (the training split where their
             names tell splits; else each file's name is the task of its rows that have none), one that `datasets` saved,
-            or a hub id.
+            or a hub id. Of several, each one's name is the task of its rows that have none, and the source likewise.
         keep_general_qa: Keep Dolly's eighth category, which the paper leaves out. Data count as Dolly's where they use
             its category names and no others.
-        columns: `FIELD=COLUMN` for columns of other names, such as `response=answer`.
+        columns: `FIELD=COLUMN` for columns of other names, such as `response=answer`; of several data, in each that
+            does not come with the package.
 
     Raises:
         DataError: There is no such data, or it cannot be read; the message names file, lines and way out.
     """
-    return list(_read(str(data), list, keep_general_qa, columns))
+    names = names_of(data)
+    how = keep_general_qa, tuple(columns)
+    return once((names, how), names, lambda: list(_all(names, list, *how)))
 
 
 def read_stored(
-    data: str | Path, folder: Path, *, keep_general_qa: bool = False, columns: Sequence[str] = ()
+    data: Names, folder: Path, *, keep_general_qa: bool = False, columns: Sequence[str] = ()
 ) -> Sequence[Example]:
     """`read`, one example after the other, into a memory-mapped file in `folder`: for data larger than memory.
 
@@ -97,7 +104,10 @@ def read_stored(
     def keep(examples: Iterable[Example]) -> Sequence[Example]:
         return store(examples, TEXTS, attrgetter(*TEXTS.names), restored, folder)
 
-    return _read(str(data), keep, keep_general_qa, columns)
+    names = names_of(data)
+    how = keep_general_qa, tuple(columns)
+    seen = taken((names, how), names)
+    return _all(names, keep, *how) if seen is None else keep(seen)
 
 
 def read_dolly(file: str | Path, *, keep_general_qa: bool = False) -> list[Example]:
@@ -175,7 +185,7 @@ def _goes_on(before: Example, example: Example) -> bool:
 
 
 def splits(
-    data: str | Path,
+    data: Names,
     limit: int | None = None,
     test: float = 0.1,
     seed: int = 0,
@@ -207,11 +217,29 @@ def sample(examples: Sequence[Example], n: int, seed: int = 0) -> Sequence[Examp
     return take(examples, sorted(random.Random(f"{seed} sample").sample(range(len(examples)), n)))
 
 
+def _all(
+    names: Sequence[str],
+    keep: Callable[[Iterable[Example]], Sequence[Example]],
+    keep_general_qa: bool,
+    columns: Sequence[str],
+) -> Sequence[Example]:
+    """What one name stands for; of several, all examples, each with its task and source."""
+    if len(names) == 1:
+        return _read(names[0], keep, keep_general_qa, columns)
+    if not names:
+        raise DataError("no data are named: give a file, a folder, a hub id, office, dolly or superni")
+    own = () if set(names) <= set(BUILT_IN) else BUILT_IN
+    return keep(
+        example for name, label in zip(names, labels(names), strict=True)
+        for example in labelled(_read(name, keep, keep_general_qa, () if name in own else columns), label)
+    )  # fmt: skip
+
+
 def _read(
     data: str, keep: Callable[[Iterable[Example]], Sequence[Example]], keep_general_qa: bool, columns: Sequence[str]
 ) -> Sequence[Example]:
     name = {"dolly": DOLLY_HUB}.get(data, data)
-    if columns and data in ("office", "dolly", "superni"):
+    if columns and data in BUILT_IN:
         raise DataError(f"--columns {' '.join(columns)}: {data} has columns of its own: leave the option away")
     if name == "office":
         return keep(office())

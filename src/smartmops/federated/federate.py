@@ -28,7 +28,7 @@ from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
 from smartmops.progress.bars import console
-from smartmops.runs.card import keep
+from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
 from smartmops.states.fingerprint import inputs_of, of_base
 from smartmops.tokens.template import Template
@@ -244,9 +244,11 @@ def _finish(
         "bytes_down": sum(row.get("bytes_down", 0) for row in rows),
         "clients_failed": sum(row.get("clients_failed", 0) for row in rows),
         "trainable_parameters": sum(value.numel() for value in state.arrays.values()),
+        "examples": {"test": len(task.test)},
         **extra,
     }
     console.print(f"sent to clients {decimal(metrics['bytes_down'])}, received {decimal(metrics['bytes_up'])} in "
                   f"{state.round} rounds; {metrics['clients_failed']} answers failed")  # fmt: skip
+    number(run, task.template, metrics)
     run.write_metrics(metrics)
     return metrics

@@ -19,7 +19,7 @@ from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
 from smartmops.options.training import CompareConfig
 from smartmops.preparing import gating
 from smartmops.progress.bars import console
-from smartmops.runs.card import keep
+from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
 from smartmops.states.fingerprint import inputs_of
 from smartmops.tokens.batches import Encoded, few_shot
@@ -109,6 +109,8 @@ def _compare(config: CompareConfig) -> dict[str, Any]:
     }
     if marks:
         metrics["validation"] = dict(gains)
+    if "mops" in config.compared:
+        number(run, task.template, metrics)
     run.write_metrics(metrics)
     return metrics
 

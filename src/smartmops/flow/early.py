@@ -6,9 +6,7 @@ Reads text files of a moderate size and, where it lies on this machine, the base
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,9 @@ from rich.console import Console
 from smartmops.base.names import is_converted, local
 from smartmops.checks.errors import ConfigError, DataError, SmartmopsError
 from smartmops.checks.limits import Options
+from smartmops.data.ahead import ahead
+from smartmops.data.files import SUFFIXES
+from smartmops.data.several import Names, as_typed, names_of
 from smartmops.data.tasks import splits
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of
@@ -27,8 +28,9 @@ from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import TaskConfig
 from smartmops.rows.example import Example
 
-LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it; it is read again later
+LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it;
 UNTOLD = ("nearest-cluster",)  # methods whose gate asks no task
+TEXT_FILES = (".jsonl", ".json", ".csv", ".tsv")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call them
 
 
@@ -44,7 +46,8 @@ def look_at(config: Options) -> None:
     elif isinstance(config, CompressConfig):
         look_at_compression(config)
     elif isinstance(config, EvaluateConfig | BenchConfig) and config.data and at_hand(config.data):
-        splits(config.data, columns=config.columns)
+        with ahead():
+            splits(config.data, columns=config.columns)
     elif isinstance(config, ReproduceConfig | ClientConfig | DataConfig) and config.model is not None:
         look_at_model(config.model)
 
@@ -109,7 +112,8 @@ def look_at_compression(config: CompressConfig) -> None:
         if config.method == "sparsegpt" and config.block_size % pair[1]:
             raise ConfigError(f"--block-size {config.block_size}: choose a positive multiple of {pair[1]}")
     if config.calibration and not config.calibration.endswith(TEXT_ENDINGS) and at_hand(config.calibration):
-        splits(config.calibration, config.limit, config.test_share, config.data_seed, columns=config.columns)
+        with ahead():
+            splits(config.calibration, config.limit, config.test_share, config.data_seed, columns=config.columns)
 
 
 def shape_of(folder: Path) -> dict[str, Any]:
@@ -128,32 +132,24 @@ def layers_of(folder: Path) -> int | None:
     return next((shape[name] for name in LAYERS if isinstance(shape.get(name), int)), None)
 
 
-def at_hand(data: str) -> bool:
-    """Whether DATA is a text file that is read in a moment, or none at all."""
+def at_hand(data: Names) -> bool:
+    """Whether DATA are text files that are read in a moment, or none at all."""
+    return all(_at_hand(name) for name in names_of(data))
+
+
+def _at_hand(data: str) -> bool:
     path = Path(data)
     if data == "office":
         return True
     if path.is_file():
-        return path.suffix in (".jsonl", ".json") and path.stat().st_size <= LOOKED_AT
-    return not path.exists() and (path.suffix in (".jsonl", ".json", ".csv", ".parquet") or data.startswith((".", "/")))
-
-
-@contextmanager
-def in_silence(name: str) -> Iterator[None]:
-    """Whatever this logger says in the block goes unsaid."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+        return path.suffix in TEXT_FILES and path.stat().st_size <= LOOKED_AT
+    return not path.exists() and (path.suffix in SUFFIXES or data.startswith((".", "/")))
 
 
 def _data_say(config: TaskConfig) -> Iterator[str]:
     if not at_hand(config.data):
         return
-    with in_silence("smartmops.data"):  # the run itself reads them again, and says what they are
+    with ahead():
         train, test = splits(config.data, config.limit, config.test_share, config.data_seed, config.validation,
                              columns=config.columns)  # fmt: skip
     if config.hold_out is not None:
@@ -206,15 +202,15 @@ def check_split(config: Any, train: int, test: int, world: int) -> None:
                           f"to {max(1, train // world)}")  # fmt: skip
 
 
-def check_parts(data: str, train: int, test: int) -> None:
+def check_parts(data: Names, train: int, test: int) -> None:
     """Whether so many training and test examples are enough to train on and to test on.
 
     Raises:
         DataError: there are none of either.
     """
     if not train or not test:
-        raise DataError(f"--data {data}: {train} training and {test} test examples. Every category is split by "
-                        "itself, and one with a single example has none to test on: give two or more")  # fmt: skip
+        raise DataError(f"--data {as_typed(data)}: {train} training and {test} test examples. Every category is split "
+                        "by itself, and one with a single example has none to test on: give two or more")  # fmt: skip
 
 
 def check_hold_out(category: str, found: set[str]) -> None:
@@ -246,11 +242,12 @@ def warn_of_calibration(config: Any, folder: str, console: Console) -> None:
     """Say so where the base was compressed on examples that are about to be tested on."""
     record = Path(folder) / "compression.json"
     text = json.loads(record.read_text())["calibration"] if record.is_file() else None
-    if not text or not text["sequences"] or text["data"] != config.data:
+    names = names_of(config.data)
+    if not text or not text["sequences"] or text["data"] not in names:
         return
     split = {"seed": config.data_seed, "limit": config.limit, "test_share": config.test_share}
-    if text["split"] != split:
+    if text["split"] != split or len(names) > 1:
         console.print(
-            f"{config.model} was calibrated on another split of {config.data} ({text['split']}, here {split}), so on "
-            "examples of this test split: compress again with --data-seed, --limit and --test-share as here"
+            f"{config.model} was calibrated on another split of {as_typed(names)} ({text['split']}, here {split}), so "
+            "on examples of this test split: compress again with --data-seed, --limit and --test-share as here"
         )

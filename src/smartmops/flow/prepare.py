@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftModel
 
 from smartmops.checks.errors import AdapterError
+from smartmops.checks.limits import named_in_python
 from smartmops.options.method import GatePretraining, MethodConfig
 from smartmops.options.training import TaskConfig
 from smartmops.rows.example import Example
@@ -83,7 +84,8 @@ def prepare(
         config.gate_layer = task.placed(method, pretraining, None).gate_layer
     for name, value in task.words(method).items():
         setattr(config, name, value)
-    names, accuracy = task.start(model, method, pretraining, seed)
+    with named_in_python(settings):
+        names, accuracy = task.start(model, method, pretraining, seed)
     return Prepared(names, accuracy, task.train, task.collator)
 
 

@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from smartmops.base import load_base, local
 from smartmops.checks.errors import DataError
+from smartmops.data.several import as_typed
 from smartmops.data.tasks import splits
 from smartmops.evaluation.perplexity import Evaluation, evaluate
 from smartmops.experts.gate import by_expert
@@ -41,7 +42,7 @@ from smartmops.states.instructions import instructions
 from smartmops.tokens.batches import Collator, Encoded, Encoding, NoneFits, encode_all, packed
 from smartmops.tokens.frames import gate_frame
 from smartmops.tokens.template import Template, check_template
-from smartmops.tokens.unfit import Limit
+from smartmops.tokens.unfit import Limit, Lost
 from smartmops.tuner import MoPsModel
 
 from .early import check_base, check_hold_out, check_parts, check_split, warn_of_calibration
@@ -69,7 +70,7 @@ class Task:
     found: dict[Any, Any] = field(default_factory=dict)  # what was worked out about base and data, once for all
     limit: Limit = field(default_factory=lambda: Limit(0))  # of a row's length
     held_out: Mapping[str, int] = field(default_factory=dict)  # training examples left out by `hold_out`, by source
-    too_long: Sequence[tuple[str, int]] = ()  # sources and tokens of the training examples left out for it
+    lost: Lost = field(default_factory=Lost)  # examples that are too long for it
 
     @classmethod
     def load(cls, config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
@@ -122,7 +123,7 @@ class Task:
         embedder = Embedder(config.embedder) if config.embedder else None
         rows: list[Sequence[Encoded]] = []
         kept: list[Sequence[Example]] = []
-        too_long: Sequence[tuple[str, int]] = ()
+        parts: dict[str, tuple[Sequence[Example], Sequence[int], Mapping[int, int]]] = {}
         for name, part in (("train", train), ("test", test), ("validation", held)):
             if not part:
                 rows.append([])
@@ -131,11 +132,13 @@ class Task:
             encoding = _encoded(name, part, tokenizer, limit, embedder, config.folder, template)
             kept.append(take(part, encoding.kept))
             rows.append(encoding.rows)
-            if name == "train":
-                too_long = [(part[index].source, tokens) for index, tokens in encoding.too_long.items()]
+            parts[name] = part, encoding.kept, encoding.too_long
+        lost = Lost.of(limit, parts)
+        for said in lost.said(as_typed(getattr(config, "clients_data", None) or config.data)):
+            console.print(said, markup=False)
         return cls(base, tokenizer, rows[0], rows[1], kept[0], kept[1], collator, template, None, embedder,
                    config.activations, rows[2], limit=limit, held_out=held_out,
-                   too_long=too_long)  # fmt: skip
+                   lost=lost)  # fmt: skip
 
     def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
         """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""

@@ -190,7 +190,9 @@ def _router(folder: Path, answerer: Answerer, run: Run) -> dict[str, Any]:
     layer, adapter = model.base_model.layer(), model.peft_config["default"]
     texts = [*TEXTS, *(str(each["instruction"]) for each in run.read_samples()[:OWN] if each.get("instruction"))]
     weighed = [_weighed(answerer, text) for text in texts]
-    about: dict[str, Any] = {"experts": list(answerer.experts), "base": shown_name(str(run.config["base"]))}
+    about: dict[str, Any] = {"experts": list(answerer.experts), "base": shown_name(str(run.config["base"])),
+                             "by_name": router.by_name(layer, "default"),
+                             "sum_to_one": adapter.gate_top_k is None or adapter.gate_renormalise}  # fmt: skip
     base = model.base_model.unload()
     if answerer._embedder is not None:
         module: Any = router.Gate(layer, "default")

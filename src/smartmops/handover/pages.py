@@ -38,9 +38,9 @@ python answer.py {base} {first}.safetensors "a text up to the answer, as the bas
 """
 ROUTER = """# The gate of a smartmops run on `{base}`
 
-`router.onnx` takes {inputs} and gives `weights` [rows, experts], which sum to one, and
+`router.onnx` takes {inputs} and gives `weights` [rows, experts], which sum to {sum}, and
 `left_to_base` [rows], the share of all weight that no expert gets.
-Experts, in order: {experts}.
+Experts, in order: {experts}.{by_name}
 
 {use}
 Compared with the run on {texts} texts: the same expert for {same}, weights differ by {largest:.1g} at most.
@@ -68,8 +68,13 @@ def router_page(found: dict[str, Any], about: dict[str, Any]) -> str:
     features = about.get("features")
     inputs = (f"`features` [rows, inputs], an {features}," if features else
               "`input_ids` and `reads` [rows, tokens], 1 on the tokens of the user's text,")  # fmt: skip
-    return ROUTER.format(base=found["base"], inputs=inputs, use="" if features else SCRIPT, texts=found["texts"],
-                         same=found["same"], largest=found["largest_difference"],
+    total = "one" if about.get("sum_to_one", True) else "one or less (what is not kept goes to no expert)"
+    silent = "".join(
+        f"\n`{name}` answers by name only, so its weight is always 0." for name in about.get("by_name", ())
+    )
+    return ROUTER.format(base=found["base"], inputs=inputs, sum=total, by_name=silent,
+                         use="" if features else SCRIPT, texts=found["texts"], same=found["same"],
+                         largest=found["largest_difference"],
                          experts=", ".join(f"`{name}`" for name in found["experts"]))  # fmt: skip
 
 

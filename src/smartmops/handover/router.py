@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from smartmops.backbone import halves
 from smartmops.checks.errors import MissingExtra
-from smartmops.experts import gate, null
+from smartmops.experts import gate, null, routes
 from smartmops.tuner.layer import MoPsLayer
 
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 MISSING = "the router is an ONNX graph, and {} is not installed: pip install 'smartmops[onnx]'"
 OPSET = 18
+RULE = ("basis", "centre", "direction", "cut")  # of an expert added later (see experts/routes.py)
 
 
 class Gate(nn.Module):
@@ -33,12 +34,15 @@ class Gate(nn.Module):
     def __init__(self, layer: MoPsLayer, adapter: str) -> None:
         super().__init__()
         self.config = layer.configs[adapter]
-        names = ["mean", "scale", "in", "out", *(["bias"] if self.config.gate_bias else [])]
-        held = {f"gate_{name}": getattr(layer, f"mops_gate_{name}")[adapter] for name in names}
+        names = [f"gate_{name}" for name in ("mean", "scale", "in", "out")]
+        if self.config.gate_bias:
+            names += ["gate_bias"]
         if self.config.null_expert:
-            held |= {f"null_{name}": getattr(layer, f"mops_null_{name}")[adapter]
-                     for name in ("basis", "centres", "direction", "cut")}  # fmt: skip
-        for name, value in held.items():
+            names += [f"null_{name}" for name in ("basis", "centres", "direction", "cut")]
+        if self.config.claims:
+            names += [f"claim_{name}" for name in RULE]
+        for name in names:
+            value = getattr(layer, f"mops_{name}")[adapter]
             self.register_buffer(name, value.detach().float().cpu().clone())
 
     def forward(
@@ -46,17 +50,22 @@ class Gate(nn.Module):
     ) -> tuple[Float[Tensor, "rows experts"], Float[Tensor, " rows"]]:
         """Weight of each expert among them, which sum to one, and the share of all that is left to the base."""
         config, parts = self.config, dict(self.named_buffers())
+        standardised = (features - parts["gate_mean"]) / parts["gate_scale"]
         log_g = gate.log_gate(
             features, parts["gate_mean"], parts["gate_scale"], parts["gate_in"], parts["gate_out"],
             config.gate_temperature, config.gate_top_k, config.gate_renormalise, parts.get("gate_bias"),
         )  # fmt: skip
+        holds = None
+        if config.claims:
+            holds = routes.held(standardised, *(parts[f"claim_{name}"] for name in RULE))
+        if config.routes is not None:
+            log_g = routes.log_weights(log_g, holds, config.routes, config.num_experts)
         weights = gate.by_expert(log_g.exp(), config.num_experts)
+        left = torch.zeros_like(weights[:, 0])
         if config.null_expert:
-            standardised = (features - parts["gate_mean"]) / parts["gate_scale"]
             left = null.weight(standardised, parts["null_basis"], parts["null_centres"], parts["null_direction"],
                                parts["null_cut"], config.null_threshold)  # fmt: skip
-        else:
-            left = torch.zeros_like(weights[:, 0])
+            left = left if holds is None else left.masked_fill(holds.any(-1), 0.0)
         return weights, left
 
 
@@ -87,6 +96,17 @@ class Router(nn.Module):
                          use_cache=False)  # fmt: skip
         text = out.last_hidden_state[:, columns.shape[1] - input_ids.shape[1] :]
         return self.gate(gate.pool(text, reads > 0))  # type: ignore[no-any-return]
+
+
+def by_name(layer: MoPsLayer, adapter: str) -> list[str]:
+    """Names of the experts that no text is sent to: neither a row of the gate leads there, nor a rule that can hold."""
+    config = layer.configs[adapter]
+    if config.routes is None:
+        return []
+    limits = layer.mops_claim_cut[adapter][:, 3].tolist() if config.claims else []
+    open_to = [True] * config.num_rows + [limit > -torch.inf for limit in limits]
+    reached = {expert for expert, ever in zip(config.routes, open_to, strict=True) if ever}
+    return [name for expert, name in enumerate(config.named_experts) if expert not in reached]
 
 
 def write_onnx(module: nn.Module, example: dict[str, Tensor], folder: Path) -> None:

@@ -13,7 +13,9 @@ from smartmops.checks.folders import OutFolder
 from smartmops.checks.limits import Count, Options, Positive, Rate, Seed, Several, Whole
 
 from .compression import Calibration
-from .training import Activations, Data, Model
+from .training import Activations, Columns, Data, Model
+
+BUILT_IN = ("office", "dolly", "superni")  # DATA whose columns are known
 
 Name = Literal[
     "all", "table2", "table3", "table4", "table5", "table6", "table8", "figure3", "figure4", "figure5", "figure6",
@@ -44,6 +46,7 @@ class ReproduceConfig(Options):
     name: Annotated[Name, tyro.conf.Positional]  # table or figure of the paper, or a study of ours; all: each of them
     model: Model = "tiny"  # MODEL, dense; it is compressed as the table asks
     data: tuple[Data, ...] = ()  # DATA, or NAME=DATA; none given: the table's own (dolly, superni, or dolly alone)
+    columns: Columns = ()  # FIELD=COLUMN where data of your own name their columns differently, such as response=answer
     out: OutFolder | None = None  # None: runs/reproduce
     bases: Annotated[tuple[str, ...], Bases()] = ()  # none given: the table's own
     methods: tuple[str, ...] = ()  # lines of the table; none given: all
@@ -70,3 +73,8 @@ class ReproduceConfig(Options):
         there = self.clients or (10 if self.name == "table5" else 100)
         if self.clients_per_round > there:
             yield f"--clients-per-round {self.clients_per_round}, but there are {there} clients: choose 1 to {there}"
+        own = [name for _, _, name in (text.rpartition("=") for text in self.data) if name not in BUILT_IN]
+        if self.columns and (not own or len(own) < len(self.data)):
+            named = next((text for text in self.data if text.rpartition("=")[2] in BUILT_IN), "those of the tables")
+            yield (f"--columns {' '.join(self.columns)}: {named} have columns of their own: give --data of yours "
+                   "alone, or leave the option away")  # fmt: skip

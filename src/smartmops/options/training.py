@@ -26,9 +26,31 @@ EMBEDDED_SETTING: dict[str, Any] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Several data, none of which is another one, or a part of it."""
+
+    def wrong(self, value: tuple[str, ...]) -> str | None:
+        """As `limits.Limit`."""
+        if not value:
+            return " is given nothing: name at least one, such as yours.jsonl"
+        places = [Path(each).resolve() if Path(each).exists() else Path(each) for each in value]
+        for number, (name, place) in enumerate(zip(value, places, strict=True)):
+            for other, there in zip(value[:number], places, strict=False):
+                if name == other:
+                    return f": {name} is named twice, name each once"
+                if place == there:
+                    return f": {other} and {name} are the same, name it once"
+                if there in place.parents or place in there.parents:
+                    inner, outer = (name, other) if there in place.parents else (other, name)
+                    return f": {inner} lies in {outer}, whose files are all read: name one of them"
+        return None
+
+
 Model = Annotated[str, Text("a model folder, a hub id, a *.gguf file, smollm2 or tiny")]
 Base = Annotated[Model, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Data = Annotated[str, Text("office, dolly, superni, a file, a folder or a hub id")]
+Datas = Annotated[Data | Annotated[tuple[Data, ...], Apart()], tyro.conf.arg(metavar="DATA...")]
 Columns = Annotated[tuple[str, ...], FieldsOfColumns()]
 Activations = Annotated[str, WordOrFolder(("auto", "memory", "off"))]
 Template = Annotated[str, WordOrFile(("auto", "chat", "plain"), "a file with a Jinja template")]
@@ -60,7 +82,7 @@ class DataOptions:
 
     ABOUT: ClassVar[str] = "data"
 
-    data: Data  # office, dolly, superni, a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id
+    data: Datas  # office, dolly, superni, a JSON, JSONL, CSV, TSV or Parquet file, a folder, or a hub id; or several
     columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
     max_length: Count = 512  # tokens of an example; a longer one is shortened at the end of its context
     limit: Count | None = None  # number of examples to use, drawn at random; all of them by default

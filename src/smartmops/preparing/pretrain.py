@@ -65,18 +65,18 @@ def assign(rows: Sequence[Encoded], pooled: Float[Tensor, "n d_in"], experts: in
     tasks = sorted({row.category for row in rows})
     if how == "labels":
         if tasks == [""]:
-            raise ConfigError("gate_pretraining='labels', but no example has a category: add one, or choose 'clusters'")
+            raise ConfigError("--gate-pretraining labels, but no example has a category: add one, or choose clusters")
         if given is not None and (unknown := [task for task in tasks if task not in given]):
-            raise ConfigError(f"category {unknown[0]!r} is none of the expert_names {list(given)}: name an expert for "
-                              "it, leave its examples out, or choose gate_pretraining='clusters'")  # fmt: skip
+            raise ConfigError(f"--expert-names {' '.join(given)} lack category {unknown[0]!r}: name an expert for it, "
+                              "leave its examples out, or choose --gate-pretraining clusters")  # fmt: skip
         if len(tasks) > experts:
-            raise ConfigError(f"{len(tasks)} tasks for experts={experts}: choose experts={len(tasks)}, or "
-                              "gate_pretraining='clusters'")  # fmt: skip
+            raise ConfigError(f"--experts {experts}, but there are {len(tasks)} tasks: choose {len(tasks)}, or "
+                              "--gate-pretraining clusters")  # fmt: skip
         names = list(given) if given is not None else tasks
         names += [f"expert {i}" for i in range(len(names), experts)]
         return [names.index(row.category) for row in rows], names
     if len(rows) < experts:
-        raise DataError(f"{len(rows)} examples cannot form {experts} clusters: give more data, or fewer experts")
+        raise DataError(f"{len(rows)} examples cannot form {experts} clusters: give more data, or fewer --experts")
     standard = (pooled - pooled.mean(0)) / pooled.std(0).clamp(min=1e-6)
     found = KMeans(experts, n_init=4, random_state=seed).fit(standard.cpu().numpy()).labels_.tolist()
     return found, [f"cluster {i}" for i in range(experts)]

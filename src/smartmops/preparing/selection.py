@@ -36,10 +36,10 @@ def told(
     if method.method == "oracle":
         tasks = sorted({row.category for row in train})
         if unknown := sorted({row.category for row in test} - set(tasks)):
-            raise ConfigError(f"method='oracle' is told the task, but {unknown[0]!r} is in no training example: choose "
+            raise ConfigError(f"--method oracle is told the task, but {unknown[0]!r} is in no training example: choose "
                               "another method, or data whose test tasks are trained on")  # fmt: skip
         if len(tasks) > method.experts:
-            raise ConfigError(f"{len(tasks)} tasks for experts={method.experts}: choose experts={len(tasks)}")
+            raise ConfigError(f"--experts {method.experts}, but there are {len(tasks)} tasks: choose {len(tasks)}")
         known, asked = ([tasks.index(row.category) for row in rows] for rows in (train, test))
         return _marked(train, known, method.experts), _marked(test, asked, method.experts)
     config = peft_config(replace(method, method="mops", embedder=None))

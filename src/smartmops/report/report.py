@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smartmops.checks.errors import ConfigError, MissingExtra, RunError
+from smartmops.data.several import names_of
 from smartmops.runs.folder import Run, versions, write_text
 
 from . import charts, gates, results
@@ -58,10 +59,10 @@ class Page:
     @property
     def title(self) -> str:
         """What was done to which model, from the run's configuration."""
-        base, data = (str(self.config.get(key) or "") for key in ("base", "data"))
+        base, data = (" and ".join(map(short, names_of(self.config.get(key) or ""))) for key in ("base", "data"))
         tasks = len(self.results.tasks)
-        what = f"{tasks} tasks of {short(data)}" if tasks > 1 and data else short(data)
-        return f"{short(base)} on {what}" if base and what else self.label
+        what = f"{tasks} tasks of {data}" if tasks > 1 and data else data
+        return f"{base} on {what}" if base and what else self.label
 
 
 def report(runs: Sequence[Path | str], out: Path | str) -> Path:

@@ -102,12 +102,14 @@ class Grid:
         out: Holds `results/` (one JSON per cell), `runs/` and `bases/`.
         model: MODEL, the dense base.
         calibration: DATA or text that pruning is calibrated on; None: the training split of the cell's data.
+        columns: `FIELD=COLUMN` of that data, which the cells' own settings hold too.
     """
 
     out: Path
     model: str
     limit: int | None = None
     calibration: str | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def results(self) -> Path:
@@ -177,9 +179,10 @@ class Grid:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f"{name}.lock"), wait=True):
             if not (folder / "metrics.json").is_file():
+                columns = self.columns if text == cell.data.path else ()
                 limit, begun = None if self.calibration else self.limit, folder.exists() or beside(folder).exists()
                 compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=limit, resume=begun,
-                                        **settings))  # fmt: skip
+                                        columns=columns, **settings))  # fmt: skip
         return str(folder)
 
     def _merged(self, below: Cell) -> str:

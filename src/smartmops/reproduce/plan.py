@@ -73,7 +73,7 @@ class Plan:
 
     def _tasks(self, data: Data) -> list[str]:
         """Those with a test example that fits the length."""
-        _, test = splits(data.path, self.grid.limit)
+        _, test = splits(data.path, self.grid.limit, columns=self.grid.columns)
         tokenizer = AutoTokenizer.from_pretrained(local(self.grid.model))
         length, template = self.shared["train"]["max_length"], Template.of("plain", tokenizer)
         kept = encode_all(test, tokenizer, length, template=template).kept

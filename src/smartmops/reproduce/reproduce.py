@@ -71,7 +71,8 @@ def plan_of(config: ReproduceConfig, name: str) -> Plan:
         ConfigError: a method is none of the table's.
     """
     study = STUDIES[name]
-    grid = Grid(config.out or Path("runs/reproduce"), config.model, config.limit or None, config.calibration)
+    grid = Grid(config.out or Path("runs/reproduce"), config.model, config.limit or None, config.calibration,
+                config.columns)  # fmt: skip
     given = datas_of(config.data or study.datas)
     datas = [data for data in given if data.name in study.datas] or given
     shared = {"train": _central(config), "federate": _federated(config, study)}
@@ -83,8 +84,9 @@ def plan_of(config: ReproduceConfig, name: str) -> Plan:
 
 
 def _common(config: ReproduceConfig) -> dict[str, Any]:
-    return {"batch_size": config.batch_size, "prompt_lr": None, "activations": config.activations,
-            "max_length": config.max_length, "samples_per_task": 0}  # fmt: skip
+    own = {"columns": config.columns} if config.columns else {}
+    return own | {"batch_size": config.batch_size, "prompt_lr": None, "activations": config.activations,
+                  "max_length": config.max_length, "samples_per_task": 0}  # fmt: skip
 
 
 def _central(config: ReproduceConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Knows PEFT's folders and templates. Trains nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from smartmops.base.builtin import BUILT_IN
 from smartmops.base.names import HUB_ID, local
+from smartmops.data.several import names_of
 from smartmops.rows.example import Example
 from smartmops.tokens.template import FILE, Template
 
@@ -52,6 +53,8 @@ print(tokenizer.decode(model.generate(inputs=torch.tensor([inputs]), max_new_tok
 The answer is learnt up to and including `{end}`, where generation stops.
 """
 PLACE = "THIS FOLDER"
+COMPARED = "mops"  # of several methods that are compared, the one whose adapter is kept
+SETTINGS = ("rounds", "local_steps", "clients_per_round", "steps", "seed")  # that tell how long it was trained
 UNMEASURED = "\nWhat it was measured to do stands in `metrics.json` of its run; nothing else is claimed.\n"
 # The licences of bases that need only a name; what others have stands in their own card.
 LICENCES = {"smollm2": "apache-2.0"}
@@ -91,17 +94,19 @@ def card(
         place: Where it is loaded from: this folder, or a repository of the hub.
     """
     named = str(config.get("base", "unknown"))
-    base, data = (shown_name(str(config.get(key, "unknown"))) for key in ("base", "data"))
+    base, data = (
+        " ".join(map(shown_name, names_of(config.get(key, "unknown")))) for key in ("base", "data")
+    )
     chat, opened = template.source is not None, template.words(template.parts([SHOWN]))
     licence, origin = licence_of(named), ORIGINS.get(named, named if base == named and "/" in named else None)
     file = f'open("{place}/{FILE}").read()' if place == PLACE else f'open(hf_hub_download("{place}", "{FILE}")).read()'
     front = [f"base_model: {origin}"] * (origin is not None) + [f"license: {licence}"] * (licence is not None)
     found = CARD.format(
-        method=config.get("method", "unknown"), base=base, data=data, version=versions().get("smartmops", ""),
+        method=COMPARED if config.get("command") == "compare" else config.get("method", "unknown"), base=base, data=data, version=versions().get("smartmops", ""),
         kind="chat" if chat else "plain", end=template.end, place=place, front="".join(f"{line}\n" for line in front),
         licence=f"The base's licence is {licence}." if licence else "The base's own licence holds; its card names it.",
         template_line=f"\ntokenizer.chat_template = {file}" if chat else "",
-        numbers=UNMEASURED if metrics is None else _numbers(config, metrics),
+        numbers=UNMEASURED if metrics is None else _numbers(config, metrics) or UNMEASURED,
         how=f"With the chat template in `{FILE}`." if chat else "In a plain frame.",
         shown=_quoted(opened + template.answer([SHOWN], opened) + template.end),
     )  # fmt: skip
@@ -110,22 +115,52 @@ def card(
 
 
 def _numbers(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """Perplexity by task, frozen and adapted, and the run that measured it."""
-    adapted, frozen = metrics.get("perplexity"), metrics.get("perplexity_frozen")
-    if not adapted or not frozen:
-        return UNMEASURED
+    """Perplexity by task, frozen and adapted, and the runs that measured it; empty where nothing was measured."""
+    found = metrics.get("perplexity")
+    if not found:
+        return ""
+    compared = config.get("command") == "compare"
+    if compared:
+        sides = {name: {"overall": value, "per_task": metrics["per_task"][name]} for name, value in found.items()}
+    elif "perplexity_frozen" in metrics:
+        sides = {"frozen": metrics["perplexity_frozen"], "adapted": found}
+    else:
+        return ""
     lines = ["", "## What it was measured to do", "", "Perplexity over the answers' tokens of the run's test split:", "",
-             "| task | frozen | adapted |", "|---|---|---|"]  # fmt: skip
-    lines += [f"| {task or 'no task'} | {frozen['per_task'][task]:.2f} | {value:.2f} |"
-              for task, value in adapted["per_task"].items()]  # fmt: skip
-    lines.append(f"| **overall** | {frozen['overall']:.2f} | {adapted['overall']:.2f} |")
-    arguments, counts = config.get("arguments", {}), metrics.get("examples", {})
-    told = [f"{name} {arguments[name]}" for name in ("steps", "seed") if arguments.get(name) is not None]
-    told += [f"{count} examples to {'train on' if name == 'train' else name}" for name, count in counts.items() if count]
-    lines += ["", f"One run: {', '.join(told)}." if told else "One run."]
+             f"| task | {' | '.join(name.replace('_', ' ') for name in sides)} |", f"|{'---|' * (len(sides) + 1)}"]  # fmt: skip
+    for task in next(reversed(sides.values()))["per_task"]:
+        lines.append(_row(task or "no task", (side["per_task"].get(task) for side in sides.values())))
+    lines.append(_row("**overall**", (side["overall"] for side in sides.values())))
+    lines += ["", _means(config, metrics) if compared else f"One run{_told(config, metrics)}."]
     if metrics.get("gained") is False:
         lines += ["", "**Nothing was gained: it answers as the frozen base does.**"]
     return "\n".join([*lines, ""])
+
+
+def _row(name: str, values: Iterable[float | None]) -> str:
+    """One line of the table; a task that a side did not measure says so."""
+    return f"| {name} | {' | '.join('not run' if value is None else f'{value:.2f}' for value in values)} |"
+
+
+def _means(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """Over which seeds several methods were compared, and which of all adapters this is."""
+    seeds = [str(seed) for seed in metrics["seeds"]]
+    own = metrics["per_seed"].get(COMPARED, [None])[0]
+    several = f"Means over seeds {', '.join(seeds)}" if len(seeds) > 1 else f"One seed, {seeds[0]}"
+    this = f"; this adapter is `{COMPARED}` of seed {seeds[0]}" + ("" if own is None else f", {own:.2f} overall")
+    return f"{several}{_told(config, metrics)}{this}."
+
+
+def _told(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """How long it was trained, on how much; with a colon in front."""
+    arguments, counts = config.get("arguments", {}), metrics.get("examples", {})
+    federated, compared = config.get("command", "").startswith("federate"), config.get("command") == "compare"
+    left_out = {"steps"} if federated else {"rounds", "local_steps", "clients_per_round"}
+    names = [name for name in SETTINGS if name not in left_out | ({"seed"} if compared else set())]
+    told = [f"{name.replace('_', ' ')} {arguments[name]}" for name in names if arguments.get(name) is not None]
+    told += [f"{metrics['clients']} clients"] if federated and metrics.get("clients") else []
+    told += [f"{count} examples to {'train on' if name == 'train' else name}" for name, count in counts.items() if count]
+    return f": {', '.join(told)}" if told else ""
 
 
 def licence_of(base: str) -> str | None:

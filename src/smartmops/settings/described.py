@@ -99,11 +99,11 @@ class Described:
 
 def subcommands(hint: Any) -> list[tuple[str, type]]:
     """Words and configs of an option that is a choice of configs; empty for any other."""
-    parts = [get_args(each) for each in get_args(_bare(hint)) if get_origin(each) is Annotated]
+    parts = [get_args(each) for each in get_args(bare(hint)) if get_origin(each) is Annotated]
     return [(part[1].name, part[0]) for part in parts if is_dataclass(part[0]) and isinstance(part[0], type)]
 
 
-def _bare(hint: Any) -> Any:
+def bare(hint: Any) -> Any:
     """A type without its limits."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
@@ -158,7 +158,7 @@ def _short(hint: Any) -> str:
 
 def choices(hint: Any) -> str:
     """What may be given for a type, as the end of a sentence."""
-    hint = _bare(hint)
+    hint = bare(hint)
     if get_origin(hint) is Literal:
         return f"choose {listed(get_args(hint))}"
     return f"give {metavar(hint) or 'true or false'}"

@@ -29,7 +29,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "smartmops federate-client smollm2 --data berlin.jsonl --server server.example.org:9092 --keys keys/berlin",
     ),
     "data": ("smartmops data yours.jsonl", "smartmops data yours.csv --columns response=answer --model smollm2"),
-    "evaluate": ("smartmops evaluate runs/mine", "smartmops evaluate runs/mine --data other.jsonl --answers 20"),
+    "evaluate": (
+        "smartmops evaluate runs/mine",
+        "smartmops evaluate runs/mine --data other.jsonl --answers 20",
+        "smartmops evaluate runs/mine --suite tasks/",
+    ),
     "inspect": ('smartmops inspect runs/mine --text "Name three rivers."',),
     "generate": (
         'smartmops generate runs/mine "Name three rivers."',

@@ -60,6 +60,16 @@ def asked(commands: Mapping[str, Callable[..., Any]], words: Sequence[str]) -> t
 
 def _config(kind: type, name: str, words: list[str]) -> Any:
     """Options of a file, where `--config` names one, under those that are typed."""
+    try:
+        return _made(kind, name, words)
+    except ConfigError as error:
+        if "--data" in words and re.match(r"Missing from .*: (MODEL|RUN)\b", str(error)):  # --data took it for a name
+            raise ConfigError(f"{error}: write it in front of --data, which takes every word behind it") from None
+        raise
+
+
+def _made(kind: type, name: str, words: list[str]) -> Any:
+    """`_config`, in the parser's own words where something is missing."""
     file, words = _file_in(words)
     if file is None:
         return parsed(lambda: tyro.cli(kind, args=words, prog=f"smartmops {name}", config=(

@@ -17,7 +17,7 @@ import yaml
 
 from smartmops.checks.errors import ConfigError
 
-from .described import Described, choices, described
+from .described import Described, bare, choices, described
 
 NULL = ("", "~", "null", "Null", "NULL")
 SWITCH = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
@@ -92,8 +92,10 @@ def _value(node: yaml.Node, hint: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         if isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NULL:
             return None
-        (hint,) = (each for each in inner if each is not type(None))
-        return _value(node, hint, name)
+        kinds = [each for each in inner if each is not type(None)]
+        lists = [each for each in kinds if get_origin(bare(each)) is tuple]
+        rest = [each for each in kinds if each not in lists]
+        return _value(node, (lists if lists and isinstance(node, yaml.SequenceNode) else rest or lists)[0], name)
     if origin is tuple:
         if not isinstance(node, yaml.SequenceNode):
             raise _Wrong(node, f"{name} is {_shown(node)}: give a list, such as [{_shown(node)}]")

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from smartmops.checks.errors import DataError
+from smartmops.data.ahead import ahead
 from smartmops.data.tasks import read
-from smartmops.flow.early import at_hand, in_silence
+from smartmops.flow.early import at_hand
 from smartmops.flow.task import Task
 from smartmops.options.finished.surgery import AddConfig, AdviseConfig, Trial
 from smartmops.runs.adapters import load_adapter
@@ -73,7 +74,7 @@ def _look(data: str | None, columns: Sequence[str]) -> None:
         ValueError: they cannot be read.
     """
     if data is not None and at_hand(data):
-        with in_silence("smartmops.data"):  # they are read again, and then it is said what they are
+        with ahead():
             read(data, columns=columns)
 
 

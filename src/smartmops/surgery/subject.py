@@ -22,6 +22,7 @@ from torch import Tensor
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import refused
 from smartmops.checks.lock import alone
+from smartmops.data.several import Names, names_of
 from smartmops.data.tasks import read, split
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.flow.task import Task
@@ -30,7 +31,7 @@ from smartmops.options.training import TrainConfig
 from smartmops.preparing import gating
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
-from smartmops.runs.card import keep
+from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
 from smartmops.states.instructions import instructions
 from smartmops.tokens.batches import Encoded, encode_all
@@ -75,7 +76,7 @@ class Subject:
             subject.why = str(error)
         return subject
 
-    def task(self, data: str, columns: Sequence[str] = (), same: bool = False, share: float = 0.1,
+    def task(self, data: Names, columns: Sequence[str] = (), same: bool = False, share: float = 0.1,
              limit: int | None = None, seed: int = 0) -> Task:  # fmt: skip
         """Examples in tokens, as this run reads them; with `same`, split as it was when the run was trained."""
         given = self.run.config["arguments"]
@@ -95,10 +96,11 @@ class Subject:
         train, test = split(examples, config.test_share, seed)
         return Task.of(self.model, self.tokenizer, train, test, config)
 
-    def config(self, data: str, share: float = 0.1, **more: Any) -> TrainConfig:
+    def config(self, data: Names, share: float = 0.1, **more: Any) -> TrainConfig:
         """What the run was trained with, as far as reading data is concerned."""
         given = self.run.config["arguments"]
-        return TrainConfig(model=base_of(self.run), out=self.run.path, data=data, test_share=share,
+        named = data if isinstance(data, str) else names_of(data)
+        return TrainConfig(model=base_of(self.run), out=self.run.path, data=named, test_share=share,
                            max_length=given["max_length"], template=template_of(self.run), **more)  # fmt: skip
 
     @property
@@ -211,7 +213,9 @@ class Subject:
         if metrics is not None:
             stale = ("perplexity", "perplexity_frozen", "tokens", "best", "answers", "gate", "interference", "examples")
             kept = {name: value for name, value in kept.items() if name not in stale} | dict(metrics)
-        run.write_metrics(kept | {"experts": parts_names(self.model), "change": dict(said)})
+        kept |= {"experts": parts_names(self.model), "change": dict(said)}
+        number(run, self.template, kept)
+        run.write_metrics(kept)
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def fingerprints(run: Run) -> dict[str, str]:
     return {name: stored[name] for name in names}
 
 
-def _again(run: Run, old: str | None, columns: Sequence[str]) -> tuple[str, Sequence[str]]:
+def _again(run: Run, old: str | None, columns: Sequence[str]) -> tuple[Names, Sequence[str]]:
     given = run.config["arguments"]
     return (old, columns) if old is not None else (given["data"], given.get("columns", ()))
 

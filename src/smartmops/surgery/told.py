@@ -83,9 +83,8 @@ def _listed(found: dict[str, Any], console: Console) -> None:
 
 def _added(found: dict[str, Any], console: Console) -> None:
     old, new = found["old"], found["new"]
-    if new and new["after"] >= min(new["frozen"], new["before"]):
-        console.print(f"Nothing was gained: {_pair(new['before'], new['after'])} on new examples, the frozen base "
-                      f"{new['frozen']:.3f}.", style="bold yellow")  # fmt: skip
+    if said := _nothing_gained(found):
+        console.print(f"Nothing was gained: {said}.", style="bold yellow")
     if new and "agreement" not in found:
         console.print(f"new: perplexity {_pair(new['before'], new['after'])} on {new['rows']} test examples (frozen "
                       f"{new['frozen']:.3f}, the new expert alone {new['alone']:.3f})")  # fmt: skip
@@ -98,6 +97,23 @@ def _added(found: dict[str, Any], console: Console) -> None:
                       markup=False)  # fmt: skip
     else:
         console.print(_rule(found["rule"]))
+
+
+def _nothing_gained(found: dict[str, Any]) -> str:
+    """Why the new expert is of no use; empty where it is.
+
+    One made of a prompt is held to the base under the prompt, not to the answers of examples; one that answers by name
+    only, to what it does alone.
+    """
+    if "agreement" in found:
+        after, before = found["agreement"]["nats"], found["agreement_without"]["nats"]
+        return "" if after < before else (f"{after:.3f} nats from the base under the prompt with the expert, "
+                                          f"{before:.3f} without it")  # fmt: skip
+    new = found["new"]
+    reached = "alone" if found["rule"] is None else "after"
+    if not new or new[reached] < min(new["frozen"], new["before"]):
+        return ""
+    return f"{_pair(new['before'], new[reached])} on new examples, the frozen base {new['frozen']:.3f}"
 
 
 def _distilled(found: dict[str, Any], console: Console) -> None:

@@ -11,7 +11,7 @@ import tyro
 
 from smartmops.checks.folders import OutFile, near
 from smartmops.checks.limits import Count, Options, Seed, Share, Text, Whole
-from smartmops.options.training import Columns, Data, Model, Template, ValidationConfig
+from smartmops.options.training import Columns, Datas, Model, Template, ValidationConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ FinishedRun = Annotated[Path, RunFolder()]
 class DataConfig(Options, ValidationConfig):
     """What `train` would read of DATA."""
 
-    data: Annotated[Data, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    data: Annotated[Datas, tyro.conf.Positional, tyro.conf.arg(metavar="DATA...")]
     """data as for `train`; `evaluate` takes the run's test split by default"""
     model: Model | None = None  # model whose tokenizer and chat template are used; without one, texts are not tokenised
     columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
@@ -55,12 +55,26 @@ class EvaluateConfig(Options):
     """Perplexity of a run's adapter over response tokens, overall and per task; answers where asked for."""
 
     run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
-    data: Data | None = None  # data as for `train`; `evaluate` takes the run's test split by default
+    data: Datas | None = None  # data as for `train`; `evaluate` takes the run's test split by default
     columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
     max_length: Count | None = None  # tokens of an example; by default as in training
     batch_size: Count = 32  # examples in a batch
     answers: Whole = 0  # examples per task that both models answer, scored by ROUGE-L and exact match
     answer_tokens: Count = 48  # largest number of tokens of an answer
+    suite: Annotated[str, Text("a folder of task files, or a task's name")] | None = None
+    """tasks of EleutherAI's harness (extra lm-eval) to ask of base and run: a folder or file of its YAML, or a name"""
+    suite_limit: Count | None = None  # examples of each of these tasks, the first ones; all of them by default
+
+    def problems(self) -> Iterator[str]:
+        """Whether one thing is measured."""
+        given = {"--data": self.data, "--answers": self.answers or None, "--max-length": self.max_length}
+        for name, value in given.items():
+            if self.suite is not None and value is not None:
+                told = " ".join(value) if isinstance(value, tuple) else value
+                yield (f"{name} {told} is not of --suite {self.suite}, whose tasks bring texts and measures of their "
+                       "own: evaluate one after the other")  # fmt: skip
+        if self.suite_limit is not None and self.suite is None:
+            yield f"--suite-limit {self.suite_limit} is of tasks, and none are named: give --suite, or leave it away"
 
 
 @dataclass

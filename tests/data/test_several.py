@@ -1,0 +1,163 @@
+"""Several data at once: what each row's task and source are, what is refused, and that nothing small is read twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import smartmops as sm
+from smartmops.checks.errors import ConfigError, DataError
+from smartmops.checks.limits import check
+from smartmops.data import tasks
+from smartmops.data.ahead import ahead
+from smartmops.data.several import labels
+from smartmops.data.tasks import read, read_stored, splits
+from smartmops.options.finished.reading import DataConfig
+from smartmops.rows.example import Example
+from smartmops.settings.line import asked
+
+
+def lines(file: Path, *rows: dict[str, Any]) -> str:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+ROW = {"instruction": "Count.", "response": "One."}
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[str]:
+    """A file without tasks and sources, and one whose first row has both."""
+    (tmp_path / "tickets.csv").write_text("question,answer,team,source\nWhy?,So.,billing,berlin\nHow?,Thus.,,\n")
+    return [lines(tmp_path / "numbers.jsonl", ROW, ROW), str(tmp_path / "tickets.csv")]
+
+
+@pytest.fixture
+def read_files(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file is opened for its rows."""
+    found, rows = Counter[str](), tasks.rows_of
+
+    def counted(file: Path, faults: Any) -> Any:
+        found[file.name] += 1
+        return rows(file, faults)
+
+    monkeypatch.setattr(tasks, "rows_of", counted)
+    return found
+
+
+def test_each_is_the_task_and_the_source_of_its_rows_that_have_none(two: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tickets.csv").write_text(
+        "instruction,response,category,source\nWhy?,So.,billing,berlin\nHow?,Thus.,,\n"
+    )
+    found = sm.read(two)
+    assert [(each.category, each.source) for each in found] == [
+        ("numbers", "numbers"), ("numbers", "numbers"), ("billing", "berlin"), ("tickets", "tickets"),
+    ]  # fmt: skip
+    assert read([two[0]]) == read(two[0]) == [Example("Count.", "", "One.")] * 2, "one alone is as it was"
+    assert list(read_stored(two, tmp_path / "rows")) == found
+
+
+def test_columns_are_those_of_files_and_not_of_data_that_come_with_the_package(two: list[str]) -> None:
+    columns = ("instruction=question", "response=answer", "category=team")
+    found = read(["office", two[1]], columns=columns)
+    assert {"billing", "tickets"} < {each.category for each in found} and len(found) > 100
+    assert Counter(each.source for each in found)["office"] == len(found) - 2
+    with pytest.raises(DataError, match=r"numbers\.jsonl, lines 1 and 2: --columns .*: no such column"):
+        read(two, columns=columns)
+    with pytest.raises(DataError, match=r"office has columns of its own: leave the option away"):
+        read(["office", "superni"], columns=columns)
+
+
+def test_names_that_are_alike_are_told_apart_by_where_they_lie() -> None:
+    assert labels(["a/x.jsonl", "b/x.csv", "c/y.tsv", "me/z.v2", "folder/"]) == [
+        "a/x.jsonl", "b/x.csv", "y", "z.v2", "folder",
+    ]  # fmt: skip
+
+
+def test_what_is_named_twice_or_within_another_is_refused(two: list[str], tmp_path: Path) -> None:
+    again = f"{tmp_path}/./{Path(two[0]).name}"
+    for data, said in (
+        ((two[0], two[0]), f"{two[0]} is named twice, name each once"),
+        ((two[0], again), f"{two[0]} and {again} are the same, name it once"),
+        ((two[0], str(tmp_path)), f"{two[0]} lies in {tmp_path}, whose files are all read: name one of them"),
+        (("office", "office"), "office is named twice, name each once"),
+        ((), "is given nothing: name at least one, such as yours.jsonl"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            check(DataConfig(data=data))
+        assert str(error.value).endswith(said) and "\n" not in str(error.value)
+    check(DataConfig(data=("office", *two)))
+
+
+def test_a_wrong_row_is_told_with_its_own_file(two: list[str], tmp_path: Path) -> None:
+    lines(tmp_path / "bad.jsonl", ROW, {"instruction": "Count."})
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2: no column `response`"):
+        read([two[0], str(tmp_path / "bad.jsonl")])
+
+
+def test_small_files_are_read_once_and_told_of_once(
+    read_files: Counter[str], two: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines(tmp_path / "tickets.jsonl", *[ROW | {"category": "b"}] * 3)
+    names = (two[0], str(tmp_path / "tickets.jsonl"))
+    with caplog.at_level(logging.INFO, "smartmops.data"):
+        with ahead():
+            early = splits(names)
+        assert caplog.messages == [], "it is said when the run reads them"
+        assert splits(names) == early and len(caplog.messages) == 2
+        assert read_files == {"numbers.jsonl": 1, "tickets.jsonl": 1}
+        splits(names)
+    assert read_files == {"numbers.jsonl": 2, "tickets.jsonl": 2}, "nothing is kept once it was handed out"
+
+
+def test_files_that_changed_in_between_are_read_again(read_files: Counter[str], two: list[str]) -> None:
+    with ahead():
+        read(two[0])
+    lines(Path(two[0]), ROW | {"response": "Two, or three."})
+    assert read(two[0]) == [Example("Count.", "", "Two, or three.")] and read_files["numbers.jsonl"] == 2
+
+
+def test_the_command_line_and_a_file_of_options_name_several(two: list[str], tmp_path: Path) -> None:
+    def data_of(*words: str) -> Any:
+        def data(config: DataConfig) -> None: ...
+
+        return asked({"data": data}, ["data", *words])[1].data
+
+    (tmp_path / "options.yaml").write_text(f"data: [{', '.join(two)}]\n")
+    options = f"--config={tmp_path / 'options.yaml'}"
+    assert data_of(*two, "--limit", "2") == data_of(options) == tuple(two)
+    assert data_of(two[0]) == data_of(two[0], options) == two[0]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def train(*data: str, **options: Any) -> dict[str, Any]:
+        return sm.train(model="tiny", data=list(data), out=tmp_path / "run", steps=1, batch_size=4, samples_per_task=0,
+                        dtype="float32", validation_share=0.0, prompts_per_expert=2, **options)  # fmt: skip
+
+    return train
+
+
+def test_a_run_of_several_is_trained_evaluated_and_started_again(
+    run: Callable[..., dict[str, Any]], read_files: Counter[str], tmp_path: Path
+) -> None:
+    names = [lines(tmp_path / f"{word}.jsonl", *({"instruction": f"{word} {i}", "response": word} for i in range(12)))
+             for word in ("red", "blue")]  # fmt: skip
+    assert list(run(*names, experts=2)["perplexity"]["per_task"]) == ["blue", "red"]
+    assert read_files == {"red.jsonl": 1, "blue.jsonl": 1}, "once by early looks and the run together"
+    found = sm.load_run(tmp_path / "run")
+    assert found.experts == ["blue", "red"]
+    assert list(found.evaluate()["perplexity"]["per_task"]) == ["blue", "red"]
+    assert list(found.evaluate(data=names[:1])["perplexity"]["per_task"]) == [""]
+    assert list(found.evaluate(data=names)["perplexity"]["per_task"]) == ["blue", "red"]
+    assert "data `red.jsonl blue.jsonl`" in (tmp_path / "run/adapter/README.md").read_text()
+    options = tmp_path / "run/config.yaml"
+    again = sm.train(config=options, out=tmp_path / "again")["perplexity"]
+    assert again == sm.train(config=options, out=tmp_path / "run", resume=True)["perplexity"]
