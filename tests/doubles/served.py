@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from smartmops.serving.batching import Batcher
-from smartmops.serving.server import Server, Site, make_app
+from smartmops.web.server import Server, Site, make_app
 
 APPLE = [{"role": "user", "content": "apple number 3."}]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from questions import GREEDY, LONG, SHORT, mixed
 from smartmops.evaluation.perplexity import answer
 from smartmops.rows.example import Example
 from smartmops.serving.answering import Answer, Answerer, Settings
 from smartmops.serving.slots import Spoken
+from two_tasks import GREEDY, LONG, SHORT, mixed
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ from served import APPLE, Served, serving  # noqa: E402
 from smartmops import cli  # noqa: E402
 from smartmops.rows.example import Example  # noqa: E402
 from smartmops.serving.answering import Answerer, Settings  # noqa: E402
-from smartmops.serving.server import BODY  # noqa: E402
+from smartmops.web.bodies import Limits  # noqa: E402
+
+BODY = Limits().body
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +330,6 @@ def test_an_address_that_cannot_be_had_is_told_before_a_model_is_loaded(
 
 def test_without_the_extra_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "smartmops.serving.server")
+    monkeypatch.delitem(sys.modules, "smartmops.web.server")
     with pytest.raises(ImportError, match=r'pip install "smartmops\[serve\]"'):
-        import smartmops.serving.server  # noqa: F401
+        import smartmops.web.server  # noqa: F401
