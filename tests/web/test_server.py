@@ -21,7 +21,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
 from patient import Patient  # noqa: E402
-from served import APPLE, Served, serving  # noqa: E402
+from served import APPLE, Served, serving, wait_for  # noqa: E402
 from smartmops import cli  # noqa: E402
 from smartmops.rows.example import Example  # noqa: E402
 from smartmops.serving.answering import Answerer, Settings  # noqa: E402
@@ -170,6 +170,8 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"stop": ["a", ""]}, 400, "stop is [\"a\", \"\"]: give a text", "stop"),
     ({"stream": "yes"}, 400, "stream is \"yes\": choose true or false", "stream"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty is 0.5, and is not supported: leave it out", "frequency_penalty"),
+    ({"echo": 0}, 400, "echo is 0, and is not supported: leave it out", "echo"),
+    ({"presence_penalty": False}, 400, "presence_penalty is false, and is not supported", "presence_penalty"),
     ({"tools": [{"type": "function"}]}, 400, "is not supported: leave it out", "tools"),
     ({"logprobs": 3}, 400, "logprobs is 3: choose true or false", "logprobs"),
     ({"top_logprobs": 3}, 400, "top_logprobs is 3 without logprobs: set that to true, too", "top_logprobs"),
@@ -255,16 +257,6 @@ def test_a_client_that_goes_away_is_answered_no_longer(patient: Patient, stream:
             wait_for(lambda: patient.batches and served.batcher.running)
         wait_for(lambda: served.batcher.counts.cancelled == 1)  # it ends without being let go
         assert all(question.cancelled for question in patient.batches[0])
-
-
-def wait_for(what: Any) -> None:
-    """Until it is so; a test whose server hangs fails."""
-    pause = threading.Event()
-    for _ in range(6000):
-        if what():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come to it")
 
 
 def test_told_to_end_it_answers_what_it_has_and_takes_no_more(patient: Patient) -> None:

@@ -114,7 +114,8 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
             continue
         if name not in NEUTRAL:
             raise Refused(400, f"{shown(name)} is no field that is known here: leave it out", name, "unknown_parameter")
-        if not any((value == neutral and type(value) is not bool) or value is neutral for neutral in NEUTRAL[name]):
+        alike = [neutral for neutral in NEUTRAL[name] if isinstance(neutral, bool) == isinstance(value, bool)]
+        if value not in alike:
             raise Refused(
                 400, f"{name} is {shown(value)}, and is not supported: leave it out", name, "unsupported_value"
             )
@@ -182,6 +183,8 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 def _whole(body: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
     value = body.get(name)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON has one kind of number
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high):
         raise Refused(400, f"{name} is {shown(value)}: choose a whole number from {low} to {high}", name)
     return value
