@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -55,7 +56,9 @@ def open_now(served: Served) -> int:
 
 def idle(served: Served) -> bool:
     """Nothing waits, nothing runs, nobody is connected."""
-    return not (served.batcher.waiting or served.batcher.running or open_now(served) or served.server.server_state.tasks)
+    return not (
+        served.batcher.waiting or served.batcher.running or open_now(served) or served.server.server_state.tasks
+    )
 
 
 def answers(served: Served, patient: Patient) -> None:
@@ -99,7 +102,9 @@ def test_half_a_body_is_answered_with_408_and_the_connection_closed(patient: Pat
         answers(served, patient)
 
 
-def test_who_hangs_up_within_a_body_is_counted_and_forgotten(patient: Patient, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_hangs_up_within_a_body_is_counted_and_forgotten(
+    patient: Patient, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving(patient) as served:
         with connected(served) as raw:
             raw.sendall(head(100) + b'{"model":')
@@ -198,10 +203,8 @@ def test_one_connection_too_many_is_sent_away(patient: Patient) -> None:
 def test_what_is_no_http_is_refused_in_one_line_of_json(patient: Patient, sent: bytes) -> None:
     with serving(patient) as served:
         with connected(served) as raw:
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # refused before its end
                 raw.sendall(sent)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # refused before its end
             told = heard(raw)
         assert b"HTTP/1.1 400" in told or told == b""  # a connection that is reset takes the words with it
         if b"no_http" in told:
@@ -211,6 +214,10 @@ def test_what_is_no_http_is_refused_in_one_line_of_json(patient: Patient, sent: 
 
 def test_half_a_character_in_the_name_of_a_field_is_told(patient: Patient) -> None:
     with serving(patient) as served:
-        for body in (r'{"\ud800": 1}', r'{"model": "\ud800", "messages": []}', r'{"model": "auto", "stop": {"\udc00": 1}}'):
+        for body in (
+            r'{"\ud800": 1}',
+            r'{"model": "\ud800", "messages": []}',
+            r'{"model": "auto", "stop": {"\udc00": 1}}',
+        ):
             found = httpx.post(f"{served.url}/v1/chat/completions", content=body)
             assert found.status_code in (400, 404) and found.json()["error"]["message"]

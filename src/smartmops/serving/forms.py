@@ -220,7 +220,7 @@ def _example(messages: Any) -> Example:
         raise Refused(400, str(error), "messages") from error
 
 
-def _message(number: int, message: Any) -> dict[str, str]:
+def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise DataError(f"message {number} is {shown(message)}: give an object with role and content")
     if unknown := sorted(
@@ -235,7 +235,7 @@ def _message(number: int, message: Any) -> dict[str, str]:
         if not parts or not all(isinstance(part, str) for part in parts):
             raise DataError(f"message {number} holds parts that are no text: give parts of type text alone")
         content = "".join(str(part) for part in parts)
-    return {"role": "system" if role == "developer" else role, "content": content}  # type: ignore[dict-item]
+    return {"role": "system" if role == "developer" else role, "content": content}
 
 
 def _texts(prompt: Any) -> list[str]:
