@@ -4,8 +4,8 @@
 
 Without RUN, a tiny one is trained. Honest clients ask whole and in streams; the others send half a head or half a body
 and hang up or stall, hang up within a stream, send no HTTP, or too much. Fails unless every honest client gets the
-answer that is given alone, and afterwards nothing waits, runs or is connected, no question is kept, and the server still
-answers.
+answer that is given alone, and afterwards nothing waits, runs or is connected, no question is kept, and the server
+still answers.
 """
 
 from __future__ import annotations

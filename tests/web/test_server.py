@@ -148,6 +148,21 @@ def test_models_health_and_metrics(client: Any, real: Served) -> None:
     assert f"smartmops_batches_total {real.batcher.counts.batches}\n" in text and "smartmops_waiting 0\n" in text
 
 
+def test_models_tell_the_tasks_of_each_expert_where_the_run_knows_them(
+    real: Served, answerer: Answerer, patient: Patient
+) -> None:
+    data = {each["id"]: each for each in httpx.get(f"{real.url}/v1/models").json()["data"]}
+    assert "tasks" not in data["auto"] and "tasks" not in data["base"]
+    for name in answerer.experts:
+        shares = data[name]["tasks"]
+        assert shares == answerer.tasks[name] and set(shares) == {"apple", "banana"}
+        assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    for task in ("apple", "banana"):
+        assert sum(data[name]["tasks"][task] for name in answerer.experts) == pytest.approx(1, abs=1e-3)
+    with serving(patient) as served:
+        assert all("tasks" not in each for each in httpx.get(f"{served.url}/v1/models").json()["data"])
+
+
 BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": "pear"}, 404, "there is no model \"pear\": choose one of auto, base, apple, banana", "model"),
     ({"model": None}, 400, "model is null: choose one of auto", "model"),
