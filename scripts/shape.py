@@ -18,7 +18,8 @@ ROOMS = (
     "tiny", "data", "tokens", "gguf", "base", "compression",
     "runs", "states", "evaluation", "methods", "preparing", "fitting", "flow", "analysis",
     "clients", "federated", "flower", "deployment",
-    "report", "evidence", "reproduce", "bench", "door", "playground", "serving", "surgery", "handover", "ending", "cli",
+    "report", "evidence", "reproduce", "bench", "door", "playground", "serving", "web", "surgery", "handover", "ending",
+    "cli",
 )  # fmt: skip
 FILE_LINES = 400
 FUNCTION_LINES = 60

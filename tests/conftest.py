@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 # Rooms whose models are so small that a second thread only costs.
 TINY = {"backbone", "attention", "experts", "adapter", "calls", "tuner", "compression", "clients", "federated", "flower",
-        "deployment", "reproduce", "serving"}  # fmt: skip
+        "deployment", "reproduce", "serving", "web"}  # fmt: skip
 torch.set_num_threads(THREADS)
 # Neither an example nor its making is timed: on a busy machine both take what they take.
 settings.register_profile("smartmops", deadline=None, derandomize=True, max_examples=60,

@@ -229,7 +229,7 @@ def chat_command(config: ChatConfig) -> None:
 def serve_command(config: ServeConfig) -> None:
     """Answer HTTP requests in OpenAI's form; tasks of all kinds in one batch."""
     _ready(config)
-    from smartmops.serving.server import serve
+    from smartmops.web.server import serve
 
     serve(config, lambda words: print(words, flush=True))
 

@@ -31,8 +31,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {
     "quickstart": "tests/test_cli.py, at small size", "federate-server": "tests/deployment", "federate-client": "tests/deployment",
     "serve": "tests/serving; its client is run below", "reproduce": "tests/reproduce", "bench": "tests/bench", "export": "tests/handover", "push": "tests/handover",
-    "suite": "tests/evaluation",
-    "python": "tests/docs/test_examples.py, or tests/handover",
+    "suite": "tests/evaluation", "python": "tests/docs/test_examples.py, tests/handover or tests/web",
     "flower-simulation": "tests/flower", "noise-multiplier": "tests/federated", "torchrun": "the tests of parallel training",
     "accelerate": "the tests of parallel training", "smartmops experts": "tests/surgery", "smartmops advise": "tests/surgery",
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import ClassVar
 
 from smartmops.serving.answering import Answer, Question
 from smartmops.tokens.parts import Prompt
@@ -13,6 +14,7 @@ class Patient:
     """Answers in the place of a model: says one word, then waits until it is let go or nobody wants to know."""
 
     experts = ("apple", "banana")
+    tasks: ClassVar[dict[str, dict[str, float]]] = {}
 
     def __init__(self) -> None:
         self.batches: list[list[Question]] = []

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from smartmops.serving.batching import Batcher
-from smartmops.serving.server import Server, Site, make_app
+from smartmops.web.bodies import Limits
+from smartmops.web.server import Server, Site, make_app
 
 APPLE = [{"role": "user", "content": "apple number 3."}]
 
@@ -18,14 +19,18 @@ APPLE = [{"role": "user", "content": "apple number 3."}]
 class Served:
     """A server in a thread."""
 
-    def __init__(self, answerer: Any, room: int = 64, keys: tuple[str, ...] = (), started: bool = True) -> None:
+    def __init__(
+        self, answerer: Any, room: int = 64, keys: tuple[str, ...] = (), started: bool = True, most: int = 32,
+        limits: Limits | None = None, size: int = 16,
+    ) -> None:  # fmt: skip
         self.socket = socket.create_server(("127.0.0.1", 0))  # clients may come before the server is there
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.batcher = Batcher(answerer, room=room)
+        self.answerer, self.batcher = answerer, Batcher(answerer, size, room)
         if started:
             self.batcher.start()
-        site = Site(answerer, self.batcher, 32, list(keys))
-        self.server = Server(make_app(site), self.batcher, lambda: None)
+        self.site = Site(answerer, self.batcher, most, list(keys), limits)
+        self.app = make_app(self.site)
+        self.server = Server(self.app, self.batcher, lambda: None, limits)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
 
@@ -44,3 +49,13 @@ def serving(*args: Any, **kwargs: Any) -> Iterator[Served]:
         yield found
     finally:
         found.end()
+
+
+def wait_for(what: Any) -> None:
+    """Until it is so; a test whose server hangs fails."""
+    pause = threading.Event()
+    for _ in range(6000):
+        if what():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come to it")

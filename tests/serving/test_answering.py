@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from questions import GREEDY, LONG, SHORT, mixed
 from smartmops.evaluation.perplexity import answer
 from smartmops.rows.example import Example
-from smartmops.serving.answering import Answer, Answerer, Settings
+from smartmops.serving.answering import Answer, Answerer, Settings, tasks_of
 from smartmops.serving.slots import Spoken
+from two_tasks import GREEDY, LONG, SHORT, mixed
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,11 @@ def test_weights_that_are_no_shares_are_refused(answerer: Answerer) -> None:
     for weights, said in (([[0.5, 0.2]], "no shares"), ([[1.0]], "of shape"), ([[float("nan"), 1.0]], "no shares")):
         with pytest.raises(ValueError, match=said):
             answerer.model.generate(input_ids=ids, max_new_tokens=1, gate_weights=torch.tensor(weights))
+
+
+def test_tasks_of_experts_are_read_from_the_gates_that_a_run_kept_unless_its_experts_are_others() -> None:
+    gates = {"experts": ["a", "b"], "during": {"x": [1.0, 0.0]}, "after": {"x": [0.25, 0.75], "y": [0.5, 0.5]}}
+    assert tasks_of(gates, ["a", "b"]) == {"a": {"y": 0.5, "x": 0.25}, "b": {"x": 0.75, "y": 0.5}}
+    assert list(tasks_of(gates, ["a", "b"])["a"]) == ["y", "x"]
+    assert tasks_of(gates, ["a", "c"]) == tasks_of({}, ["a"]) == {}
+    assert tasks_of(gates | {"after": {}}, ["a", "b"]) == {"a": {"x": 1.0}, "b": {"x": 0.0}}

@@ -7,10 +7,10 @@ import threading
 import pytest
 
 from patient import Patient
-from questions import GREEDY, mixed
 from smartmops.serving.answering import Answer, Answerer, Question
 from smartmops.serving.batching import Batcher, Closing, Full
 from smartmops.tokens.parts import Prompt
+from two_tasks import GREEDY, mixed
 
 
 def question(**how: object) -> Question:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from smartmops.checks.errors import DataError
 
@@ -61,7 +62,7 @@ def conversation(messages: Sequence[Mapping[str, str]], category: str = "", sour
             for number, (user, answer) in enumerate(history)]  # fmt: skip
 
 
-def opened(messages: Sequence[Mapping[str, str]]) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
+def opened(messages: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
     """The system's text, finished turns, and what the user said last where nobody answered it yet.
 
     Raises:

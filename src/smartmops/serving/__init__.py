@@ -1,1 +1,1 @@
-"""A trained run answers: on the terminal, from a file, over HTTP in OpenAI's form. Trains nothing, writes no run."""
+"""A trained run answers: on the terminal, from a file, in OpenAI's form. Trains nothing, writes no run; no HTTP."""

@@ -6,7 +6,7 @@ Knows a run's model, its template and its experts. Knows no terminal, no queue, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -81,6 +81,7 @@ class Answers(Protocol):
     """Whoever answers: an `Answerer`, or what stands in for one."""
 
     experts: Sequence[str]
+    tasks: Mapping[str, Mapping[str, float]]  # of an expert, the share of each task's gate that it has; may be empty
 
     def ask(self, example: Example, settings: Settings, **who: Any) -> Question:
         """A question in a template."""
@@ -100,6 +101,7 @@ class Answerer:
         self._config = model.peft_config["default"]
         self.experts: Sequence[str] = self._config.named_experts
         self._embedder = Embedder(self._config.embedder) if self._config.embedder else None
+        self.tasks: Mapping[str, Mapping[str, float]] = {}
         self.stops = template.stops(model)
         self.turn = threading.Lock()
 
@@ -115,7 +117,9 @@ class Answerer:
         if method in TOLD or not isinstance(model.base_model, MoPsModel):
             why = "is told which expert to use" if method in TOLD else "has no experts"
             raise RunError(f"{path} was trained with method {method!r}, which {why}: give a run of --method mops")
-        return cls(model, tokenizer, Template.of(template_of(run), tokenizer))
+        found = cls(model, tokenizer, Template.of(template_of(run), tokenizer))
+        found.tasks = tasks_of(run.read_gates() or {}, found.experts)
+        return found
 
     def ask(self, example: Example, settings: Settings, **who: Any) -> Question:
         """A question in the run's template, with the turns before it.
@@ -210,3 +214,17 @@ class Answerer:
         pairs = zip(by_expert(gate, self._config.num_experts).tolist(), left.tolist(), strict=True)
         return [({name: round(weight, 4) for name, weight in zip(self.experts, row, strict=True)}, round(each, 4))
                 for row, each in pairs]  # fmt: skip
+
+
+def tasks_of(gates: Mapping[str, Any], experts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each expert, what the gate gave it of each task after training, the largest first; empty if a run kept none.
+
+    Args:
+        gates: What `gates.json` of a run holds.
+        experts: The names that its adapter has now.
+    """
+    if list(gates.get("experts") or []) != list(experts):
+        return {}
+    after = gates.get("after") or gates.get("during") or {}
+    found = {name: {task: round(float(row[at]), 4) for task, row in after.items()} for at, name in enumerate(experts)}
+    return {name: dict(sorted(tasks.items(), key=lambda pair: -pair[1])) for name, tasks in found.items() if tasks}

@@ -114,7 +114,8 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
             continue
         if name not in NEUTRAL:
             raise Refused(400, f"{shown(name)} is no field that is known here: leave it out", name, "unknown_parameter")
-        if not any((value == neutral and type(value) is not bool) or value is neutral for neutral in NEUTRAL[name]):
+        alike = [neutral for neutral in NEUTRAL[name] if isinstance(neutral, bool) == isinstance(value, bool)]
+        if value not in alike:
             raise Refused(
                 400, f"{name} is {shown(value)}, and is not supported: leave it out", name, "unsupported_value"
             )
@@ -182,6 +183,8 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 def _whole(body: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
     value = body.get(name)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON has one kind of number
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high):
         raise Refused(400, f"{name} is {shown(value)}: choose a whole number from {low} to {high}", name)
     return value
@@ -217,7 +220,7 @@ def _example(messages: Any) -> Example:
         raise Refused(400, str(error), "messages") from error
 
 
-def _message(number: int, message: Any) -> dict[str, str]:
+def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise DataError(f"message {number} is {shown(message)}: give an object with role and content")
     if unknown := sorted(
@@ -232,7 +235,7 @@ def _message(number: int, message: Any) -> dict[str, str]:
         if not parts or not all(isinstance(part, str) for part in parts):
             raise DataError(f"message {number} holds parts that are no text: give parts of type text alone")
         content = "".join(str(part) for part in parts)
-    return {"role": "system" if role == "developer" else role, "content": content}  # type: ignore[dict-item]
+    return {"role": "system" if role == "developer" else role, "content": content}
 
 
 def _texts(prompt: Any) -> list[str]:

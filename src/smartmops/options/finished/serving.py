@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from smartmops.checks.folders import Existing, OutFile
-from smartmops.checks.limits import Count, NotNegative, Number, Options, Seed, Text, listed
+from smartmops.checks.limits import Count, NotNegative, Number, Options, Positive, Seed, Text, listed
 
 from .reading import RunFolder
 
@@ -123,3 +123,4 @@ class ServeConfig(Options):
     queue: Count = 64  # answers that may wait; more are refused with status 429
     batch_size: Count = 16  # answers that are generated at once
     max_tokens: Count = 512  # that one answer may have, and has at most where a request does not say
+    request_timeout: Positive = 600.0  # seconds that one request may take, waiting included, before it is given up

@@ -1,4 +1,4 @@
-"""HTTP in OpenAI's form over a run: routes, keys, limits, metrics, and how the server ends. Knows no tokens."""
+"""HTTP in OpenAI's form over a run: routes, keys, metrics, and how the server ends. Knows no tokens."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from typing import Any
 from smartmops.checks.errors import MissingExtra, PortTaken
 from smartmops.options.finished.serving import ServeConfig, keys_in
 from smartmops.playground import page
-
-from .answering import Answer, Answerer, Answers, Question
-from .batching import Batcher, Closing, Full
-from .forms import Refused, Reply, Wanted, models, understood
+from smartmops.serving.answering import Answer, Answerer, Answers, Question
+from smartmops.serving.batching import Batcher, Closing, Full
+from smartmops.serving.forms import Refused, Reply, Wanted, models, understood
 
 try:
     import uvicorn
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.exceptions import HTTPException
+    from starlette.types import Receive, Scope, Send
+
+    from .bodies import Gone, Limits, parsed, read
+    from .connections import RETRY, Connection
+    from .openapi import document
 except ImportError as error:
     raise MissingExtra('serve needs FastAPI and uvicorn: pip install "smartmops[serve]"') from error
 
-BODY = 2**20  # bytes that a request may have
+HEAVY = 2**16  # bytes of a request from which on it is read beside the loop, which others wait for
 POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-RETRY = 2  # seconds after which a client may try again
+GONE = 499  # status of a request whose client went away: it is counted, and nobody reads it
 GRACE = 30  # seconds that answers under way have once the server is told to end
 LOCAL = ("127.0.0.1", "localhost", "::1")
 Event = tuple[int, str | Answer]  # which answer of a request, and what is new of it
@@ -40,8 +44,11 @@ Event = tuple[int, str | Answer]  # which answer of a request, and what is new o
 class Site:
     """What the routes share."""
 
-    def __init__(self, answerer: Answers, batcher: Batcher, most: int, keys: list[str]) -> None:
+    def __init__(
+        self, answerer: Answers, batcher: Batcher, most: int, keys: list[str], limits: Limits | None = None
+    ) -> None:
         self.answerer, self.batcher, self.most = answerer, batcher, most
+        self.limits = limits or Limits()
         self.keys = [key.encode() for key in keys]
         self.served: Counter[tuple[str, int]] = Counter()
 
@@ -51,18 +58,26 @@ class Site:
             response = await self._answer(request, chat)
         except Refused as refused:
             response = said(refused)
+        except Gone:
+            response = Response(status_code=GONE)
         self.served[request.url.path, response.status_code] += 1
         return response
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         self.admit(request)
-        body = await read(request)
-        wanted = understood(body, chat, self.answerer, self.most, self.batcher.room)
+        body = await read(request, self.limits)
+        if len(body) > HEAVY:
+            wanted = await asyncio.to_thread(self._understood, body, chat)
+        else:
+            wanted = self._understood(body, chat)
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._submit(wanted.questions, events)
         if wanted.stream:
-            return StreamingResponse(streamed(wanted, events), media_type="text/event-stream")
-        return await whole(request, wanted, events)
+            return Stream(wanted, events, self.limits.answer)
+        return await whole(request, wanted, events, self.limits.answer)
+
+    def _understood(self, body: bytes, chat: bool) -> Wanted:
+        return understood(parsed(body), chat, self.answerer, self.most, self.batcher.room)
 
     def admit(self, request: Request) -> None:
         """Let only clients with a key through, where there are keys.
@@ -77,6 +92,14 @@ class Site:
             raise Refused(
                 401, "no valid key came with the request: send 'Authorization: Bearer KEY'", None, "invalid_api_key"
             )
+
+    def told(self, request: Request, what: Callable[[], Any]) -> Response:
+        """JSON for those with a key, where there are keys."""
+        try:
+            self.admit(request)
+        except Refused as refused:
+            return said(refused)
+        return JSONResponse(what())
 
     def _submit(self, questions: list[Question], events: asyncio.Queue[Event]) -> None:
         loop = asyncio.get_running_loop()
@@ -121,37 +144,22 @@ class Site:
 def said(refused: Refused) -> Response:
     """A refusal as a response."""
     headers = {} if refused.retry is None else {"Retry-After": str(refused.retry)}
-    return JSONResponse(refused.body, refused.status, headers)
+    if refused.status == 408:
+        headers["Connection"] = "close"  # what still comes of its body would be read as a request
+    text = json.dumps(refused.body)  # in ASCII: it may quote half a character
+    return Response(text, refused.status, headers, media_type="application/json")
 
 
-async def read(request: Request) -> Any:
-    """The JSON of a request.
-
-    Raises:
-        Refused: the body is too large, or is no JSON.
-    """
-    body, declared = b"", request.headers.get("content-length", "0")
-    too_large = Refused(413, f"the body has more than {BODY} bytes: send less", None, "body_too_large")
-    if declared.isdecimal() and int(declared) > BODY:
-        raise too_large
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY:
-            raise too_large
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, "the body is no JSON: send a JSON object") from error
-
-
-async def whole(request: Request, wanted: Wanted, events: asyncio.Queue[Event]) -> Response:
-    """All answers at once; none are needed any more once the client has gone."""
+async def whole(request: Request, wanted: Wanted, events: asyncio.Queue[Event], seconds: float) -> Response:
+    """All answers at once; none are needed any more once the client has gone, or after so many seconds."""
     answers = asyncio.ensure_future(collected(len(wanted.questions), events))
     gone = asyncio.ensure_future(left(request))
     try:
-        await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({answers, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not answers.done():
-            return Response(status_code=499)  # nobody reads it
+            if gone.done():
+                return Response(status_code=GONE)  # nobody reads it
+            raise late(seconds)
         if any(answer.ended in ("failed", "cancelled") for answer in answers.result()):
             raise failed(answers.result())
         return JSONResponse(Reply(wanted).whole(answers.result()))
@@ -159,6 +167,12 @@ async def whole(request: Request, wanted: Wanted, events: asyncio.Queue[Event]) 
         answers.cancel()
         gone.cancel()
         forget(wanted)
+
+
+def late(seconds: float) -> Refused:
+    """Why an answer is no longer waited for."""
+    why = f"after {seconds:g} s the answer has not ended, which is the limit: ask for fewer tokens, or try again later"
+    return Refused(504, why, None, "timeout", RETRY)
 
 
 def failed(answers: list[Answer]) -> Refused:
@@ -184,28 +198,46 @@ async def left(request: Request) -> None:
         pass
 
 
-async def streamed(wanted: Wanted, events: asyncio.Queue[Event]) -> AsyncIterator[str]:
+class Stream(StreamingResponse):
     """Server-sent events of a request's answers as they come; a client that goes ends this, and so the answers."""
+
+    def __init__(self, wanted: Wanted, events: asyncio.Queue[Event], seconds: float) -> None:
+        super().__init__(streamed(wanted, events, seconds), media_type="text/event-stream")
+        self.wanted = wanted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all; the answers end even where the client has gone before the first event."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            forget(self.wanted)
+
+
+async def streamed(wanted: Wanted, events: asyncio.Queue[Event], seconds: float) -> AsyncIterator[str]:
+    """Server-sent events of a request's answers as they come, for at most so many seconds."""
     reply, found = Reply(wanted), dict[int, Answer]()
-    try:
-        for index in range(len(wanted.questions)):
-            if (chunk := reply.opening(index)) is not None:
-                yield event(chunk)
-        while len(found) < len(wanted.questions):
-            index, what = await events.get()
-            if isinstance(what, str):
-                yield event(reply.piece(index, what))
-            elif what.ended in ("failed", "cancelled"):
-                yield event(failed([what]).body)
-                return
-            elif index not in found:
-                found[index] = what
-                yield event(reply.closing(index, what))
-        if wanted.usage:
-            yield event(reply.counted(list(found.values())))
-        yield "data: [DONE]\n\n"
-    finally:
-        forget(wanted)
+    end = asyncio.get_running_loop().time() + seconds
+    for index in range(len(wanted.questions)):
+        if (chunk := reply.opening(index)) is not None:
+            yield event(chunk)
+    while len(found) < len(wanted.questions):
+        try:
+            async with asyncio.timeout_at(end):
+                index, what = await events.get()
+        except TimeoutError:
+            yield event(late(seconds).body)
+            return
+        if isinstance(what, str):
+            yield event(reply.piece(index, what))
+        elif what.ended in ("failed", "cancelled"):
+            yield event(failed([what]).body)
+            return
+        elif index not in found:
+            found[index] = what
+            yield event(reply.closing(index, what))
+    if wanted.usage:
+        yield event(reply.counted(list(found.values())))
+    yield "data: [DONE]\n\n"
 
 
 def event(what: Any) -> str:
@@ -222,6 +254,26 @@ def forget(wanted: Wanted) -> None:
 def make_app(site: Site) -> FastAPI:
     """The routes."""
     app = FastAPI(title="smartmops", docs_url=None, redoc_url=None, openapi_url=None)
+    _answering(app, site)
+    _telling(app, site)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path}"
+        code = "method_not_allowed" if error.status_code == 405 else "not_found"
+        response = said(Refused(error.status_code, f"{where}: {error.detail}", None, code))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return said(Refused(500, "the server failed on this request: its log says why", None, "server_failed"))
+
+    return app
+
+
+def _answering(app: FastAPI, site: Site) -> None:
+    """What makes tokens."""
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -231,20 +283,21 @@ def make_app(site: Site) -> FastAPI:
     async def completion(request: Request) -> Response:
         return await site.answer(request, False)
 
+
+def _telling(app: FastAPI, site: Site) -> None:
+    """What tells of the run and of the server."""
+
     @app.get("/")
     async def playground() -> Response:
         return HTMLResponse(page(), headers={"Content-Security-Policy": POLICY})
 
+    @app.get("/openapi.json")
+    async def described(request: Request) -> Response:
+        return site.told(request, lambda: document(site.answerer, site.most, site.limits, bool(site.keys)))
+
     @app.get("/v1/models")
     async def known(request: Request) -> Response:
-        try:
-            site.admit(request)
-        except Refused as refused:
-            return said(refused)
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "smartmops"} for name in models(site.answerer)
-        ]
-        return JSONResponse({"object": "list", "data": data})
+        return site.told(request, lambda: listed(site.answerer))
 
     @app.get("/health")
     async def health() -> Response:
@@ -255,19 +308,25 @@ def make_app(site: Site) -> FastAPI:
     async def metrics() -> Response:
         return PlainTextResponse(site.metrics())
 
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {request.url.path}"
-        return said(Refused(error.status_code, f"{where}: {error.detail}", None, "not_found"))
 
-    return app
+def listed(answerer: Answers) -> dict[str, Any]:
+    """What can be asked for, and how much each task gives to each expert, where the run knows that."""
+    data: list[dict[str, Any]] = [
+        {"id": name, "object": "model", "created": 0, "owned_by": "smartmops"} for name in models(answerer)
+    ]
+    for each in data:
+        if each["id"] in answerer.tasks:
+            each["tasks"] = answerer.tasks[each["id"]]
+    return {"object": "list", "data": data}
 
 
 class Server(uvicorn.Server):
     """Ends gently: told to end, it takes no more requests and answers those it has; told twice, it gives them up."""
 
-    def __init__(self, app: FastAPI, batcher: Batcher, ready: Callable[[], Any]) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE))
+    def __init__(self, app: FastAPI, batcher: Batcher, ready: Callable[[], Any], limits: Limits | None = None) -> None:
+        protocol: Any = partial(Connection, limits=limits or Limits())
+        super().__init__(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE,
+                                        http=protocol, ws="none"))  # fmt: skip
         self.batcher, self.ready = batcher, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -315,8 +374,9 @@ def serve(config: ServeConfig, say: Callable[[str], Any] = print) -> None:
         open_to_all = "" if keys or config.host in LOCAL else " without a key: whoever reaches this address is answered"
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         words = f"{where} serves {', '.join(models(answerer))}{open_to_all}"
-        app = make_app(Site(answerer, batcher, config.max_tokens, keys))
-        server = Server(app, batcher, lambda: say(words))
+        limits = Limits(answer=config.request_timeout)
+        app = make_app(Site(answerer, batcher, config.max_tokens, keys, limits))
+        server = Server(app, batcher, lambda: say(words), limits)
         try:
             server.run(sockets=[listening])
         finally:

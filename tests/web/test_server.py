@@ -21,11 +21,13 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
 from patient import Patient  # noqa: E402
-from served import APPLE, Served, serving  # noqa: E402
+from served import APPLE, Served, serving, wait_for  # noqa: E402
 from smartmops import cli  # noqa: E402
 from smartmops.rows.example import Example  # noqa: E402
 from smartmops.serving.answering import Answerer, Settings  # noqa: E402
-from smartmops.serving.server import BODY  # noqa: E402
+from smartmops.web.bodies import Limits  # noqa: E402
+
+BODY = Limits().body
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,21 @@ def test_models_health_and_metrics(client: Any, real: Served) -> None:
     assert f"smartmops_batches_total {real.batcher.counts.batches}\n" in text and "smartmops_waiting 0\n" in text
 
 
+def test_models_tell_the_tasks_of_each_expert_where_the_run_knows_them(
+    real: Served, answerer: Answerer, patient: Patient
+) -> None:
+    data = {each["id"]: each for each in httpx.get(f"{real.url}/v1/models").json()["data"]}
+    assert "tasks" not in data["auto"] and "tasks" not in data["base"]
+    for name in answerer.experts:
+        shares = data[name]["tasks"]
+        assert shares == answerer.tasks[name] and set(shares) == {"apple", "banana"}
+        assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    for task in ("apple", "banana"):
+        assert sum(data[name]["tasks"][task] for name in answerer.experts) == pytest.approx(1, abs=1e-3)
+    with serving(patient) as served:
+        assert all("tasks" not in each for each in httpx.get(f"{served.url}/v1/models").json()["data"])
+
+
 BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": "pear"}, 404, "there is no model \"pear\": choose one of auto, base, apple, banana", "model"),
     ({"model": None}, 400, "model is null: choose one of auto", "model"),
@@ -168,6 +185,8 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"stop": ["a", ""]}, 400, "stop is [\"a\", \"\"]: give a text", "stop"),
     ({"stream": "yes"}, 400, "stream is \"yes\": choose true or false", "stream"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty is 0.5, and is not supported: leave it out", "frequency_penalty"),
+    ({"echo": 0}, 400, "echo is 0, and is not supported: leave it out", "echo"),
+    ({"presence_penalty": False}, 400, "presence_penalty is false, and is not supported", "presence_penalty"),
     ({"tools": [{"type": "function"}]}, 400, "is not supported: leave it out", "tools"),
     ({"logprobs": 3}, 400, "logprobs is 3: choose true or false", "logprobs"),
     ({"top_logprobs": 3}, 400, "top_logprobs is 3 without logprobs: set that to true, too", "top_logprobs"),
@@ -255,16 +274,6 @@ def test_a_client_that_goes_away_is_answered_no_longer(patient: Patient, stream:
         assert all(question.cancelled for question in patient.batches[0])
 
 
-def wait_for(what: Any) -> None:
-    """Until it is so; a test whose server hangs fails."""
-    pause = threading.Event()
-    for _ in range(6000):
-        if what():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come to it")
-
-
 def test_told_to_end_it_answers_what_it_has_and_takes_no_more(patient: Patient) -> None:
     with serving(patient) as served, httpx.Client(base_url=served.url, timeout=60) as kept:
         asked = {"model": "auto", "messages": APPLE}
@@ -328,6 +337,6 @@ def test_an_address_that_cannot_be_had_is_told_before_a_model_is_loaded(
 
 def test_without_the_extra_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "smartmops.serving.server")
+    monkeypatch.delitem(sys.modules, "smartmops.web.server")
     with pytest.raises(ImportError, match=r'pip install "smartmops\[serve\]"'):
-        import smartmops.serving.server  # noqa: F401
+        import smartmops.web.server  # noqa: F401

@@ -95,6 +95,17 @@ def test_all_sides_answer_and_a_slider_changes_the_answer(chromium: Any, url: st
     shown.close()
 
 
+def test_each_expert_shows_its_tasks(chromium: Any, url: str, answerer: Answerer) -> None:
+    shown = opened(chromium, url)
+    cards = shown.locator("#tasks .card")
+    assert cards.locator("h3").all_inner_texts() == list(answerer.experts)
+    for at, name in enumerate(answerer.experts):
+        (task, share), *_ = answerer.tasks[name].items()
+        assert cards.nth(at).locator(".bar").first.inner_text().split() == [task, f"{share:.2f}"]
+    assert shown.errors == []
+    shown.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone(chromium: Any, url: str, scheme: str) -> None:
     shown = opened(chromium, url, viewport={"width": 360, "height": 740}, color_scheme=scheme)
