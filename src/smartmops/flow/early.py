@@ -19,7 +19,7 @@ from smartmops.checks.errors import ConfigError, DataError, SmartmopsError
 from smartmops.checks.limits import Options
 from smartmops.data.tasks import splits
 from smartmops.options.bench import BenchConfig
-from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of
+from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of, undivided, uneven
 from smartmops.options.federation import ClientConfig, FederateConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig
 from smartmops.options.method import OURS, unmet_by_shape
@@ -102,12 +102,10 @@ def look_at_compression(config: CompressConfig) -> None:
     config.check_positions(shape.get("max_position_embeddings"))
     if config.pattern and (pair := numbers_of(config.pattern)):
         for columns in (shape.get("hidden_size"), shape.get("intermediate_size")):
-            if isinstance(columns, int) and columns % pair[1]:
-                raise ConfigError(f"--pattern {config.pattern}, but a layer of this model has {columns} inputs, which "
-                                  f"{pair[1]} does not divide: choose an m that divides {columns}, such as 2:4 or 4:8, "
-                                  "or a sparsity")  # fmt: skip
-        if config.method == "sparsegpt" and config.block_size % pair[1]:
-            raise ConfigError(f"--block-size {config.block_size}: choose a positive multiple of {pair[1]}")
+            if isinstance(columns, int) and (said := undivided(columns, pair[1], "a layer of this model")):
+                raise ConfigError(f"--pattern {config.pattern}, but {said}")
+        if config.method == "sparsegpt" and (said := uneven(config.block_size, pair[1])):
+            raise ConfigError(f"--block-size {config.block_size}{said}")
     if config.calibration and not config.calibration.endswith(TEXT_ENDINGS) and at_hand(config.calibration):
         splits(config.calibration, config.limit, config.test_share, config.data_seed, columns=config.columns)
 
