@@ -22,6 +22,7 @@ from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of, undivided, uneven
 from smartmops.options.federation import ClientConfig, FederateConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig
+from smartmops.options.finished.surgery import AdviseConfig, ExpertsConfig
 from smartmops.options.method import OURS, unmet_by_shape
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import TaskConfig
@@ -29,6 +30,7 @@ from smartmops.rows.example import Example
 
 LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it; it is read again later
 UNTOLD = ("nearest-cluster",)  # methods whose gate asks no task
+TABLES = (".csv", ".tsv", ".parquet")  # are read by libraries that take time to import
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call them
 
 
@@ -43,10 +45,28 @@ def look_at(config: Options) -> None:
         look(config)
     elif isinstance(config, CompressConfig):
         look_at_compression(config)
-    elif isinstance(config, EvaluateConfig | BenchConfig) and config.data and at_hand(config.data):
-        splits(config.data, columns=config.columns)
+    elif isinstance(config, EvaluateConfig | BenchConfig):
+        look_at_data(config.data, config.columns)
+    elif isinstance(config, AdviseConfig | ExpertsConfig):
+        asked = config.do if isinstance(config, ExpertsConfig) else config
+        for name in ("data", "inputs", "old"):
+            look_at_data(getattr(asked, name, None), getattr(asked, "columns", ()))
     elif isinstance(config, ReproduceConfig | ClientConfig | DataConfig) and config.model is not None:
         look_at_model(config.model)
+    if isinstance(config, DataConfig):
+        look_at_data(config.data, config.columns, config.limit)
+
+
+def look_at_data(data: str | None, columns: Sequence[str], limit: int | None = None) -> None:
+    """Read data that are read in a moment, so that what is wrong with them is told before anything else is done.
+
+    Raises:
+        DataError: they cannot be read; the message names file, lines and way out.
+        OSError: there are no such data.
+    """
+    if data is not None and at_hand(data):
+        with in_silence("smartmops.data"):  # who asked for them reads them again, and says what they are
+            splits(data, limit, columns=columns)
 
 
 def look(config: TaskConfig) -> None:
@@ -131,8 +151,8 @@ def at_hand(data: str) -> bool:
     path = Path(data)
     if data == "office":
         return True
-    if path.is_file():
-        return path.suffix in (".jsonl", ".json") and path.stat().st_size <= LOOKED_AT
+    if path.is_file():  # one of no form that is known is refused by its name
+        return path.suffix not in TABLES and path.stat().st_size <= LOOKED_AT
     return not path.exists() and (path.suffix in (".jsonl", ".json", ".csv", ".parquet") or data.startswith((".", "/")))
 
 

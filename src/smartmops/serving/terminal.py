@@ -47,6 +47,7 @@ def generate(config: GenerateConfig, write: Write = printed) -> list[dict[str, A
     found = []
     with ExitStack() as stack:
         if config.out is not None:
+            config.out.parent.mkdir(parents=True, exist_ok=True)
             write = stack.enter_context(config.out.open("w", encoding="utf-8", buffering=1)).write
         for row in each_answered(answerer, rows, config):
             found.append(row)
