@@ -17,11 +17,14 @@ from rich.console import Console
 from smartmops.base.names import is_converted, local
 from smartmops.checks.errors import ConfigError, DataError, SmartmopsError
 from smartmops.checks.limits import Options
+from smartmops.checks.resources import listening
+from smartmops.data.asked import read_rows
 from smartmops.data.tasks import splits
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of, undivided, uneven
 from smartmops.options.federation import ClientConfig, FederateConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig
+from smartmops.options.finished.serving import GenerateConfig, ServeConfig
 from smartmops.options.finished.surgery import AdviseConfig, ExpertsConfig
 from smartmops.options.method import OURS, unmet_by_shape
 from smartmops.options.reproduce import ReproduceConfig
@@ -53,6 +56,10 @@ def look_at(config: Options) -> None:
             look_at_data(getattr(asked, name, None), getattr(asked, "columns", ()))
     elif isinstance(config, ReproduceConfig | ClientConfig | DataConfig) and config.model is not None:
         look_at_model(config.model)
+    elif isinstance(config, GenerateConfig) and config.file is not None:
+        read_rows(config.file)
+    elif isinstance(config, ServeConfig):
+        listening(config.host, config.port).close()
     if isinstance(config, DataConfig):
         look_at_data(config.data, config.columns, config.limit)
 

@@ -5,6 +5,7 @@ The others stay as they are, and so does every answer that the new expert's rule
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
