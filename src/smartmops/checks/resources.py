@@ -1,6 +1,7 @@
 """What a machine runs out of: memory, disk space, permission to write, addresses to listen at.
 
-Turns such errors into lines with a way out. Knows errors, and which options cost memory. Imports nothing that takes time to import.
+Turns such errors into lines with a way out. Knows errors, and which options cost memory. Imports nothing that takes
+time to import.
 """
 
 from __future__ import annotations
