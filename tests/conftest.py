@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import random
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,23 @@ settings.register_profile("smartmops", deadline=None, derandomize=True, max_exam
 settings.load_profile("smartmops")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+SLOW = 20  # tests of the others that one marked slow counts for
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: one that starts last would leave the other worker with nothing to do."""
+    length = Counter[Path]()
+    for item in items:
+        length[item.path] += 1 if item.get_closest_marker("slow") is None else SLOW
+    items.sort(key=lambda item: -length[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage need go through it, and each run of training asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -135,3 +135,8 @@ def test_a_command_whose_reader_has_gone_ends_without_a_word(words: list[str]) -
     finally:
         os.close(writer)
     assert ended.stderr == b"" and ended.returncode in (1, 141), "141 as SIGPIPE would have it; rich says 1"
+
+
+def test_a_path_stands_in_a_line_as_it_is_typed(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "runs/[red]/:cat:a, --from runs/x:a: no run"
+    assert ended(config, raises(errors.DataError(line)), capsys) == (2, f"error: {line}\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from smartmops import cli
-from wrong_inputs import TRAIN, WRONG, prepare, there, words
+from wrong_inputs import TRAIN, WRONG, prepare, spelled, there, words
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_it_is_answered_in_one_line_and_nothing_is_written(
 ) -> None:
     before = there(folder)
     error = answered(words(line, folder), monkeypatch, capsys)
-    assert error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert error.startswith("error: ") and error.count("\n") == 1 and spelled(said, folder) in error, error
     assert there(folder) == before
 
 

@@ -33,7 +33,7 @@ class Terminated(KeyboardInterrupt):
 
 def said(title: str, message: str) -> None:
     """Lines on stderr, never wrapped: each is one."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, emoji=False)
     for line in message.splitlines() or [""]:
         console.print(f"[red]{title}:[/red] {escape(line)}", highlight=False)
 

@@ -33,11 +33,11 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3"])
 def test_every_method_lowers_the_loss_and_is_loaded_as_it_was_saved(config: Make, method: str) -> None:
     rate = {"lora": 1e-2, "ia3": 0.1}.get(method, 0.3)
-    chosen = config(method=method, steps=30, prompt_lr=rate, recovery_prompts=2, save_every=100)
+    chosen = config(method=method, steps=30, prompt_lr=rate, recovery_prompts=2, save_every=100, samples_per_task=1)
     metrics = train(chosen)
     assert metrics["perplexity"]["overall"] < 0.95 * metrics["perplexity_frozen"]["overall"]
     model, _, run = load_run(chosen.out)
-    assert run.read_metrics() == metrics
+    assert run.read_metrics() == metrics and {row["category"] for row in run.read_samples()} == {"a", "b"}
     task = Task.load(dataclasses.replace(chosen, recovery_prompts=0))
     assert evaluate(model, task.test, task.collator).overall == pytest.approx(
         metrics["perplexity"]["overall"], rel=1e-5
@@ -45,7 +45,7 @@ def test_every_method_lowers_the_loss_and_is_loaded_as_it_was_saved(config: Make
 
 
 def test_a_run_folder_holds_curves_gates_and_samples(config: Make) -> None:
-    chosen = config(eval_every=4, validation_share=0.1)
+    chosen = config(eval_every=4, validation_share=0.1, samples_per_task=1)
     metrics = train(chosen)
     run = Run.open(chosen.out)
     rows = run.read_curves()

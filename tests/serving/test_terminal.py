@@ -59,8 +59,8 @@ def test_a_file_is_answered_row_by_row_whatever_the_batch(
     assert [row["answer"] for row in found] == [alone(answerer, row) for row in ROWS]
     assert [{name: row[name] for name in own} for row, own in zip(found, ROWS, strict=True)] == ROWS
     assert all(sum(row["experts"].values()) + row["left_to_base"] == pytest.approx(1, abs=1e-3) for row in found)
-    assert typed([*line, "--out", str(tmp_path / "out.jsonl")], monkeypatch, capsys) == ""
-    assert [json.loads(each) for each in (tmp_path / "out.jsonl").read_text().splitlines()] == found
+    assert typed([*line, "--out", str(tmp_path / "new" / "out.jsonl")], monkeypatch, capsys) == ""
+    assert [json.loads(each) for each in (tmp_path / "new" / "out.jsonl").read_text().splitlines()] == found
 
 
 def test_it_is_one_importable_function(run: Path) -> None:

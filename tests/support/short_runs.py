@@ -38,7 +38,7 @@ def config(base_folder: Path, two_tasks: Path, tmp_path: Path) -> Callable[..., 
         settings: dict[str, Any] = {
             "model": str(base_folder), "dtype": "float32", "data": str(two_tasks), "out": tmp_path / "run", "experts": 2,
             "prompts_per_expert": 3, "steps": 8, "batch_size": 4, "max_length": 96, "log_every": 1, "save_every": 4,
-            "gate_pretraining_steps": 20, "samples_per_task": 1, "recovery_prompts": 0,
+            "gate_pretraining_steps": 20, "samples_per_task": 0, "recovery_prompts": 0,
             "expert_kind": "hidden_states", "prompt_lr": 0.3, "gate_lr": 1e-3, "validation_share": 0.0,
         }  # fmt: skip
         return TrainConfig(**(settings | changes))

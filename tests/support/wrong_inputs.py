@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 TRAIN = "train tiny --data DIR/doc.jsonl --batch-size 4 --experts 3 --steps 2 --out NEW"
 COMPARE = "compare tiny --data DIR/doc.jsonl --steps 2 --experts 3 --batch-size 4 --out NEW"
 FEDERATE = "federate tiny --data DIR/doc.jsonl --clients 4 --clients-per-round 2 --out NEW"
 GENERATE = "generate DIR/done"
+EXPORT = "export DIR/done --out NEW"
+ADD = "experts DIR/done add --out NEW"
 COMPRESS = "compress tiny --out NEW --sparsity 0.5"
 WRONG: list[tuple[str, str]] = [
     # sizes, rates and shares of training
@@ -179,11 +182,131 @@ WRONG: list[tuple[str, str]] = [
     ("bench --out NEW --only speed", "--only speed: choose train_vs_prompt_tuning"),
     ("bench --out NEW --injection-layer 16", "--injection-layer 16, but the model is given --layers 16"),
     ("bench --out NEW --hidden 30", "cannot be shared out in pairs"),
+    # data, and finished runs
+    ("data", "Missing from smartmops data: DATA"),
+    ("data DIR/doc.jsonl --test-share 0", "--test-share 0.0: choose a share between 0 and 1"),
+    ("data DIR/doc.jsonl --validation-share 1", "--validation-share 1.0: choose a share from 0"),
+    ("data DIR/doc.jsonl --data-seed -1", "--data-seed -1: choose 0 to 4294967295"),
+    ("data DIR/doc.jsonl --columns foo=bar", "--columns foo=bar: write FIELD=COLUMN"),
+    ("data DIR/doc.jsonl --columns response=answer", "--columns response=answer: no such column (found: instruction,"),
+    ("data DIR/doc.jsonl --shown three", "--shown: invalid literal for int() with base 10: 'three'"),
+    ("data DIR/doc.jsonl --template caht", "--template caht: choose auto, chat, plain, or a file"),
+    ("data DIR/doc.jsonl --model DIR/doc.jsonl", "MODEL DIR/doc.jsonl is a file"),
+    ("data DIR/torn.jsonl", "torn.jsonl, line 2: not JSON"),
+    ("data DIR/empty.txt", "a file ending in '.txt' cannot be read"),
+    ("evaluate", "Missing from smartmops evaluate: RUN"),
+    ("evaluate DIR/doc.jsonl", "doc.jsonl is a file: give a run folder"),
+    ("evaluate DIR/pruned", "pruned is no run folder, its config.json is no run's"),
+    ("evaluate DIR/done --data DIR/missing.jsonl", "missing.jsonl': no such file or folder"),
+    ("evaluate DIR/done --data DIR/torn.jsonl", "torn.jsonl, line 2: not JSON"),
+    ("evaluate DIR/done --data DIR/doc.jsonl --columns response=answer", "--columns response=answer: no such column"),
+    ("evaluate DIR/done --batch-size 0", "--batch-size 0: choose 1 or more"),
+    ("evaluate DIR/done --max-length 0", "--max-length 0: choose 1 or more"),
+    ("evaluate DIR/done --answers -1", "--answers -1: choose 0 or more"),
+    ("evaluate DIR/done --answer-tokens 0", "--answer-tokens 0: choose 1 or more"),
+    ("inspect DIR/done", "Missing from smartmops inspect: --text"),
+    ("inspect DIR/done --text x --max-new-tokens 0", "--max-new-tokens 0: choose 1 or more"),
+    ("report DIR/begun", "begun is unfinished"),
+    ("report DIR/done --out DIR/notes", "notes is a folder: name a file in it"),
+    ("report DIR/done --out DIR/doc.jsonl/x", "x cannot be made, DIR/doc.jsonl is a file: choose another folder"),
+    ("report DIR/done --out /proc/x", "--out /proc/x cannot be made"),
+    # answers
+    ("generate", "Missing from smartmops generate: RUN"),
+    ("generate DIR/pruned hello", "pruned is no run folder"),
+    (f"{GENERATE} hello --temperature warm", "--temperature: could not convert string to float: 'warm'"),
+    (f"{GENERATE} hello --temperature inf", "--temperature inf: choose a finite number of 0 or more"),
+    (f"{GENERATE} hello --top-p nan", "--top-p nan: choose a share above 0 and at most 1"),
+    (f"{GENERATE} --file DIR/notes", "notes is a folder: give a JSONL file"),
+    (f"{GENERATE} --file DIR/doc.jsonl --out DIR/doc.jsonl", "doc.jsonl is the file that is answered: choose another"),
+    (f"{GENERATE} --file DIR/doc.jsonl --out DIR/doc.jsonl/x", "x cannot be made, DIR/doc.jsonl is a file"),
+    (f"{GENERATE} --file DIR/doc.jsonl --out /proc/x", "--out /proc/x cannot be made"),
+    ("chat DIR/begun", "begun is unfinished"),
+    ("chat DIR/done --top-p 0", "--top-p 0.0: choose a share above 0 and at most 1"),
+    ("chat DIR/done --max-new-tokens 0", "--max-new-tokens 0: choose 1 or more"),
+    ("chat DIR/done --seed -1", "--seed -1: choose 0 to 4294967295"),
+    ("serve DIR/begun", "begun is unfinished"),
+    ("serve DIR/done --port eighty", "--port: invalid literal for int() with base 10: 'eighty'"),
+    ("serve DIR/done --port -1", "--port -1: choose 0 to 65535"),
+    ("serve DIR/done --batch-size 0", "--batch-size 0: choose 1 or more"),
+    ("serve DIR/done --max-tokens 99999999999", "--max-tokens 99999999999: choose at most 2147483647"),
+    ("serve DIR/done --api-key-file DIR/notes", "notes is a folder: give a file with one key a line"),
+    # runs that are handed on
+    (f"{EXPORT.replace('done', 'nowhere')} --format kv", "nowhere does not exist: give a run folder"),
+    (f"{EXPORT.replace('done', 'begun')} --format kv", "begun is unfinished"),
+    (f"{EXPORT.replace('done', 'pruned')} --format kv", "pruned is no run folder"),
+    (f"{EXPORT.replace('done', 'lone')} --format router", "this run has one alone: there is nothing to route"),
+    (EXPORT, "Missing from smartmops export: --format"),
+    (f"{EXPORT} --format gguf", "'gguf'"),
+    (f"{EXPORT} --format peft-prefix", "this run's experts begin at layer 4"),
+    (f"{EXPORT} --format cartridge", "this run's experts begin at layer 4"),
+    (f"{EXPORT} --format kv --experts a c", "--experts c is no expert of DIR/done: choose a or b"),
+    ("export DIR/done --format kv", "Missing from smartmops export: --out"),
+    ("export DIR/done --format kv --out DIR/notes", "notes holds thesis.tex: choose another folder"),
+    ("export DIR/done --format kv --out DIR/doc.jsonl", "doc.jsonl is a file: choose a folder"),
+    ("export DIR/done --format kv --out /proc/x", "--out /proc/x cannot be made"),
+    ("push DIR/nowhere me/it", "nowhere does not exist: give a run folder"),
+    ("push DIR/begun me/it", "begun is unfinished"),
+    ("push DIR/done", "Missing from smartmops push: REPO"),
+    ("push DIR/done it", "REPO it: give owner/name"),
+    ("push DIR/done me/it/too --dry-run", "REPO me/it/too: give owner/name"),
+    ("push DIR/done me/it --privat", "--privat"),
+    # experts that come and go
+    ("experts DIR/nowhere list", "nowhere does not exist: give a run folder"),
+    ("experts DIR/pruned list", "pruned is no run folder"),
+    ("experts DIR/done", "{list, add, drop, merge, rename, freeze, calibrate}"),
+    ("experts DIR/done lits", "lits"),
+    ("experts DIR/done list --rows 0", "--rows 0: choose 1 or more"),
+    ("experts DIR/done list --old DIR/missing.jsonl", "missing.jsonl': no such file or folder"),
+    ("experts DIR/done list --columns answer", "--columns answer: write FIELD=COLUMN"),
+    ("experts DIR/done add --out NEW", "nothing given: give --data, --from OTHER_RUN:NAME or --prompt"),
+    ("experts DIR/done add --data DIR/doc.jsonl", "--out DIR or --in-place: give one of them"),
+    (f"{ADD} --data DIR/doc.jsonl --in-place", "--out DIR or --in-place: give one of them"),
+    (f"{ADD} --data DIR/missing.jsonl", "missing.jsonl': no such file or folder"),
+    (f"{ADD} --data DIR/torn.jsonl", "torn.jsonl, line 2: not JSON"),
+    (f"{ADD} --data DIR/doc.jsonl --name a", "'a' is an expert of DIR/done already: give another name"),
+    (f"{ADD} --data DIR/doc.jsonl --steps -1", "--steps -1: choose 0 or more"),
+    (f"{ADD} --data DIR/doc.jsonl --batch-size 0", "--batch-size 0: choose 1 or more"),
+    (f"{ADD} --data DIR/doc.jsonl --relative-lr nan", "--relative-lr nan: choose a finite rate"),
+    (f"{ADD} --data DIR/doc.jsonl --test-share 1", "--test-share 1.0: choose a share between 0 and 1"),
+    (f"{ADD} --data DIR/doc.jsonl --seed -1", "--seed -1: choose 0 to 4294967295"),
+    (f"{ADD} --data DIR/doc.jsonl --inputs DIR/doc.jsonl", "doc.jsonl are questions for --prompt"),
+    (f"{ADD} --prompt DIR/nowhere.txt", "nowhere.txt does not exist: give a text file with a system prompt"),
+    (f"{ADD} --prompt DIR/empty.txt", "empty.txt is blank: write a system prompt"),
+    (f"{ADD} --prompt DIR/doc.jsonl --inputs DIR/missing.jsonl", "missing.jsonl': no such file or folder"),
+    (f"{ADD} --prompt DIR/doc.jsonl --questions 0", "--questions 0: choose 1 or more"),
+    (f"{ADD} --prompt DIR/doc.jsonl --answer-tokens 0", "--answer-tokens 0: choose 1 or more"),
+    (f"{ADD} --from a", "--from a: give OTHER_RUN:NAME"),
+    (f"{ADD} --from DIR/nowhere:a", "--from DIR/nowhere:a: DIR/nowhere does not exist: give a run folder"),
+    (f"{ADD} --from DIR/done:c", "--from DIR/done:c: 'c' is no expert of DIR/done: choose a or b"),
+    ("experts DIR/done add --data DIR/doc.jsonl --out DIR/notes", "holds files of something else (thesis.tex)"),
+    ("experts DIR/done drop --out NEW", "Missing from smartmops experts drop: NAME"),
+    ("experts DIR/done drop c --out NEW", "'c' is no expert of DIR/done: choose one of a, b"),
+    ("experts DIR/done drop a", "--out DIR or --in-place: give one of them"),
+    ("experts DIR/done merge a --out NEW", "Missing from smartmops experts merge: B"),
+    ("experts DIR/done merge a c --out NEW", "'c' is no expert of DIR/done"),
+    ("experts DIR/done merge a a --out NEW", "'a' cannot be merged with itself: name two experts"),
+    ("experts DIR/done rename a --out NEW", "Missing from smartmops experts rename:"),
+    ("experts DIR/done rename a b --out NEW", "'b' is an expert of DIR/done already: give another name"),
+    ("experts DIR/done rename c d --out NEW", "'c' is no expert of DIR/done"),
+    ("experts DIR/done freeze c --out NEW", "'c' is no expert of DIR/done"),
+    ("experts DIR/done calibrate --out NEW", "Missing from smartmops experts calibrate: --unrelated"),
+    ("experts DIR/done calibrate --unrelated DIR/nowhere.txt --out NEW", "nowhere.txt cannot be read"),
+    ("experts DIR/done calibrate --unrelated DIR/doc.jsonl --out NEW", "holds 1 texts: give 20 or more"),
+    ("advise DIR/nowhere --data DIR/doc.jsonl", "nowhere does not exist: give a run folder"),
+    ("advise DIR/done", "Missing from smartmops advise: --data"),
+    ("advise DIR/done --data DIR/missing.jsonl", "missing.jsonl': no such file or folder"),
+    ("advise DIR/done --data DIR/torn.jsonl", "torn.jsonl, line 2: not JSON"),
+    ("advise DIR/done --data DIR/doc.jsonl --old DIR/missing.jsonl", "missing.jsonl': no such file or folder"),
+    ("advise DIR/done --data DIR/doc.jsonl --steps -1", "--steps -1: choose 0 or more"),
+    ("advise DIR/done --data DIR/doc.jsonl --part 0", "--part 0: choose 1 or more"),
+    ("advise DIR/done --data DIR/doc.jsonl --rows 0", "--rows 0: choose 1 or more"),
+    ("advise DIR/done --data DIR/doc.jsonl --test-share 0", "--test-share 0.0: choose a share between 0 and 1"),
+    ("advise DIR/done --data DIR/doc.jsonl --relative-lr -1", "--relative-lr -1.0: choose a finite rate"),
 ]  # fmt: skip
 
 
 def prepare(folder: Path) -> None:
-    """Good and bad data, a run that was killed, the outside of a finished one, and a folder of something else."""
+    """Good and bad data, a run that was killed, the outside of finished ones, a model's, and a folder of something else."""
 
     def rows(*categories: str) -> str:
         return "".join(json.dumps({"instruction": f"Say {i}.", "response": f"It is {i}."}
@@ -196,16 +319,28 @@ def prepare(folder: Path) -> None:
     (folder / "torn.jsonl").write_text(rows("a") + '{"instruction": "x", "resp\n' + rows("a"))
     (folder / "silent.jsonl").write_text('{"instruction": null}\n{"instruction": "x"}\n{}\n')
     (folder / "empty.txt").write_text("\n")
-    for name, file in (("begun", "config.json"), ("notes", "thesis.tex"), ("done", "config.json"),
-                       ("done", "metrics.json"), ("done/adapter", "adapter_config.json")):  # fmt: skip
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / file).write_text("{}")
-    (folder / "done/adapter/adapter_config.json").write_text('{"expert_names": ["a", "b"]}')
+    run = {"command": "train", "arguments": {"method": "mops", "model": "tiny", "data": "office"}, "seed": 0}
+    for name in ("begun", "notes", "done/adapter", "lone/adapter", "pruned"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "notes/thesis.tex").write_text("{}")
+    (folder / "pruned/config.json").write_text('{"model_type": "llama", "num_hidden_layers": 8}')
+    for name in ("begun", "done", "lone"):
+        (folder / name / "config.json").write_text(json.dumps(run))
+    for name in ("done", "lone", "pruned"):
+        (folder / name / "metrics.json").write_text("{}")
+    two = {"num_experts": 2, "expert_names": ["a", "b"]}
+    (folder / "done/adapter/adapter_config.json").write_text(json.dumps(two | {"injection_layer": 4}))
+    (folder / "lone/adapter/adapter_config.json").write_text(json.dumps({"num_experts": 1, "null_threshold": 0.0}))
 
 
 def words(line: str, folder: Path) -> list[str]:
     """The arguments of a command line of the table."""
-    return [word.replace("DIR", str(folder)).replace("NEW", str(folder / "new")) for word in line.split()]
+    return spelled(line, folder).split()
+
+
+def spelled(text: str, folder: Path) -> str:
+    """With the paths that `DIR` and `NEW` stand for."""
+    return re.sub(r"\bDIR\b(?=/)", str(folder), text).replace(" NEW", f" {folder / 'new'}")
 
 
 def there(folder: Path) -> list[str]:

@@ -34,7 +34,19 @@ class Writable:
     def wrong(self, value: Any) -> str | None:
         """As `limits.Limit`."""
         path = Path(value)
-        return " is a folder: name a file in it" if path.is_dir() else unmade(path.parent)
+        if path.is_dir():
+            return " is a folder: name a file in it"
+        if path.parent.is_file():
+            return f" cannot be made, {path.parent} is a file: choose another folder"
+        if (said := unmade(path.parent)) is not None or path.exists() or not path.parent.is_dir():
+            return said
+        try:
+            with suppress(FileExistsError):  # another process makes it at this moment
+                path.touch(exist_ok=False)
+                path.unlink()
+        except (OSError, ValueError) as error:
+            return f" cannot be made ({getattr(error, 'strerror', None) or error}): choose another name"
+        return None
 
 
 @dataclass(frozen=True)

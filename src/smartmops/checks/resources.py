@@ -1,17 +1,19 @@
-"""What a machine runs out of: memory, disk space, permission to write. Turns such errors into lines with a way out.
+"""What a machine runs out of: memory, disk space, permission to write, addresses to listen at.
 
-Knows errors, and which options cost memory. Imports nothing that takes time to import.
+Turns such errors into lines with a way out. Knows errors, and which options cost memory. Imports nothing that takes
+time to import.
 """
 
 from __future__ import annotations
 
 import errno
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import DiskError, OutOfMemory, ResourceError, SmartmopsError
+from .errors import DiskError, OutOfMemory, PortTaken, ResourceError, SmartmopsError
 from .limits import typed
 
 SIZES = ("batch_size", "max_length", "sequences", "sequence_length", "actors", "experts", "prompt_tokens")
@@ -64,3 +66,20 @@ def lower(config: Any, error: BaseException) -> str:
             less += f", or choose {typed(name)} {choice}"
     asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error))
     return f"out of memory{f' ({asked[1]} asked for at once)' if asked else ''}: {less}"
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket bound to an address; port 0 is any that is free.
+
+    Raises:
+        PortTaken: it cannot be had.
+    """
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise PortTaken(f"--host {host} --port {port} cannot be had ({error.strerror or error}): choose another port, "
+                        "or an address of this machine") from error  # fmt: skip
+    return found

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from smartmops.checks.errors import BaseModelError, ConfigError
-from smartmops.options.compression import Method, numbers_of
+from smartmops.options.compression import Method, OfEvery, undivided, uneven
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Pattern:
             if not 0 < float(sparsity or 0) < 1:
                 raise ConfigError(f"sparsity={sparsity}: choose a share of zeros between 0 and 1, such as 0.75")
             return cls(float(sparsity or 0))
-        n, m = numbers_of(pattern) or (0, 0)
-        if not 0 < n < m:
-            raise ConfigError(f"pattern={pattern}: n:m prunes n of every m, so choose 0 < n < m, such as 7:8 or 2:4")
+        if said := OfEvery().wrong(pattern):
+            raise ConfigError(f"pattern={pattern}{said}")
+        n, m = map(int, pattern.split(":"))
         return cls(n / m, n, m)
 
     def __str__(self) -> str:
@@ -52,9 +52,8 @@ class Pattern:
         Raises:
             ConfigError: it does not.
         """
-        if self.m and columns % self.m:
-            raise ConfigError(f"pattern={self}, but {name} has {columns} inputs, which {self.m} does not divide: "
-                              f"choose an m that divides {columns}, such as 2:4 or 4:8, or a sparsity")  # fmt: skip
+        if said := undivided(columns, self.m, name):
+            raise ConfigError(f"pattern={self}, but {said}")
 
     def smallest(self, score: Float[Tensor, "out in"], by_row: bool = False) -> Bool[Tensor, "out in"]:
         """True where `score` is to be pruned: exact counts, whatever the ties; `by_row`, the same count in each row."""
@@ -81,8 +80,8 @@ class Solver:
         Raises:
             ConfigError: naming the one that cannot.
         """
-        if self.block_size < 1 or (pattern.m and self.block_size % pattern.m):
-            raise ConfigError(f"block_size={self.block_size}: choose a positive multiple of {max(pattern.m, 1)}")
+        if said := uneven(self.block_size, pattern.m):
+            raise ConfigError(f"block_size={self.block_size}{said}")
         if self.damping < 0:
             raise ConfigError(f"damping={self.damping}: choose 0 or more, such as 0.01")
 

@@ -15,14 +15,18 @@ from rich.console import Console
 from smartmops.base.names import is_converted, local
 from smartmops.checks.errors import ConfigError, DataError, SmartmopsError
 from smartmops.checks.limits import Options
+from smartmops.checks.resources import listening
 from smartmops.data.ahead import ahead
+from smartmops.data.asked import read_rows
 from smartmops.data.files import SUFFIXES
 from smartmops.data.several import Names, as_typed, names_of
 from smartmops.data.tasks import splits
 from smartmops.options.bench import BenchConfig
-from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of
+from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of, undivided, uneven
 from smartmops.options.federation import ClientConfig, FederateConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig
+from smartmops.options.finished.serving import GenerateConfig, ServeConfig
+from smartmops.options.finished.surgery import AdviseConfig, ExpertsConfig
 from smartmops.options.method import OURS, unmet_by_shape
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import TaskConfig
@@ -30,7 +34,7 @@ from smartmops.rows.example import Example
 
 LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it;
 UNTOLD = ("nearest-cluster",)  # methods whose gate asks no task
-TEXT_FILES = (".jsonl", ".json", ".csv", ".tsv")
+TABLES = (".csv", ".tsv", ".parquet")  # are read by libraries that take time to import
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call them
 
 
@@ -45,11 +49,32 @@ def look_at(config: Options) -> None:
         look(config)
     elif isinstance(config, CompressConfig):
         look_at_compression(config)
-    elif isinstance(config, EvaluateConfig | BenchConfig) and config.data and at_hand(config.data):
-        with ahead():
-            splits(config.data, columns=config.columns)
+    elif isinstance(config, EvaluateConfig | BenchConfig):
+        look_at_data(config.data, config.columns)
+    elif isinstance(config, AdviseConfig | ExpertsConfig):
+        asked = config.do if isinstance(config, ExpertsConfig) else config
+        for name in ("data", "inputs", "old"):
+            look_at_data(getattr(asked, name, None), getattr(asked, "columns", ()))
     elif isinstance(config, ReproduceConfig | ClientConfig | DataConfig) and config.model is not None:
         look_at_model(config.model)
+    elif isinstance(config, GenerateConfig) and config.file is not None:
+        read_rows(config.file)
+    elif isinstance(config, ServeConfig):
+        listening(config.host, config.port).close()
+    if isinstance(config, DataConfig):
+        look_at_data(config.data, config.columns, config.limit)
+
+
+def look_at_data(data: Names | None, columns: Sequence[str], limit: int | None = None) -> None:
+    """Read data that are read in a moment, so that what is wrong with them is told before anything else is done.
+
+    Raises:
+        DataError: they cannot be read; the message names file, lines and way out.
+        OSError: there are no such data.
+    """
+    if data is not None and at_hand(data):
+        with ahead():
+            splits(data, limit, columns=columns)
 
 
 def look(config: TaskConfig) -> None:
@@ -105,12 +130,10 @@ def look_at_compression(config: CompressConfig) -> None:
     config.check_positions(shape.get("max_position_embeddings"))
     if config.pattern and (pair := numbers_of(config.pattern)):
         for columns in (shape.get("hidden_size"), shape.get("intermediate_size")):
-            if isinstance(columns, int) and columns % pair[1]:
-                raise ConfigError(f"--pattern {config.pattern}, but a layer of this model has {columns} inputs, which "
-                                  f"{pair[1]} does not divide: choose an m that divides {columns}, such as 2:4 or 4:8, "
-                                  "or a sparsity")  # fmt: skip
-        if config.method == "sparsegpt" and config.block_size % pair[1]:
-            raise ConfigError(f"--block-size {config.block_size}: choose a positive multiple of {pair[1]}")
+            if isinstance(columns, int) and (said := undivided(columns, pair[1], "a layer of this model")):
+                raise ConfigError(f"--pattern {config.pattern}, but {said}")
+        if config.method == "sparsegpt" and (said := uneven(config.block_size, pair[1])):
+            raise ConfigError(f"--block-size {config.block_size}{said}")
     if config.calibration and not config.calibration.endswith(TEXT_ENDINGS) and at_hand(config.calibration):
         with ahead():
             splits(config.calibration, config.limit, config.test_share, config.data_seed, columns=config.columns)
@@ -141,8 +164,8 @@ def _at_hand(data: str) -> bool:
     path = Path(data)
     if data == "office":
         return True
-    if path.is_file():
-        return path.suffix in TEXT_FILES and path.stat().st_size <= LOOKED_AT
+    if path.is_file():  # one of no form that is known is refused by its name
+        return path.suffix not in TABLES and path.stat().st_size <= LOOKED_AT
     return not path.exists() and (path.suffix in SUFFIXES or data.startswith((".", "/")))
 
 

@@ -57,6 +57,21 @@ def numbers_of(pattern: str) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
+def undivided(columns: int, m: int, layer: str) -> str | None:
+    """What is wrong with groups of `m` for a layer of so many inputs; None where nothing is, or where `m` is 0."""
+    if not m or columns % m == 0:
+        return None
+    return (f"{layer} has {columns} inputs, which {m} does not divide: choose an m that divides {columns}, such as "
+            "2:4 or 4:8, or a sparsity")  # fmt: skip
+
+
+def uneven(block_size: int, m: int) -> str | None:
+    """What is wrong with blocks of so many columns for groups of `m`; None where nothing is, or where `m` is 0."""
+    if block_size > 0 and (not m or block_size % m == 0):
+        return None
+    return f": choose a positive multiple of {max(m, 1)}"
+
+
 @dataclass(kw_only=True)
 class CompressConfig(Options):
     """Everything `smartmops compress` takes: prune to `sparsity` or `pattern`, or quantise, or one after the other."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 # Where no terminal is, who reads the output breaks its lines, or searches them.
-console = Console(soft_wrap=not sys.stdout.isatty())
+console = Console(soft_wrap=not sys.stdout.isatty(), emoji=False)
 EVERY = 30.0  # seconds between two lines where there is no terminal
 
 T = TypeVar("T")

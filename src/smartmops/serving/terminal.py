@@ -7,14 +7,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from smartmops.checks.errors import DataError
-from smartmops.data.files import rows_of
+from smartmops.data.asked import read_rows
 from smartmops.options.finished.serving import AnswerConfig, ChatConfig, GenerateConfig
 from smartmops.rows.example import Example
-from smartmops.rows.faults import Faults, shown
 
 from .answering import Answer, Answerer, Settings
 
@@ -47,44 +44,12 @@ def generate(config: GenerateConfig, write: Write = printed) -> list[dict[str, A
     found = []
     with ExitStack() as stack:
         if config.out is not None:
+            config.out.parent.mkdir(parents=True, exist_ok=True)
             write = stack.enter_context(config.out.open("w", encoding="utf-8", buffering=1)).write
         for row in each_answered(answerer, rows, config):
             found.append(row)
             write(json.dumps(row, ensure_ascii=False) + "\n")
     return found
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of instructions.
-
-    Raises:
-        DataError: some lines are no such rows, or there are none; all bad lines are named.
-    """
-    faults, rows = Faults(file), []
-    for number, row in rows_of(file, faults):
-        problem = _problem(row)
-        if problem is None:
-            rows.append(row)
-        else:
-            faults.add(number, problem)
-    faults.check()
-    if not rows:
-        raise DataError(f"{file} holds no row: write one with an `instruction` a line")
-    return rows
-
-
-def _problem(row: Any) -> str | None:
-    if not isinstance(row, dict):
-        return f"{shown(row)} is no object: write one with an `instruction`"
-    if not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
-        return f"`instruction` is {shown(row.get('instruction'))}: give a text"
-    if not isinstance(row.get("context", ""), str):
-        return f"`context` is {shown(row['context'])}: give a text or leave it out"
-    try:
-        Example(row["instruction"], row.get("context", ""), "")
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def each_answered(

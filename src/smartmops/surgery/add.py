@@ -13,9 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from smartmops.checks.errors import DataError
-from smartmops.data.ahead import ahead
 from smartmops.data.tasks import read
-from smartmops.flow.early import at_hand
+from smartmops.flow.early import look_at_data
 from smartmops.flow.task import Task
 from smartmops.options.finished.surgery import AddConfig, AdviseConfig, Trial
 from smartmops.runs.adapters import load_adapter
@@ -45,8 +44,8 @@ def add(run: Path, config: AddConfig) -> dict[str, Any]:
     Raises:
         ValueError: the expert's name is taken, bases differ, data cannot be read or are too few.
     """
-    _look(config.data, config.columns)
-    _look(config.inputs, config.columns)
+    look_at_data(config.data, config.columns)
+    look_at_data(config.inputs, config.columns)
     subject = Subject.open(run, config.old, config.columns, config.rows)
     if config.prompt is not None:
         return _of_prompt(subject, config)
@@ -65,17 +64,6 @@ def _trained(subject: Subject, task: Task, trial: Trial) -> tuple[Columns, float
     scale = float(subject.parts.config.num_experts + 1)
     start = grow.started(subject, instructions_of(task, SEEN), task, scale, trial.seed)
     return grow.trained(subject, task, start, scale, trial)[0], scale
-
-
-def _look(data: str | None, columns: Sequence[str]) -> None:
-    """Read small data once before the base is loaded, so that what is wrong with them is told at once.
-
-    Raises:
-        ValueError: they cannot be read.
-    """
-    if data is not None and at_hand(data):
-        with ahead():
-            read(data, columns=columns)
 
 
 def _named(task: Task, data: str) -> str:
@@ -180,8 +168,6 @@ def _of_prompt(subject: Subject, config: AddConfig) -> dict[str, Any]:
     """An expert under which the base answers as it does under a system prompt."""
     assert config.prompt is not None
     prompt, name = config.prompt.read_text(encoding="utf-8").strip(), config.name or config.prompt.stem
-    if not prompt:
-        raise DataError(f"--prompt {config.prompt} is blank: write a system prompt")
     parts.check_new(subject.parts, name)
     asked = read(config.inputs, columns=config.columns) if config.inputs else list(subject.known().train_examples)
     questions = some([replace(each, category=name) for each in asked], config.questions)
@@ -214,7 +200,7 @@ def advise(config: AdviseConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `add`.
     """
-    _look(config.data, config.columns)
+    look_at_data(config.data, config.columns)
     subject = Subject.open(config.run, config.old, config.columns, config.rows)
     task = subject.task(config.data, config.columns, share=max(config.test_share, 0.2), limit=config.part,
                         seed=config.seed)  # fmt: skip

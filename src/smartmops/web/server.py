@@ -13,7 +13,8 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from smartmops.checks.errors import MissingExtra, PortTaken
+from smartmops.checks.errors import MissingExtra
+from smartmops.checks.resources import listening
 from smartmops.options.finished.serving import ServeConfig, keys_in
 from smartmops.playground import page
 from smartmops.serving.answering import Answer, Answerer, Answers, Question
@@ -349,15 +350,7 @@ def bound(config: ServeConfig) -> socket.socket:
     Raises:
         PortTaken: it cannot be had.
     """
-    found = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        found.bind((config.host, config.port))
-    except OSError as error:
-        found.close()
-        raise PortTaken(f"--host {config.host} --port {config.port} cannot be had ({error.strerror or error}): choose "
-                        "another port, or an address of this machine") from error  # fmt: skip
-    return found
+    return listening(config.host, config.port)
 
 
 def serve(config: ServeConfig, say: Callable[[str], Any] = print) -> None:
@@ -366,11 +359,11 @@ def serve(config: ServeConfig, say: Callable[[str], Any] = print) -> None:
     Raises:
         PortTaken: the address cannot be had, or the run has no experts.
     """
-    with bound(config) as listening:
+    with bound(config) as line:
         answerer = Answerer.open(config.run)
         keys = [] if config.api_key_file is None else keys_in(config.api_key_file)
         batcher = Batcher(answerer, config.batch_size, config.queue).start()
-        host, port = listening.getsockname()[:2]
+        host, port = line.getsockname()[:2]
         open_to_all = "" if keys or config.host in LOCAL else " without a key: whoever reaches this address is answered"
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         words = f"{where} serves {', '.join(models(answerer))}{open_to_all}"
@@ -378,7 +371,7 @@ def serve(config: ServeConfig, say: Callable[[str], Any] = print) -> None:
         app = make_app(Site(answerer, batcher, config.max_tokens, keys, limits))
         server = Server(app, batcher, lambda: say(words), limits)
         try:
-            server.run(sockets=[listening])
+            server.run(sockets=[line])
         finally:
             batcher.close()
             batcher.cancel()

@@ -95,6 +95,8 @@ class GenerateConfig(AnswerConfig):
             yield f"--context goes with TEXT, and --file {self.file} has a context in each row: leave it away"
         if self.out is not None and self.file is None:
             yield f"--out {self.out} is for the answers of --file: give that, or leave --out away"
+        if self.out is not None and self.file is not None and self.out.resolve() == self.file.resolve():
+            yield f"--out {self.out} is the file that is answered: choose another name"
         if self.base and self.expert is not None:
             yield f"--expert {self.expert} and --base are both asked for: choose one"
         if self.expert is not None and self.expert not in (names := experts_of(self.run)):

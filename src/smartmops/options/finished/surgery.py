@@ -11,7 +11,7 @@ import tyro
 
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
-from smartmops.checks.limits import Count, Options, Rate, Seed, Share, Text, Whole, check
+from smartmops.checks.limits import Count, Options, Rate, Seed, Share, Text, Whole, check, listed
 from smartmops.options.method import Unrelated
 from smartmops.options.training import Columns, Data
 
@@ -22,6 +22,22 @@ Run = Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="
 Name = Annotated[str, Text("an expert's name")]
 Whose = Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+PROMPT = "a text file with a system prompt"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text file that is not blank."""
+
+    def wrong(self, value: Path) -> str | None:
+        """As `limits.Limit`."""
+        if (said := Existing(PROMPT).wrong(value)) is not None:
+            return said
+        try:
+            text = value.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return f" cannot be read: give {PROMPT}"
+        return None if text.strip() else " is blank: write a system prompt"
 
 
 @dataclass(kw_only=True)
@@ -73,7 +89,7 @@ class AddConfig(_Writing, _Reading, Trial):
     data: Data | None = None  # examples of the new task
     source: Annotated[Annotated[str, Text("OTHER_RUN:NAME")] | None, tyro.conf.arg(name="from")] = None
     """OTHER_RUN:NAME, an expert of another run on the same base"""
-    prompt: Annotated[Path, Existing("a text file with a system prompt")] | None = None
+    prompt: Annotated[Path, Prompt()] | None = None
     """a text file with a system prompt, whose effect becomes the expert"""
     inputs: Data | None = None  # questions for --prompt; None: the run's own training instructions
     name: Name | None = None  # of the expert; None: the task of --data, the name at its source, or the prompt's file
@@ -90,8 +106,19 @@ class AddConfig(_Writing, _Reading, Trial):
             yield f"{' and '.join(named) or 'nothing'} given: give --data, --from OTHER_RUN:NAME or --prompt"
         if self.inputs is not None and self.prompt is None:
             yield f"--inputs {self.inputs} are questions for --prompt: give that, or leave them away"
-        if self.source is not None and not all(self.source.rpartition(":")[::2]):
-            yield f"--from {self.source}: give OTHER_RUN:NAME"
+        if self.source is not None:
+            yield from (f"--from {self.source}{said}" for said in unmoved(self.source))
+
+
+def unmoved(source: str) -> Iterator[str]:
+    """Why no expert can be taken from OTHER_RUN:NAME, as it stands behind that."""
+    other, _, name = source.rpartition(":")
+    if not other or not name:
+        yield ": give OTHER_RUN:NAME"
+    elif (said := RunFolder().wrong(Path(other))) is not None:
+        yield f": {other}{said}"
+    elif (names := experts_of(Path(other))) and name not in names:
+        yield f": {name!r} is no expert of {other}: choose {listed(names)}"
 
 
 @dataclass(kw_only=True)
@@ -108,6 +135,12 @@ class MergeConfig(_Writing, _Reading, Trial):
     first: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
     second: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
     name: Name | None = None  # of the merged expert; None: A+B
+
+    def problems(self) -> Iterator[str]:
+        """Whether there are two."""
+        yield from super().problems()
+        if self.first == self.second:
+            yield f"{self.first!r} cannot be merged with itself: name two experts"
 
 
 @dataclass(kw_only=True)
