@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import smartmops as sm
 from smartmops import cli
@@ -72,7 +73,7 @@ def test_an_answer_is_scored_as_perplexity_scores_it(config: Make, options: dict
     examples = [Example(text, "", "AAB"[: 1 + number % 3]) for number, text in enumerate(QUESTIONS)]
     asked, rows = asked_of(run), [encode(each, run.tokenizer, 200, run._template) for each in examples]
     for frozen in (False, True):
-        with run.model.disable_adapter() if frozen else nullcontext():
+        with torch.no_grad(), run.model.disable_adapter() if frozen else nullcontext():
             found = asked.scores([(user(each.instruction), f" {each.response}") for each in examples])
             nats = [dict(_each(run.model, [row], Collator(run.tokenizer), 1, None))[row.category] for row in rows]
         for (score, _), each in zip(found, nats, strict=True):

@@ -65,7 +65,7 @@ def test_the_card_of_a_comparison_has_each_method_and_says_which_adapter_it_is()
     text = told(config, metrics)
     assert "# mops on tiny" in text and "| task | frozen | ungated | mops |" in text
     assert "| a | 9.00 | 6.00 | 5.00 |" in text and "| **overall** | 8.50 | 6.50 | 4.50 |" in text
-    assert ("Means over seeds 3, 4: steps 40, 90 examples to train on, 10 examples to test; this adapter is `mops` of "
+    assert ("Means over seeds 3, 4: steps 40, 90 examples to train on, 10 examples to test on; this adapter is `mops` of "
             "seed 3, 4.40 overall.") in text  # fmt: skip
     one = told(config, metrics | {"seeds": [3], "per_seed": {"mops": [4.4]}})
     assert "One seed, 3: steps 40" in one
@@ -79,7 +79,7 @@ def test_the_card_of_a_federation_has_its_numbers_rounds_and_clients() -> None:
     arguments = {"rounds": 2, "local_steps": 3, "clients_per_round": 4, "seed": 1, "steps": 1000}
     text = told({"command": "federate", "arguments": arguments}, metrics)
     assert "| no task | 8.50 | 4.50 |" in text
-    said = "One run: rounds 2, local steps 3, clients per round 4, seed 1, 5 clients, 10 examples to test."
+    said = "One run: rounds 2, local steps 3, clients per round 4, seed 1, 5 clients, 10 examples to test on."
     assert said in text and "steps 1000" not in text
 
 

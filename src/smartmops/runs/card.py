@@ -54,6 +54,7 @@ The answer is learnt up to and including `{end}`, where generation stops.
 """
 PLACE = "THIS FOLDER"
 COMPARED = "mops"  # of several methods that are compared, the one whose adapter is kept
+USES = {"train": "train on", "validation": "choose the state by", "test": "test on"}  # of the parts of the data
 SETTINGS = ("rounds", "local_steps", "clients_per_round", "steps", "seed")  # that tell how long it was trained
 UNMEASURED = "\nWhat it was measured to do stands in `metrics.json` of its run; nothing else is claimed.\n"
 # The licences of bases that need only a name; what others have stands in their own card.
@@ -159,7 +160,7 @@ def _told(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     names = [name for name in SETTINGS if name not in left_out | ({"seed"} if compared else set())]
     told = [f"{name.replace('_', ' ')} {arguments[name]}" for name in names if arguments.get(name) is not None]
     told += [f"{metrics['clients']} clients"] if federated and metrics.get("clients") else []
-    told += [f"{count} examples to {'train on' if name == 'train' else name}" for name, count in counts.items() if count]
+    told += [f"{count} examples to {USES.get(name, name)}" for name, count in counts.items() if count]
     return f": {', '.join(told)}" if told else ""
 
 
