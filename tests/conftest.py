@@ -42,7 +42,7 @@ settings.load_profile("smartmops")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-SLOW = 20  # tests of the others that one marked slow counts for
+SLOW = 40  # tests of the others that one marked slow counts for
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -37,7 +37,9 @@ def test_every_method_lowers_the_loss_and_is_loaded_as_it_was_saved(config: Make
     metrics = train(chosen)
     assert metrics["perplexity"]["overall"] < 0.95 * metrics["perplexity_frozen"]["overall"]
     model, _, run = load_run(chosen.out)
-    assert run.read_metrics() == metrics and {row["category"] for row in run.read_samples()} == {"a", "b"}
+    assert run.read_metrics() == metrics
+    shown = set() if method == "input-prompt-tuning" else {"a", "b"}  # it generates no answers
+    assert {row["category"] for row in run.read_samples()} == shown
     task = Task.load(dataclasses.replace(chosen, recovery_prompts=0))
     assert evaluate(model, task.test, task.collator).overall == pytest.approx(
         metrics["perplexity"]["overall"], rel=1e-5
@@ -84,7 +86,7 @@ def test_same_seed_same_adapter_other_seed_other_adapter(config: Make, tmp_path:
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config: Make, tmp_path: Path) -> None:
-    whole, killed = (config(out=tmp_path / name, steps=60, save_every=10) for name in ("whole", "killed"))
+    whole, killed = (config(out=tmp_path / name, steps=24, save_every=4) for name in ("whole", "killed"))
     train(whole)
     source = (
         f"import json, os, pathlib, signal, sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
@@ -100,9 +102,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config: Make, tmp_p
     )
     values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(killed).items()}
     command = [sys.executable, "-c", source]
-    died = subprocess.run([*command, json.dumps(values), "25"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    died = subprocess.run([*command, json.dumps(values), "10"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert died.returncode == -signal.SIGKILL and not Run.open(killed.out, unfinished=True).finished
-    assert [path.name for path in sorted(killed.out.glob("checkpoints/checkpoint-*"))][-1] == "checkpoint-20"
+    assert [path.name for path in sorted(killed.out.glob("checkpoints/checkpoint-*"))][-1] == "checkpoint-8"
     command += [json.dumps(values | {"resume": True}), "-1"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     first, second = adapter(whole.out), adapter(killed.out)
