@@ -42,7 +42,7 @@ from smartmops.web.server import Server, Site, make_app
 
 HERE = Path(__file__).resolve().parent
 DOLLY = HERE.parents[1] / "shared/data/dolly15k/dolly-15k.jsonl"
-BATCH, REQUESTS, TOKENS, REPEATS, THREADS = 8, 16, 16, 5, 1
+BATCH, REQUESTS, TOKENS, REPEATS, THREADS = 8, 16, 16, 3, 1
 GOALS = {"base": 0.95, "grouped": 3.0}
 NAMES = {
     "bare": "the bare model, `generate` on batches of {batch}",

@@ -14,7 +14,11 @@ from smartmops.rows.example import Example
 from smartmops.serving.answering import Answerer, Question, Settings
 from smartmops.tokens.template import Template
 
-TEXTS = ("Name three rivers.", "What is the capital of France, and what is it known for? Answer in one sentence.", "Hello!")
+TEXTS = (
+    "Name three rivers.",
+    "What is the capital of France, and what is it known for? Answer in one sentence.",
+    "Hello!",
+)
 
 
 def questions(answerer: Answerer) -> Sequence[Question]:
