@@ -10,7 +10,7 @@ from patient import Patient
 from smartmops.serving.answering import Answer, Answerer, Question
 from smartmops.serving.batching import Batcher, Closing, Full
 from smartmops.tokens.parts import Prompt
-from two_tasks import GREEDY, mixed
+from two_tasks import GREEDY, LONG, SHORT, TALK, mixed
 
 
 def question(**how: object) -> Question:
@@ -81,6 +81,20 @@ def test_questions_join_while_others_are_answered_and_each_answer_is_the_one_giv
         (each.text, each.tokens, each.ended) for each in alone
     ]
     assert [each.weights for each in found] == [pytest.approx(each.weights, abs=2e-4) for each in alone]
+
+
+def test_questions_to_the_base_alone_join_each_other_and_others_join_them(answerer: Answerer) -> None:
+    def asked() -> list[Question]:
+        texts = (SHORT, LONG, TALK)
+        return [answerer.ask(text, GREEDY, base=True) for text in texts] + [answerer.ask(LONG, GREEDY)]
+
+    alone, slots, spoken = [answerer.answer([each])[0].text for each in asked()], answerer.slots(), []
+    for each in asked():
+        spoken += slots.join([each])
+        slots.step()
+    while slots.spoken:
+        slots.step()
+    assert [each.end("length").text for each in spoken] == alone
 
 
 def test_a_free_place_is_taken_before_the_others_have_ended(patient: Patient) -> None:

@@ -74,7 +74,8 @@ def test_whatever_a_client_makes_of_it_is_answered_as_it_says(real: Served) -> N
         if operation.method == "post":  # what takes nothing cannot be asked for wrongly
             told |= asked(operation, GenerationMode.NEGATIVE)
         tried[operation.path] = {status for status, _ in told}
-    assert set(tried) == set(document(real.answerer, 3, Limits(), False)["paths"])
+    paths = set(document(real.answerer, 3, Limits(), False)["paths"])
+    assert set(tried) == paths - {"/openapi.json"}  # schemathesis leaves out what it reads
     assert {200, 400} <= tried["/v1/chat/completions"] and {200, 400} <= tried["/v1/completions"]
     assert max(status for statuses in tried.values() for status in statuses) < 500
     assert (real.batcher.waiting, real.batcher.counts.failed) == (0, 0)

@@ -113,12 +113,12 @@ def _passage(model: Any, adapter: str, rows: Rows) -> Passage:
     engine = Engine.on(model)
     wrapper = next(each for each in engine.wrappers.values() if adapter in each.configs)
     config = wrapper.configs[adapter]
-    passage = Passage(adapter, wrapper.index, gate_weights=rows.told)
-    if rows.base.any():
-        passage.names = [mixed.BASE if base else adapter for base in rows.base.tolist()]
+    names = [mixed.BASE if base else adapter for base in rows.base.tolist()] if rows.base.any() else None
     if rows.base.all():
-        passage.attended = True
-        return passage
+        return Passage(
+            "", len(engine.layers), names=names, attended=True
+        )  # no layer is its first, so none reads a gate
+    passage = Passage(adapter, wrapper.index, gate_weights=rows.told, names=names)
     if config.num_recovery_prompts and config.null_threshold > 0:
         engine.recover(passage, wrapper, config)
     wrapper.enter(passage, rows.pooled)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def application(config: ServeConfig, replicas: int, cpus: float = 1.0) -> Any:
         from ray import serve
     except ImportError as error:
         raise MissingExtra('replicas need Ray Serve: pip install "smartmops[ray]"') from error
-    ingress = serve.ingress(partial(routes, config))()
+    ingress = serve.ingress(lambda: routes(config))()  # Ray calls plain functions alone in its replicas
     waiting = config.queue + config.batch_size
     deployed = serve.deployment(ingress, name="smartmops", num_replicas=replicas, max_ongoing_requests=waiting,
                                 ray_actor_options={"num_cpus": cpus})  # fmt: skip
