@@ -13,7 +13,7 @@ from pathlib import Path
 
 # A room imports only rooms before it.
 ROOMS = (
-    "checks", "options", "settings", "progress", "rows",
+    "checks", "traits", "options", "settings", "progress", "rows",
     "backbone", "attention", "experts", "adapter", "calls", "tuner",
     "tiny", "data", "tokens", "gguf", "base", "compression",
     "runs", "states", "evaluation", "methods", "preparing", "fitting", "flow", "analysis",

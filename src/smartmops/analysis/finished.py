@@ -17,12 +17,12 @@ from smartmops.experts.gate import by_expert
 from smartmops.flow.task import Task
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.finished.reading import EvaluateConfig, InspectConfig
-from smartmops.options.method import TOLD
 from smartmops.options.training import TrainConfig
 from smartmops.preparing.embedder import Embedder
 from smartmops.rows.example import Example, opened
 from smartmops.runs.folder import Run
 from smartmops.tokens.template import Template
+from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel
 
 
@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
     """The data, and how they are read: those of the run, or others in the run's template."""
     arguments = run.config["arguments"]
-    if arguments.get("method") in TOLD:
+    if is_told(arguments.get("method")):
         raise RunError(f"method {arguments['method']!r} is told which expert to use: it is a mark for tables, "
                        f"and its perplexity is in {config.run / 'metrics.json'}")  # fmt: skip
     return TrainConfig(

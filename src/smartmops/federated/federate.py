@@ -48,7 +48,7 @@ from .rounds import Server, State
 def local_of(config: FederateConfig) -> Local:
     """Of every client's training; the seed is filled in for each."""
     central = config.central()
-    absolute = central.method != "lora" and config.expert_kind == "hidden_states" and config.prompt_lr is None
+    absolute = central.traits.ours and config.expert_kind == "hidden_states" and config.prompt_lr is None
     rate = EMBEDDED_RATE[config.init] if absolute else central.rate
     gate_rate = 1e-3 if config.gate_lr is None else config.gate_lr
     return Local(config.local_steps, config.batch_size, rate, gate_rate, 0, config.proximal,

@@ -23,12 +23,11 @@ from smartmops.runs.card import keep
 from smartmops.runs.folder import Run
 from smartmops.states.fingerprint import inputs_of
 from smartmops.tokens.batches import Encoded, few_shot
+from smartmops.traits import compared
 
 from .early import check_split
 from .task import Task
 from .trainer import learn
-
-NAMES = {"prompt-tuning": "ungated", "input-prompt-tuning": "input_prompts"}  # what reports call a method
 
 
 def shots_of(task: Task, count: int, max_length: int) -> list[Encoded]:
@@ -94,7 +93,7 @@ def _compare(config: CompareConfig) -> dict[str, Any]:
     for seed in config.seeds:
         for method, rate in config.compared.items():
             started = time.perf_counter()
-            name = NAMES.get(method, method)
+            name = compared(method)
             settings = replace(config, method=method, prompt_lr=rate, seed=seed)
             result, said = _one(task, settings, name, run, marks)
             found.setdefault(name, []).append(result)
@@ -130,7 +129,7 @@ def _one(
     """
     shared, task = task, task.told(config, config.seed)
     model, names, accuracy = task.adapt(config, config, config.seed)
-    kept = config.method == "mops" and config.seed == config.seeds[0]
+    kept = config.traits.learned and config.seed == config.seeds[0]
     before = task.gates(model) if kept else {}
 
     def write(row: dict[str, Any]) -> None:
@@ -147,7 +146,7 @@ def _one(
             run.write_samples(
                 samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template)
             )
-    base = model.base_model.unload() if config.method != "input-prompt-tuning" else model.base_model
+    base = model.base_model if model.active_peft_config.is_prompt_learning else model.base_model.unload()
     shared.base = base.requires_grad_(False).eval()
     shutil.rmtree(folder, ignore_errors=True)
     return result, said

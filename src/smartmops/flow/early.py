@@ -22,13 +22,13 @@ from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of
 from smartmops.options.federation import ClientConfig, FederateConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig
-from smartmops.options.method import OURS, unmet_by_shape
+from smartmops.options.method import unmet_by_shape
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import TaskConfig
 from smartmops.rows.example import Example
+from smartmops.traits import METHODS
 
 LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it; it is read again later
-UNTOLD = ("nearest-cluster",)  # methods whose gate asks no task
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call them
 
 
@@ -169,14 +169,15 @@ def _data_say(config: TaskConfig) -> Iterator[str]:
 
 def _tasks_say(config: TaskConfig, train: Sequence[Example]) -> Iterator[str]:
     """Whether there is an expert for every task, where tasks decide which expert an instruction is meant for."""
-    gated = [method for method in config.trained() if method in OURS and method not in ("prompt-tuning", *UNTOLD)]
+    gated = [METHODS[method] for method in config.trained() if METHODS[method].by_task]
+    told = any(method.told for method in gated)
     tasks = sorted({example.category for example in train} - {config.hold_out})
-    if not gated or config.experts < 2 or (config.gate_pretraining != "labels" and "oracle" not in gated):
+    if not gated or config.experts < 2 or (config.gate_pretraining != "labels" and not told):
         return
     if tasks == [""]:
         if isinstance(config, FederateConfig):
             yield "--gate-pretraining labels, but no example has a category: add one, or choose clusters"
-        elif "oracle" in gated:
+        elif told:
             yield "--method oracle is told the category, but no example has one: add it, or choose mops"
         return
     if config.expert_names is not None and (unknown := [task for task in tasks if task not in config.expert_names]):

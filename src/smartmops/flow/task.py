@@ -25,7 +25,7 @@ from smartmops.experts.gate import by_expert
 from smartmops.fitting import ranks
 from smartmops.fitting.validation import hold_out
 from smartmops.methods.baselines import build
-from smartmops.options.method import OURS, TOLD, GatePretraining, MethodConfig
+from smartmops.options.method import GatePretraining, MethodConfig
 from smartmops.options.training import TaskConfig, ValidationConfig
 from smartmops.preparing import gating
 from smartmops.preparing.embedder import Embedder
@@ -45,8 +45,6 @@ from smartmops.tokens.unfit import Limit
 from smartmops.tuner import MoPsModel
 
 from .early import check_base, check_hold_out, check_parts, check_split, warn_of_calibration
-
-GATED = ("mops", "uniform-gate", "top-1")  # methods whose gate reads the model itself
 
 
 @dataclass
@@ -92,7 +90,7 @@ class Task:
             check_split(config, len(train), len(test), ranks.world())
             base, tokenizer = load_base(config.model, config.dtype)
         task = cls.of(base, tokenizer, train, test, config)
-        if config.recovered_by and config.method in OURS and not isinstance(base, PeftModel):
+        if config.recovered_by and config.traits.ours and not isinstance(base, PeftModel):
             size = config.batch_size * ranks.world()
             task.recovery = train_recovery(base, task.train, task.collator, config.recovered_by,
                                            config.recovery_steps, config.recovery_lr, size, config.seed)  # fmt: skip
@@ -140,11 +138,11 @@ class Task:
     def adapt(self, method: MethodConfig, gate: GatePretraining, seed: int) -> tuple[Any, list[str], float | None]:
         """A fresh adapter, experts initialised and gate pretrained; also expert names and the gate's accuracy."""
         set_seed(seed)
-        width = self.embedder.width if self.embedder and method.method in ("mops", "uniform-gate", "top-1") else None
+        width = self.embedder.width if self.embedder and method.traits.reads else None
         method = self.placed(method, gate, width)
         words = self.words(method)
-        model = build(self.base, method, self.recovery, method.experts if method.method in TOLD else width, words)
-        return (model, [], None) if method.method not in OURS else (model, *self.start(model, method, gate, seed))
+        model = build(self.base, method, self.recovery, method.experts if method.traits.told else width, words)
+        return (model, [], None) if not method.traits.ours else (model, *self.start(model, method, gate, seed))
 
     def start(
         self, model: Any, method: MethodConfig, gate: GatePretraining, seed: int
@@ -152,7 +150,7 @@ class Task:
         """Fit the gate and initialise the experts of a fresh adapter; expert names and the gate's accuracy."""
         config = model.base_model.layer().configs["default"]
         names, accuracy, rows, expert_of = ["all"], None, self.train, [0] * len(self.train)
-        if config.num_experts > 1 and config.experts == "keys_values" and method.method not in TOLD:
+        if config.num_experts > 1 and config.experts == "keys_values" and not method.traits.told:
             rows, expert_of, names, accuracy = self._gate_of_some(model, method, gate, seed)
         elif config.num_experts > 1:
             expert_of, names, accuracy = self._gate(model, method, gate, seed)
@@ -168,7 +166,7 @@ class Task:
 
     def placed(self, method: MethodConfig, gate: GatePretraining, width: int | None) -> MethodConfig:
         """With the layer that the gate reads, where that is to be found out."""
-        free = method.gate_layer is None and width is None and method.method in GATED and method.answers_alone
+        free = method.gate_layer is None and width is None and method.traits.reads and method.answers_alone
         if not free:
             return method
         layers = int(self.base.config.get_text_config().num_hidden_layers)
@@ -204,9 +202,9 @@ class Task:
         how = self._meant_by(gate)
         expert_of, names = assign(rows, pooled, config.num_experts, how, seed, gate.expert_names)
         config.expert_names, accuracy = names, None
-        if method.method == "uniform-gate":
+        if method.traits.gate == "even":
             level(model)
-        elif gate.gate_pretraining != "none" and method.method != "top-1":
+        elif gate.gate_pretraining != "none" and method.traits.learned:
             if gate.gate_start == "gradient" or not config.gate_bias:
                 accuracy = pretrain_gate(model, pooled, torch.tensor(expert_of), gate)
             else:
@@ -242,18 +240,18 @@ class Task:
         config, accuracy = model.base_model.layer().configs["default"], None
         cache = self.cache(model)
         pooled = instructions(model, self.train) if cache is None else cache.pooled.to(model.device)
-        if method.method in TOLD:
+        if method.traits.told:
             wire(model)
             expert_of, names = pooled.argmax(-1).tolist(), [f"cluster {i}" for i in range(config.num_experts)]
-            if method.method == "oracle":
+            if method.traits.by_task:
                 _, names = assign(self.train, pooled, config.num_experts, "labels", seed)
         else:
             standardise(model, pooled)
             how = self._meant_by(gate)
             expert_of, names = assign(self.train, pooled, config.num_experts, how, seed, gate.expert_names)
-            if method.method == "uniform-gate":
+            if method.traits.gate == "even":
                 level(model)
-            elif gate.gate_pretraining != "none" and method.method != "top-1":
+            elif gate.gate_pretraining != "none" and method.traits.learned:
                 accuracy = pretrain_gate(model, pooled, torch.tensor(expert_of), gate)
             if config.null_expert:
                 self._fit_null(model, method, pooled, expert_of)
@@ -266,7 +264,7 @@ class Task:
         Raises:
             DataError: more tasks than experts, or a test task that training never saw.
         """
-        if method.method not in TOLD:
+        if not method.traits.told:
             return self
         train, rest = told(self.base, self.train, [*self.test, *self.validation], method, seed)
         count = len(self.test)

@@ -20,7 +20,6 @@ from smartmops.fitting import ranks
 from smartmops.fitting.kept import Kept, state_of
 from smartmops.fitting.loop import fit
 from smartmops.fitting.validation import settle, spacing
-from smartmops.options.method import OURS, TOLD
 from smartmops.options.training import Schedule, TrainConfig
 from smartmops.preparing import gating
 from smartmops.runs.card import keep, number
@@ -95,8 +94,9 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         task = Task.load(config)
         ranks.first_does(lambda: run.same_inputs(inputs_of(task)))
         asked = _asked(config, task)
-    shared = config.expert_kind == "keys_values" and config.method in OURS and task.recovery is None
-    shared = shared and config.method not in TOLD and ranks.world() == 1  # then the base's states serve both
+    traits = config.traits
+    shared = config.expert_kind == "keys_values" and traits.ours and task.recovery is None
+    shared = shared and not traits.told and ranks.world() == 1  # then the base's states serve both
     if not shared:
         with phases("evaluate"):
             frozen, marks = (_whole(task, task.base, rows) for rows in (task.test, task.validation))
@@ -131,7 +131,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
             found = metrics | _measured(config, task, model, asked, pulled)
             if before:
                 found |= _gates(run, task, model, names, before, not said or said["gained"])
-            speaks = task.embedder is None and config.method not in ("input-prompt-tuning", *TOLD)
+            speaks = task.embedder is None and traits.answers
             if speaks and config.samples_per_task:
                 run.write_samples(
                     samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template)
@@ -192,7 +192,7 @@ def _asked(config: TrainConfig, task: Task) -> list[int]:
 
 def _pulled(config: TrainConfig, task: Task, model: Any) -> dict[str, Any]:
     """How the tasks' gradients on the prompts agree at present; empty where not asked for, or where there are none."""
-    if not config.interference_examples or config.method not in OURS:
+    if not config.interference_examples or not config.traits.ours:
         return {}
     return interference(task, model, config.interference_examples)
 

@@ -33,7 +33,7 @@ def told(
     Raises:
         ConfigError: more tasks than experts, or a test task that training never saw.
     """
-    if method.method == "oracle":
+    if method.traits.by_task:
         tasks = sorted({row.category for row in train})
         if unknown := sorted({row.category for row in test} - set(tasks)):
             raise ConfigError(f"method='oracle' is told the task, but {unknown[0]!r} is in no training example: choose "
