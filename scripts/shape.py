@@ -16,7 +16,7 @@ ROOMS = (
     "checks", "traits", "options", "settings", "progress", "rows",
     "backbone", "attention", "experts", "adapter", "calls", "tuner",
     "tiny", "data", "tokens", "gguf", "base", "compression",
-    "runs", "states", "evaluation", "methods", "preparing", "fitting", "flow", "analysis",
+    "runs", "states", "reading", "evaluation", "methods", "preparing", "fitting", "flow", "analysis",
     "clients", "federated", "flower", "deployment",
     "report", "evidence", "reproduce", "bench", "door", "playground", "serving", "surgery", "handover", "ending", "cli",
 )  # fmt: skip

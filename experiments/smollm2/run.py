@@ -23,9 +23,11 @@ import torch
 
 from smartmops.base import load_base
 from smartmops.data.tasks import read
+from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import evaluate
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import TrainConfig, fit
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 
 HERE = Path(__file__).resolve().parent
@@ -159,7 +161,7 @@ class Bench:
         found: dict[str, Any] = {}
         for part, rows in self.rows.items():
             adapted = hasattr(model, "base_model") and hasattr(model.base_model, "nats")
-            result = self.task.evaluate(model, rows=rows) if adapted else evaluate(model, rows, self.task.collator)
+            result = measured(self.task, model, rows) if adapted else evaluate(model, rows, self.task.collator)
             found[part] = {"overall": result.overall, "per_task": result.per_task, "tokens": result.tokens}
         return found
 
@@ -168,7 +170,7 @@ class Bench:
         if variant == "frozen":
             return {"measured": self.measure(self.task.base), "seconds": {"all": time.perf_counter() - started}}
         config = replace(self.config, seed=seed, **self.settings(variant))
-        model, _, accuracy = self.task.adapt(config, config, seed)
+        model, _, accuracy = adapt(self.task, config, config, seed)
         prepared = time.perf_counter()
         curve: list[dict[str, Any]] = []
         with TemporaryDirectory() as folder:

@@ -17,10 +17,10 @@ from smartmops.base import load_base
 from smartmops.evaluation import answers
 from smartmops.evaluation.answers import exact_match, questions, rouge_l, score
 from smartmops.flow import trainer
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.methods.baselines import MethodConfig, build
 from smartmops.options.training import EMBEDDED_SETTING
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 from smartmops.runs.folder import Run
 

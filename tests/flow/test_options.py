@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from smartmops.checks.limits import check
-from smartmops.flow import task, trainer
+from smartmops.flow import trainer
 from smartmops.flow.compare import CompareConfig, compare
 from smartmops.flow.trainer import TrainConfig, train
+from smartmops.reading import task
 
 Make = Callable[..., TrainConfig]
 

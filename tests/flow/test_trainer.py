@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from smartmops.evaluation.perplexity import evaluate
 from smartmops.fitting import loop
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import Diverged, TrainConfig, last_checkpoint, train
 from smartmops.methods.baselines import load_run
+from smartmops.reading.task import Task
 from smartmops.rows.stored import Stored
 from smartmops.runs.folder import Run
 

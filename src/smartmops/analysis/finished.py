@@ -14,11 +14,11 @@ from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer
 from smartmops.evaluation.perplexity import evaluate as measured
 from smartmops.experts.gate import by_expert
-from smartmops.flow.task import Task
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.finished.reading import EvaluateConfig, InspectConfig
 from smartmops.options.training import TrainConfig
-from smartmops.preparing.embedder import Embedder
+from smartmops.reading.embedder import Embedder
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example, opened
 from smartmops.runs.folder import Run
 from smartmops.tokens.template import Template

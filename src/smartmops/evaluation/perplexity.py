@@ -42,6 +42,17 @@ class Evaluation:
             {task: tokens[task] for task in sorted(nats)},
         )
 
+    @classmethod
+    def merged(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """One evaluation of several on disjoint examples."""
+        nats: dict[str, float] = defaultdict(float)
+        tokens: dict[str, int] = defaultdict(int)
+        for part in parts:
+            for task, count in part.tokens.items():
+                nats[task] += math.log(part.per_task[task]) * count
+                tokens[task] += count
+        return cls.of(nats, tokens)
+
     def metrics(self) -> dict[str, Any]:
         """As `metrics.json` holds it."""
         return {"perplexity": {"overall": self.overall, "per_task": self.per_task}, "tokens": self.tokens}

@@ -22,12 +22,14 @@ from smartmops.clients.admission import admitted
 from smartmops.clients.holdings import holdings_of
 from smartmops.clients.messages import Local, Transport
 from smartmops.clients.roster import Roster
+from smartmops.evaluation.measure import gates, measured
 from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
-from smartmops.flow.task import Task
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
+from smartmops.preparing.adapting import adapt, recovered
 from smartmops.progress.bars import console
+from smartmops.reading.task import Task
 from smartmops.runs.card import keep
 from smartmops.runs.folder import Run
 from smartmops.states.fingerprint import inputs_of, of_base
@@ -122,12 +124,12 @@ def _federate(config: FederateConfig, connect: Callable[[FederateConfig], Transp
     started = time.perf_counter()
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
-    task = Task.load(config.central(), base, tokenizer)
+    task = recovered(Task.load(config.central(), base, tokenizer), config.central())
     run.same_inputs(inputs_of(task))
     here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
     held = holdings_of(config, task) if here else None
     frozen = evaluate(task.base, task.test, task.collator, progress=True)
-    model, names, accuracy = task.adapt(config.central(), config, config.seed)
+    model, names, accuracy = adapt(task, config.central(), config, config.seed)
     layout = Layout(*split_by_expert(model))
     check(config, layout)
     prepared = time.perf_counter() - started
@@ -177,7 +179,7 @@ def _server(
 
     def look(arrays: Mapping[str, Tensor]) -> tuple[Evaluation, dict[str, Any]]:
         _take(model, arrays)
-        return task.evaluate(model), task.gates(model) if layout.experts > 1 else {}
+        return measured(task, model), gates(task, model) if layout.experts > 1 else {}
 
     def own(arrays: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         _take(model, arrays)

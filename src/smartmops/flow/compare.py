@@ -15,18 +15,21 @@ from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
+from smartmops.evaluation.measure import gates
 from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
 from smartmops.options.training import CompareConfig
 from smartmops.preparing import gating
+from smartmops.preparing.adapting import adapt, recovered
+from smartmops.preparing.selection import told
 from smartmops.progress.bars import console
+from smartmops.reading.early import check_split
+from smartmops.reading.task import Task
 from smartmops.runs.card import keep
 from smartmops.runs.folder import Run
 from smartmops.states.fingerprint import inputs_of
 from smartmops.tokens.batches import Encoded, few_shot
 from smartmops.traits import compared
 
-from .early import check_split
-from .task import Task
 from .trainer import learn
 
 
@@ -52,7 +55,7 @@ def prepare(config: CompareConfig, run: Run) -> Task:
         base.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         base, tokenizer = load_base(str(folder), config.dtype)
-    return Task.load(config, base, tokenizer)
+    return recovered(Task.load(config, base, tokenizer), config)
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -127,10 +130,10 @@ def _one(
 
     `marks` is the base's evaluation on validation data. Also returned: what validation says of this method.
     """
-    shared, task = task, task.told(config, config.seed)
-    model, names, accuracy = task.adapt(config, config, config.seed)
+    shared, task = task, told(task, config, config.seed)
+    model, names, accuracy = adapt(task, config, config, config.seed)
     kept = config.traits.learned and config.seed == config.seeds[0]
-    before = task.gates(model) if kept else {}
+    before = gates(task, model) if kept else {}
 
     def write(row: dict[str, Any]) -> None:
         run.append_curve({"method": name, "seed": config.seed, **row})
@@ -140,7 +143,7 @@ def _one(
     result = evaluate(model, task.test, task.collator)
     if kept:
         keep(run, model, task.template)
-        run.write_gates({"experts": names, "before": before, "after": task.gates(model), "accuracy": accuracy,
+        run.write_gates({"experts": names, "before": before, "after": gates(task, model), "accuracy": accuracy,
                          "left_to_base": gating.leaves(model)})  # fmt: skip
         if config.samples_per_task:
             run.write_samples(

@@ -15,20 +15,22 @@ from smartmops.checks.errors import Diverged
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.evaluation.answers import questions, score
+from smartmops.evaluation.interference import interference
+from smartmops.evaluation.measure import choices, gates, mean_weights, measured, weights
 from smartmops.evaluation.perplexity import Evaluation, samples
-from smartmops.fitting import ranks
 from smartmops.fitting.kept import Kept, state_of
 from smartmops.fitting.loop import fit
 from smartmops.fitting.validation import settle, spacing
 from smartmops.options.training import Schedule, TrainConfig
 from smartmops.preparing import gating
+from smartmops.preparing.adapting import adapt, recovered
+from smartmops.preparing.selection import told
+from smartmops.reading.task import Task
+from smartmops.runs import ranks
 from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run, check_adapter
 from smartmops.runs.progress import Phases
 from smartmops.states.fingerprint import inputs_of
-
-from .interference import interference
-from .task import Task
 
 __all__ = ["Diverged", "Schedule", "TrainConfig", "fit", "last_checkpoint", "learn", "train"]
 
@@ -55,10 +57,10 @@ def learn(
     Returns:
         What validation says, as `metrics.json` holds it; empty without `frozen`.
     """
-    start, own = state_of(model), ranks.part(task.validation)
+    start = state_of(model)
 
     def look() -> Evaluation:
-        return ranks.together(task.evaluate(model, rows=own) if own else None)
+        return measured(task, model, task.validation)
 
     schedule = replace(config, eval_every=spacing(config, len(task.validation), ranks.world()))
     kept: Kept = fit(model, config, schedule, *task.feed(model), folder, write, look if frozen else None, checkpoint,
@@ -91,7 +93,7 @@ def _train(config: TrainConfig) -> dict[str, Any]:
         return metrics
     phases = Phases()
     with phases("prepare"):
-        task = Task.load(config)
+        task = recovered(Task.load(config), config)
         ranks.first_does(lambda: run.same_inputs(inputs_of(task)))
         asked = _asked(config, task)
     traits = config.traits
@@ -99,28 +101,28 @@ def _train(config: TrainConfig) -> dict[str, Any]:
     shared = shared and not traits.told and ranks.world() == 1  # then the base's states serve both
     if not shared:
         with phases("evaluate"):
-            frozen, marks = (_whole(task, task.base, rows) for rows in (task.test, task.validation))
+            frozen, marks = (_of(task, task.base, rows, True) for rows in (task.test, task.validation))
     with phases("prepare"):
-        task = task.told(config, config.seed)
-        model, names, accuracy = task.adapt(config, config, config.seed)
+        task = told(task, config, config.seed)
+        model, names, accuracy = adapt(task, config, config, config.seed)
     if shared:
         with phases("evaluate"), gating.closed(model):
-            frozen, marks = (task.evaluate(model, True, p) if p else None for p in (task.test, task.validation))
+            frozen, marks = (_of(task, model, rows, False) for rows in (task.test, task.validation))
     assert frozen is not None
     with phases("prepare"):
-        before = task.gates(model) if len(names) > 1 else {}
+        before = gates(task, model) if len(names) > 1 else {}
         pulled = ranks.first_does(lambda: _pulled(config, task, model))
         checkpoint = ranks.first_does(lambda: _rewound(run))
 
     def halfway() -> None:
-        stages = {"experts": names, "before": before, "during": task.gates(model)}
+        stages = {"experts": names, "before": before, "during": gates(task, model)}
         run.write_gates(stages | {"left_to_base": gating.leaves(model)})
 
     middle = (lambda: ranks.first_does(halfway)) if before else None
     with phases("train"):
         said = _learned(run, task, model, config, marks, checkpoint, middle)
     with phases("evaluate"):
-        after = task.evaluate(model, True) if shared else _whole(task, model, task.test)
+        after = _of(task, model, task.test, not shared)
     assert after is not None
     assert math.isfinite(after.overall)
     metrics = after.metrics() | said | _beside(task, model, frozen, said.get("gained", after.overall < frozen.overall))
@@ -167,19 +169,19 @@ def _beside(task: Task, model: Any, frozen: Evaluation, gained: bool) -> dict[st
     }
 
 
-def _whole(task: Task, model: Any, rows: Sequence[Any]) -> Evaluation | None:
-    """Perplexity from whole passes over rows, of all processes together; None where there are no rows."""
-    return ranks.evaluate_together(model, rows, task.collator, progress=True) if rows else None
+def _of(task: Task, model: Any, rows: Sequence[Any], whole: bool) -> Evaluation | None:
+    """`measured`; None where there are no rows."""
+    return measured(task, model, rows, progress=True, whole=whole) if rows else None
 
 
 def _gates(
     run: Run, task: Task, model: Any, names: Sequence[str], before: dict[str, list[float]], is_open: bool
 ) -> dict[str, Any]:
     """Write what the gate does after training; how decided it is, where it is open."""
-    weights = task.weights(model)
-    stages = {"experts": names, "before": before, "after": task.mean_weights(weights)}
+    found = weights(task, model)
+    stages = {"experts": names, "before": before, "after": mean_weights(task.test, found)}
     run.write_gates((run.read_gates() or {}) | stages | {"left_to_base": gating.leaves(model)})
-    return {"gate": task.choices(weights, names)} if is_open else {}
+    return {"gate": choices(task.test, found, names)} if is_open else {}
 
 
 def _asked(config: TrainConfig, task: Task) -> list[int]:

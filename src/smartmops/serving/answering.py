@@ -18,7 +18,7 @@ from smartmops.checks.errors import ConfigError, DataError, RunError
 from smartmops.evaluation.perplexity import room
 from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import load_run, template_of
-from smartmops.preparing.embedder import Embedder
+from smartmops.reading.embedder import Embedder
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import padded
 from smartmops.tokens.parts import Prompt

@@ -6,10 +6,8 @@ Knows processes. Knows no loop and no files. In one process, each of these does 
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,9 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-
-from smartmops.evaluation.perplexity import Evaluation, evaluate
-from smartmops.tokens.batches import Collator, Encoded
 
 PATIENCE = timedelta(hours=2)  # the others wait while one fills a cache or writes sample answers
 
@@ -109,35 +104,14 @@ def share(count: int, device: torch.device) -> float:
     return count * world() / max(int(total), 1)
 
 
-def part(rows: Sequence[Encoded]) -> Sequence[Encoded]:
-    """The rows that this process evaluates."""
+def part(rows: Sequence[T]) -> Sequence[T]:
+    """The rows that are this process's own."""
     return rows if world() == 1 else rows[rank() :: world()]
 
 
-def together(own: Evaluation | None) -> Evaluation:
-    """The evaluation of all rows, of each process's evaluation of its part; None: it has none."""
-    found: list[Evaluation | None] = [own]
+def all_of(own: T) -> list[T]:
+    """What every process has."""
+    found = [own] * world()
     if world() > 1:
-        found = [None] * world()
         dist.all_gather_object(found, own)
-    parts = [each for each in found if each is not None]
-    return parts[0] if len(parts) == 1 else merged(parts)
-
-
-def evaluate_together(
-    model: Any, rows: Sequence[Encoded], collator: Collator, progress: bool = False
-) -> Evaluation:  # fmt: skip
-    """`evaluate`, each process on its part of the rows; all return the whole."""
-    own = part(rows)
-    return together(evaluate(model, own, collator, progress=progress) if own or not rows else None)
-
-
-def merged(parts: Sequence[Evaluation]) -> Evaluation:
-    """One evaluation of several on disjoint examples."""
-    nats: dict[str, float] = defaultdict(float)
-    tokens: dict[str, int] = defaultdict(int)
-    for part in parts:
-        for task, count in part.tokens.items():
-            nats[task] += math.log(part.per_task[task]) * count
-            tokens[task] += count
-    return Evaluation.of(nats, tokens)
+    return found
