@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from smartmops.base import load_base
 from smartmops.data.tasks import read
-from smartmops.flow.trainer import TrainConfig, fit
+from smartmops.fitting.loop import fit
+from smartmops.options.training import TrainConfig
 from smartmops.preparing.adapting import adapt
 from smartmops.reading.task import Task
 

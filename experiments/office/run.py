@@ -21,10 +21,10 @@ from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.data.tasks import split
 from smartmops.evaluation.perplexity import evaluate
+from smartmops.fitting.loop import fit
 from smartmops.flow.compare import CompareConfig, compare
-from smartmops.flow.trainer import TrainConfig, fit
 from smartmops.options.method import Method
-from smartmops.options.training import EMBEDDED_SETTING
+from smartmops.options.training import EMBEDDED_SETTING, TrainConfig
 from smartmops.preparing.adapting import adapt, recovered
 from smartmops.reading.task import Task
 

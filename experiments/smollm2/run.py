@@ -25,7 +25,8 @@ from smartmops.base import load_base
 from smartmops.data.tasks import read
 from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import evaluate
-from smartmops.flow.trainer import TrainConfig, fit
+from smartmops.fitting.loop import fit
+from smartmops.options.training import TrainConfig
 from smartmops.preparing.adapting import adapt
 from smartmops.reading.task import Task
 from smartmops.rows.example import Example

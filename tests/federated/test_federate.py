@@ -27,8 +27,9 @@ from smartmops.federated import federate as module
 from smartmops.federated.client import arrays_of
 from smartmops.federated.federate import FederateConfig, InProcess, federate, local_of, worker_of
 from smartmops.federated.rounds import chosen, seed_of
-from smartmops.flow.trainer import Schedule, fit
+from smartmops.fitting.loop import fit
 from smartmops.methods.baselines import load_run
+from smartmops.options.training import Schedule
 from smartmops.preparing.adapting import adapt
 from smartmops.reading.task import Task
 from smartmops.runs.folder import Run, versions

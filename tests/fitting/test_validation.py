@@ -20,7 +20,7 @@ from smartmops.fitting import loop
 from smartmops.fitting.kept import state_of
 from smartmops.fitting.loop import Schedule
 from smartmops.fitting.validation import spacing, verdict
-from smartmops.flow import trainer
+from smartmops.flow import steps
 from smartmops.flow.compare import CompareConfig, compare
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.methods.baselines import load_run
@@ -96,6 +96,12 @@ def states(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, dict[str, torc
     yield seen
 
 
+def bare(model: Any) -> bool:
+    """Whether it is the base that is measured: without an adapter, or under one that is closed."""
+    config = getattr(model, "active_peft_config", None)
+    return config is None or getattr(config, "null_threshold", 1.0) <= 0
+
+
 @pytest.fixture
 def turning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation that gets better until the parameters have moved by two steps of Adam at rate 1, and worse then."""
@@ -106,12 +112,16 @@ def turning(monkeypatch: pytest.MonkeyPatch) -> None:
         start.update(state_of(model))
         return dict(start)
 
-    def evaluated(task: Task, model: Any, *args: Any, **kwargs: Any) -> Evaluation:
+    real = steps.measured
+
+    def evaluated(task: Task, model: Any, rows: Any, **kwargs: Any) -> Evaluation:
+        if rows is not task.validation or bare(model):
+            return real(task, model, rows, **kwargs)
         moved = max(float((value - start[name]).abs().max()) for name, value in state_of(model).items())
         return Evaluation(100 + abs(moved - 2), {"a": 1.0}, {"a": 1})
 
-    monkeypatch.setattr(trainer, "state_of", begins)
-    monkeypatch.setattr(trainer, "measured", evaluated)
+    monkeypatch.setattr(steps, "state_of", begins)
+    monkeypatch.setattr(steps, "measured", evaluated)
 
 
 @pytest.mark.usefixtures("turning")
@@ -195,15 +205,15 @@ def test_where_the_frozen_base_is_best_the_run_says_so_and_saves_it(
 ) -> None:
     kind: dict[str, Any] = {"method": "mops", "expert_kind": method} if method == "keys_values" else {"method": method}
     chosen = config(**kind, steps=4, validation_share=0.2, samples_per_task=0)
-    real = trainer.measured
+    real = steps.measured
 
-    def worse(task: Task, model: Any, *args: Any, **kwargs: Any) -> Evaluation:
-        found = real(task, model, *args, **kwargs)
-        if getattr(model.active_peft_config, "null_threshold", 1.0) <= 0:
-            return found  # of the base: the adapter is closed
+    def worse(task: Task, model: Any, rows: Any, **kwargs: Any) -> Evaluation:
+        found = real(task, model, rows, **kwargs)
+        if rows is not task.validation or bare(model):
+            return found
         return Evaluation(1000.0, found.per_task, found.tokens)
 
-    monkeypatch.setattr(trainer, "measured", worse)
+    monkeypatch.setattr(steps, "measured", worse)
     metrics = cli.train_command(chosen)
     assert metrics["gained"] is False and metrics["best"]["step"] == 0
     assert metrics["best"]["validation_perplexity"] == 1000.0

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import DataError
-from smartmops.progress.bars import track
+from smartmops.progress.bars import counted
 from smartmops.rows.example import Example
 from smartmops.states.activations import ActivationCache
 from smartmops.states.answer_states import AnswerStates
@@ -85,9 +85,11 @@ def evaluate(
     model.eval()
     nats: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
-    for task, found in track(_each(model, rows, collator, batch_size, cache), "evaluating", len(rows), shown=progress):
-        nats[task] += found.sum().item()
-        tokens[task] += len(found)
+    with counted("evaluating", len(rows), progress) as done:
+        for task, found in _each(model, rows, collator, batch_size, cache):
+            nats[task] += found.sum().item()
+            tokens[task] += len(found)
+            done(1)
     model.train(was_training)
     return Evaluation.of(nats, tokens)
 

@@ -82,15 +82,13 @@ def placed(task: Task, method: MethodConfig, gate: GatePretraining, width: int |
     of, tasks = _tasks(task.train)
     if gate.gate_pretraining != "labels" or len(tasks) < 2:
         return replace(method, gate_layer=layers // 2)
-
-    def found() -> int:
+    found, key = task.states.found, ("gate layer", task.states.texts(task.train))
+    if key not in found:
         chosen = gating.draw(of, gating.PROBED, 0)
         means = gating.layer_means(task.base, [task.train[i] for i in chosen])
-        layer = gating.best_layer(means, [of[i] for i in chosen], len(tasks), layers - 1)
-        console.print(f"the gate reads layer {layer}, where instructions tell their tasks apart best")
-        return layer
-
-    return replace(method, gate_layer=task.states.once(("gate layer", task.states.texts(task.train)), found))
+        found[key] = gating.best_layer(means, [of[i] for i in chosen], len(tasks), layers - 1)
+        console.print(f"the gate reads layer {found[key]}, where instructions tell their tasks apart best")
+    return replace(method, gate_layer=found[key])
 
 
 def _tasks(rows: Sequence[Encoded]) -> tuple[list[int], list[str]]:

@@ -21,6 +21,8 @@ from smartmops.progress.bars import console
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.runs import ranks
+from smartmops.runs.folder import Run
+from smartmops.states.fingerprint import inputs_of
 from smartmops.states.states import States
 from smartmops.tokens.batches import Collator, Encoded, Encoding, NoneFits, encode_all
 from smartmops.tokens.template import Template, check_template
@@ -109,9 +111,25 @@ class Task:
                    embedder, States(config.activations), limit=limit, held_out=held_out,
                    too_long=too_long)  # fmt: skip
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows there are of each part."""
+        return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
+
     def feed(self, model: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], dict[str, Any]]]:
         """The training rows as a data set and its collator for `fit`."""
         return self.states.feed(model, self.train, self.collator)
+
+
+def same_inputs(run: Run, task: Task) -> None:
+    """Whether a resumed run has the base, template and data that it was started with.
+
+    Raises:
+        RunError: it has others.
+    """
+    with ranks.turn() as mine:
+        if mine:
+            run.same_inputs(inputs_of(task))
 
 
 def _encoded(name: str, part: Sequence[Example], tokenizer: Any, limit: Limit, *how: Any) -> Encoding:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -64,21 +65,34 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def first_does(act: Callable[[], T]) -> T:
+@contextmanager
+def turn() -> Iterator[bool]:
+    """Whether this process is the first; the others wait at the end of the block, and raise what it raised there."""
+    error: Exception | None = None
+    try:
+        yield rank() == 0
+    except Exception as raised:
+        error = raised
+    if (error := shared(error)) is not None:
+        raise error
+
+
+def shared(value: T) -> T:
+    """What the first process has, in all of them."""
+    sent = [value]
+    if world() > 1:
+        dist.broadcast_object_list(sent, src=0)
+    return sent[0]
+
+
+def first_does(act: Callable[..., T], *given: Any) -> T:
     """What `act` returns, or raises, in the first process; the others wait for it and return or raise the same."""
-    if world() == 1:
-        return act()
-    sent: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            sent[0] = act()
-        except Exception as error:
-            sent[1] = error
-    dist.broadcast_object_list(sent, src=0)
-    if sent[1] is not None:
-        raise sent[1]
-    found: T = sent[0]
-    return found
+    found: Any = None
+    with turn() as mine:
+        if mine:
+            found = act(*given)
+    returned: T = shared(found)
+    return returned
 
 
 def only_first(act: Callable[[Any], None]) -> Callable[[Any], None]:

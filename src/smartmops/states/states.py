@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -25,7 +25,6 @@ from .answer_states import AnswerStates
 from .fingerprint import add_rows, digest, what_the_gate_reads
 from .instructions import instructions
 
-T = TypeVar("T")
 Kept = ActivationCache | AnswerStates
 
 
@@ -42,7 +41,7 @@ class States:
 
     def __init__(self, where: str = "auto") -> None:
         self.where = where
-        self._found: dict[Any, Any] = {}
+        self.found: dict[Any, Any] = {}  # what was worked out about base and rows, once for all
         self._texts: dict[int, tuple[Sequence[Encoded], bytes]] = {}  # holding rows, lest others take their identity
 
     def of(self, model: Any, rows: Sequence[Encoded]) -> Kept | None:
@@ -52,7 +51,9 @@ class States:
         """
         answers = model.base_model.layer().configs["default"].visible_to == "answers"
         key = ("states", *self._key(model, rows, not answers))
-        found = self.once(key, lambda: self._answers(model, rows) if answers else self._below(model, rows))
+        if key not in self.found:
+            self.found[key] = self._answers(model, rows) if answers else self._below(model, rows)
+        found: Kept | None = self.found[key]
         if isinstance(found, AnswerStates):
             found.model = model
         return found
@@ -68,7 +69,10 @@ class States:
 
     def read(self, model: Any, rows: Sequence[Encoded]) -> Float[Tensor, "n inputs"]:
         """What the gate reads of these rows' instructions, before standardisation."""
-        found: Tensor = self.once(("read", *self._key(model, rows)), lambda: instructions(model, rows).cpu())
+        key = ("read", *self._key(model, rows))
+        if key not in self.found:
+            self.found[key] = instructions(model, rows).cpu()
+        found: Tensor = self.found[key]
         return found.to(model.device)
 
     def pooled(self, model: Any, rows: Sequence[Encoded]) -> Float[Tensor, "n inputs"]:
@@ -76,16 +80,9 @@ class States:
         found = self.of(model, rows)
         return instructions(model, rows) if found is None else found.pooled.to(model.device)
 
-    def once(self, key: Any, compute: Callable[[], T]) -> T:
-        """What was worked out about base and rows under this key."""
-        if key not in self._found:
-            self._found[key] = compute()
-        found: T = self._found[key]
-        return found
-
     def clear(self) -> None:
         """Forget everything that is in memory."""
-        self._found.clear()
+        self.found.clear()
         self._texts.clear()
 
     def texts(self, rows: Sequence[Encoded]) -> bytes:
