@@ -36,20 +36,6 @@ def peft_config(
     return BUILDERS[config.traits.adapter](config, recovery_prompts, embedding_size, words or {})
 
 
-def _lora(config: MethodConfig, *_: Any) -> PeftConfig:
-    return LoraConfig(task_type="CAUSAL_LM", r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.05,
-                      target_modules=["q_proj", "v_proj"], exclude_modules=config.excluded())  # fmt: skip
-
-
-def _ia3(*_: Any) -> PeftConfig:
-    return IA3Config(task_type="CAUSAL_LM")
-
-
-def _input_prompts(config: MethodConfig, *_: Any) -> PeftConfig:
-    return PromptTuningConfig(task_type="CAUSAL_LM", prompt_tuning_init="SAMPLE_VOCAB",
-                              num_virtual_tokens=config.experts * config.prompts_per_expert)  # fmt: skip
-
-
 def _mops(
     config: MethodConfig, recovery_prompts: int, embedding_size: int | None, words: dict[str, Any]
 ) -> MoPsConfig:  # fmt: skip
@@ -92,7 +78,14 @@ def _mops(
 
 
 BUILDERS: dict[str, Callable[..., PeftConfig]] = {
-    "mops": _mops, "prompts": _input_prompts, "lora": _lora, "ia3": _ia3,
+    "mops": _mops,
+    "prompts": lambda config, *_: PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=config.experts * config.prompts_per_expert,
+        prompt_tuning_init="SAMPLE_VOCAB"),
+    "lora": lambda config, *_: LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.05,
+        target_modules=["q_proj", "v_proj"], exclude_modules=config.excluded()),
+    "ia3": lambda *_: IA3Config(task_type="CAUSAL_LM"),
 }  # fmt: skip
 
 
