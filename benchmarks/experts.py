@@ -50,6 +50,7 @@ def measure(base: str) -> dict[str, Any]:
     from run import Bench
 
     from smartmops.methods.baselines import parameter_groups
+    from smartmops.preparing.adapting import adapt
 
     bench = Bench("mixture", base)
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +59,7 @@ def measure(base: str) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
     for name, settings in SIDES.items():  # one after another: an adapter changes the base it sits on
         config = replace(bench.config, **settings)
-        model, _, _ = bench.task.adapt(config, config, 0)
+        model, _, _ = adapt(bench.task, config, config, 0)
         rows, collate = bench.task.feed(model)
         for chosen in batches:
             collate([rows[i] for i in chosen])  # states are made here, not in the step

@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from smartmops.base import load_base
 from smartmops.data.tasks import read
-from smartmops.flow.task import Task
-from smartmops.flow.trainer import TrainConfig, fit
+from smartmops.fitting.loop import fit
+from smartmops.options.training import TrainConfig
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.task import Task
 
 HERE = Path(__file__).resolve().parent
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
@@ -56,7 +58,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     config = TrainConfig(model="tiny", data="office", out=HERE, steps=steps, batch_size=4, validation_share=0.0,
                          max_length=160, log_every=steps)  # fmt: skip
     task = Task.of(model, tokenizer, examples, examples[:40], config)
-    adapted, _, accuracy = task.adapt(config, config, 0)
+    adapted, _, accuracy = adapt(task, config, config, 0)
     layer = adapted.base_model.layer()
     before = {each: getattr(layer, each)["default"].detach().clone() for each in NAMES}
     with tempfile.TemporaryDirectory() as folder:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 # A room imports only rooms before it.
 ROOMS = (
-    "checks", "options", "settings", "progress", "rows",
+    "checks", "traits", "options", "settings", "progress", "rows",
     "backbone", "attention", "experts", "adapter", "calls", "tuner",
     "tiny", "data", "tokens", "gguf", "base", "compression",
-    "runs", "states", "evaluation", "methods", "preparing", "fitting", "flow", "analysis",
+    "runs", "states", "reading", "evaluation", "methods", "preparing", "fitting", "flow", "analysis",
     "clients", "federated", "flower", "deployment",
     "report", "evidence", "reproduce", "bench", "door", "playground", "serving", "web", "surgery", "handover", "ending",
     "cli",

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import smartmops as sm
 from smartmops import cli, door
-from smartmops.flow.task import Task
 from smartmops.options.method import GatePretraining
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.task import Task
 
 API = Path(__file__).with_name("api.txt")
 OPTIONS: dict[str, Any] = {
@@ -106,7 +107,7 @@ def test_an_adapter_of_ones_own_is_prepared_as_train_prepares_its_own(kind: str)
     config = sm.TrainConfig(model="tiny", data="office", out=Path("unused"), expert_kind=kind, recovery_prompts=0,
                             validation_share=0.0)  # fmt: skip
     task = Task.of(base, tokenizer, examples, [], config)
-    wanted, names, accuracy = task.adapt(config, GatePretraining(), 0)
+    wanted, names, accuracy = adapt(task, config, GatePretraining(), 0)
     expected = {name: value.clone() for name, value in wanted.base_model.layer().state_dict().items()}
     base = wanted.base_model.unload()
     torch.manual_seed(0)

@@ -21,11 +21,12 @@ from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
 from smartmops.data.tasks import split
 from smartmops.evaluation.perplexity import evaluate
+from smartmops.fitting.loop import fit
 from smartmops.flow.compare import CompareConfig, compare
-from smartmops.flow.task import Task
-from smartmops.flow.trainer import TrainConfig, fit
 from smartmops.options.method import Method
-from smartmops.options.training import EMBEDDED_SETTING
+from smartmops.options.training import EMBEDDED_SETTING, TrainConfig
+from smartmops.preparing.adapting import adapt, recovered
+from smartmops.reading.task import Task
 
 HERE = Path(__file__).parent
 RATES = {40: (0.3, 1.0, 3.0, 10.0), 20: (1.0, 3.0, 10.0), 160: (0.3, 1.0, 3.0)}  # Adam, by budget in optimiser steps
@@ -42,7 +43,7 @@ def tune() -> None:
         config = TrainConfig(out=Path(folder) / "run", **SETTING)
         base, tokenizer = load_base("tiny", "float32")
         prune(base, [], Pattern.parse(0.5), "magnitude")
-        task = Task.load(config, base, tokenizer)
+        task = recovered(Task.load(config, base, tokenizer), config)
         kept, held = split(task.train_examples, 0.1, seed=1)
         rows = dict(zip(task.train_examples, task.train, strict=True))
         task.train, task.test = [rows[e] for e in kept], [rows[e] for e in held]
@@ -52,7 +53,7 @@ def tune() -> None:
             if str(rate) in found.get(str(budget), {}).get(method, {}):
                 continue
             chosen = replace(config, method=method, prompt_lr=rate, steps=budget)
-            model, _, _ = task.adapt(chosen, chosen, 0)
+            model, _, _ = adapt(task, chosen, chosen, 0)
             fit(model, chosen, chosen, task.train, task.collator, Path(folder) / "checkpoints")
             perplexity = evaluate(model, task.test, task.collator).overall
             found.setdefault(str(budget), {}).setdefault(method, {})[str(rate)] = perplexity

@@ -30,13 +30,17 @@ from transformers import set_seed
 
 from smartmops.base import load_base
 from smartmops.data.tasks import read
+from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import evaluate
-from smartmops.flow.task import Task
-from smartmops.flow.trainer import TrainConfig, fit
+from smartmops.fitting.loop import fit
 from smartmops.methods import targets
 from smartmops.methods.baselines import matched, peft_config
-from smartmops.options.method import TOLD
+from smartmops.options.training import TrainConfig
+from smartmops.preparing.adapting import adapt
+from smartmops.preparing.selection import told
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
+from smartmops.states.states import States
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[2] / "shared" / "data"
@@ -244,7 +248,7 @@ class Bench:
         found: dict[str, Any] = {}
         for part, own in rows.items():
             adapted = hasattr(model, "base_model") and hasattr(model.base_model, "nats")
-            result = task.evaluate(model, rows=own) if adapted else evaluate(model, own, task.collator)
+            result = measured(task, model, own) if adapted else evaluate(model, own, task.collator)
             found[part] = {"overall": result.overall, "per_task": result.per_task, "tokens": result.tokens}
         return found
 
@@ -257,8 +261,8 @@ class Bench:
         if VARIANTS[variant].get("apart"):
             return self.apart(config)
         task, rows = self.task, self.rows
-        if config.method in TOLD:  # the gate is told the task, so text of other tasks cannot be asked
-            task = replace(task, validation=rows["validation"]).told(config, seed)
+        if config.traits.told:  # so text of other tasks cannot be asked
+            task = told(replace(task, validation=rows["validation"]), config, seed)
             rows = {"validation": task.validation, "test": task.test}
         model, accuracy = self.adapted(task, variant, config)
         prepared = time.perf_counter()
@@ -277,7 +281,7 @@ class Bench:
         """A fresh adapter on the base, and how often its gate is right at the start."""
         chosen = VARIANTS[variant]
         if not (chosen.get("activated") or chosen.get("peft_prefix")):
-            model, _, accuracy = task.adapt(config, config, config.seed)
+            model, _, accuracy = adapt(task, config, config, config.seed)
             return model, accuracy
         set_seed(config.seed)
         if chosen.get("peft_prefix"):  # in all layers, so fewer columns for as many numbers
@@ -312,8 +316,8 @@ class Bench:
         parameters = 0
         for name in self.tasks:
             train = [row for row in self.task.train if row.category == name]
-            task = replace(self.task, train=train, caches={}, found={})
-            model, _, _ = task.adapt(own, own, config.seed)
+            task = replace(self.task, train=train, states=States())
+            model, _, _ = adapt(task, own, own, config.seed)
             parameters += sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.fitted(task, model, own)
             rows = {part: [r for r in self.rows[part] if r.category == name] for part in ("validation", "test")}

@@ -294,7 +294,7 @@ def _near(name: str, names: set[str]) -> str:
 
 def _run(module: str, name: str, config: Options, *given: Any) -> dict[str, Any]:
     """The function behind a command, imported now: it brings torch along. It takes `given`, or else the config."""
-    early = import_module("smartmops.flow.early")
+    early = import_module("smartmops.reading.early")
     run: Callable[..., dict[str, Any]] = getattr(import_module(f"smartmops.{module}"), name)
     with named_in_python(config), translated(config):
         early.look_at(config)

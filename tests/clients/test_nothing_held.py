@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from federation import write
 from smartmops.clients.holdings import Holdings, holdings_of
-from smartmops.flow.task import Task
 from smartmops.options.federation import FederateConfig
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import encode
 

@@ -15,10 +15,10 @@ import smartmops as sm
 from smartmops.checks.errors import ConfigError, DataError
 from smartmops.checks.limits import check
 from smartmops.data import tasks
-from smartmops.data.ahead import ahead
 from smartmops.data.several import labels
 from smartmops.data.tasks import read, read_stored, splits
 from smartmops.options.finished.reading import DataConfig
+from smartmops.rows.ahead import ahead
 from smartmops.rows.example import Example
 from smartmops.settings.line import asked
 

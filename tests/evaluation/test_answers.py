@@ -16,11 +16,11 @@ from smartmops import cli
 from smartmops.base import load_base
 from smartmops.evaluation import answers
 from smartmops.evaluation.answers import exact_match, questions, rouge_l, score
-from smartmops.flow import trainer
-from smartmops.flow.task import Task
+from smartmops.flow import steps, trainer
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.methods.baselines import MethodConfig, build
 from smartmops.options.training import EMBEDDED_SETTING
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 from smartmops.runs.folder import Run
 
@@ -181,7 +181,7 @@ def test_no_answers_are_asked_for_by_default_and_impossible_ones_are_refused_bef
     config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "answers" not in train(config(steps=1))
-    monkeypatch.setattr(trainer, "fit", lambda *_, **__: pytest.fail("trained first"))
+    monkeypatch.setattr(steps, "fit", lambda *_, **__: pytest.fail("trained first"))
     with pytest.raises(ValueError, match="256 new tokens leave"):
         train(config(out=config().out / "other", answers_per_task=1, answer_tokens=256))
 

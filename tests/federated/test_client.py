@@ -16,7 +16,8 @@ from smartmops.base import load_base
 from smartmops.clients.messages import Failure, Hello, Job, Local, Reply, pack, unpack
 from smartmops.federated.client import Worker, adapter_words, arrays_of, load_arrays, order, train_locally
 from smartmops.federated.federate import FederateConfig
-from smartmops.flow.task import Task
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.task import Task
 from smartmops.states.fingerprint import of_base
 from smartmops.tokens.template import Template
 
@@ -32,7 +33,7 @@ def made(settings: FederateConfig) -> tuple[Task, Any, str]:
     base, tokenizer = load_base(settings.model, "float32")
     fingerprint = of_base(base, tokenizer, Template.of(settings.template, tokenizer))
     task = Task.load(settings.central(), base, tokenizer)
-    return task, task.adapt(settings.central(), settings, settings.seed)[0], fingerprint
+    return task, adapt(task, settings.central(), settings, settings.seed)[0], fingerprint
 
 
 def job(model: Any, base: str, local: Local = LOCAL, client: int = 0) -> Job:

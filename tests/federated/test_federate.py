@@ -21,14 +21,17 @@ from smartmops import cli
 from smartmops.base import load_base
 from smartmops.clients.admission import admitted
 from smartmops.clients.messages import Failure, Hello, Reply, pack
+from smartmops.evaluation.measure import measured
 from smartmops.federated import client as client_module
 from smartmops.federated import federate as module
 from smartmops.federated.client import arrays_of
 from smartmops.federated.federate import FederateConfig, InProcess, federate, local_of, worker_of
 from smartmops.federated.rounds import chosen, seed_of
-from smartmops.flow.task import Task
-from smartmops.flow.trainer import Schedule, fit
+from smartmops.fitting.loop import fit
 from smartmops.methods.baselines import load_run
+from smartmops.options.training import Schedule
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.task import Task
 from smartmops.runs.folder import Run, versions
 
 Make = Callable[..., FederateConfig]
@@ -57,7 +60,7 @@ def test_one_client_that_holds_everything_trains_as_the_centre_does(config: Make
     federate(settings)
     base, tokenizer = load_base(settings.model, "float32")
     task = Task.load(settings.central(), base, tokenizer)
-    model, _, _ = task.adapt(settings.central(), settings, settings.seed)
+    model, _, _ = adapt(task, settings.central(), settings, settings.seed)
     schedule = Schedule(steps=12, batch_size=2, warmup_steps=0, lr_schedule="constant", max_grad_norm=1.0,
                         seed=seed_of(0, 1, 0))  # fmt: skip
     rates = replace(settings.central(), prompt_lr=local_of(settings).prompt_lr, gate_lr=local_of(settings).gate_lr)
@@ -103,7 +106,7 @@ def test_the_adapter_of_a_finished_run_gives_the_perplexity_it_reports(config: M
     metrics = federate(settings)
     model, tokenizer, _ = load_run(settings.out)
     task = Task.load(settings.central(), model, tokenizer)
-    assert task.evaluate(model).overall == pytest.approx(metrics["perplexity"]["overall"], rel=1e-5)
+    assert measured(task, model).overall == pytest.approx(metrics["perplexity"]["overall"], rel=1e-5)
     card = (settings.out / "adapter" / "README.md").read_text()
     assert f" {metrics['perplexity']['overall']:.2f} |\n\nOne run: rounds {settings.rounds}" in card
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from smartmops.evaluation.perplexity import Evaluation
-from smartmops.fitting import ranks
 from smartmops.flow.trainer import TrainConfig, train
+from smartmops.runs import ranks
 from smartmops.runs.folder import Run
 
 Make = Callable[..., TrainConfig]
@@ -36,7 +36,7 @@ def last_word():  # registered first, so it comes last
 
 atexit.register(last_word)
 torch.set_num_threads(1)
-from smartmops.fitting import loop, ranks
+from smartmops.fitting import loop
 from smartmops.flow.trainer import TrainConfig, train
 
 settings, ill = json.loads(Path(sys.argv[1]).read_text())
@@ -161,7 +161,7 @@ def test_no_run_is_finished_when_one_process_diverges_or_leaves(config: Make, tm
 
 def test_one_evaluation_of_parts_is_the_evaluation_of_the_whole() -> None:
     parts = [Evaluation(0.0, {"a": 2.0, "b": 8.0}, {"a": 3, "b": 1}), Evaluation(0.0, {"a": 4.0}, {"a": 3})]
-    found = ranks.merged(parts)
+    found = Evaluation.merged(parts)
     assert found.tokens == {"a": 6, "b": 1}
     assert found.per_task == pytest.approx({"a": 8**0.5, "b": 8.0})
     assert found.overall == pytest.approx(2 ** ((3 + 6 + 3) / 7))

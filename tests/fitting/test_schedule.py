@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from smartmops.fitting.kept import WINDOW, Kept, state_of
 from smartmops.fitting.loop import Schedule, fit
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.options.training import EMBEDDED_SETTING
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.task import Task
 from smartmops.runs.folder import Run
 
 Make = Callable[..., TrainConfig]
@@ -84,7 +85,7 @@ def test_clipping_is_the_same_at_every_scale(norms: list[float], power: int) -> 
 
 def changes(task: Task, config: TrainConfig, factor: float, folder: Path) -> dict[str, torch.Tensor]:
     """What training does to each trained parameter where the loss is `factor` times itself."""
-    model, _, _ = task.adapt(config, config, 0)
+    model, _, _ = adapt(task, config, config, 0)
     forward = model.forward
 
     def scaled(*args: Any, **kwargs: Any) -> Any:

@@ -14,16 +14,20 @@ import torch
 from safetensors.torch import load_file
 
 from smartmops import cli
+from smartmops.evaluation import measure
 from smartmops.evaluation.perplexity import Evaluation, evaluate
 from smartmops.fitting import loop
 from smartmops.fitting.kept import state_of
 from smartmops.fitting.loop import Schedule
-from smartmops.fitting.validation import ValidationConfig, hold_out, spacing, verdict
-from smartmops.flow import trainer
+from smartmops.fitting.validation import spacing, verdict
+from smartmops.flow import steps
 from smartmops.flow.compare import CompareConfig, compare
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.methods.baselines import load_run
+from smartmops.options.training import ValidationConfig
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.held_out import hold_out
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 from smartmops.runs.folder import Run
 
@@ -92,6 +96,12 @@ def states(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, dict[str, torc
     yield seen
 
 
+def bare(model: Any) -> bool:
+    """Whether it is the base that is measured: without an adapter, or under one that is closed."""
+    config = getattr(model, "active_peft_config", None)
+    return config is None or getattr(config, "null_threshold", 1.0) <= 0
+
+
 @pytest.fixture
 def turning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation that gets better until the parameters have moved by two steps of Adam at rate 1, and worse then."""
@@ -102,12 +112,16 @@ def turning(monkeypatch: pytest.MonkeyPatch) -> None:
         start.update(state_of(model))
         return dict(start)
 
-    def evaluated(self: Task, model: Any, *args: Any, **kwargs: Any) -> Evaluation:
+    real = steps.measured
+
+    def evaluated(task: Task, model: Any, rows: Any, **kwargs: Any) -> Evaluation:
+        if rows is not task.validation or bare(model):
+            return real(task, model, rows, **kwargs)
         moved = max(float((value - start[name]).abs().max()) for name, value in state_of(model).items())
         return Evaluation(100 + abs(moved - 2), {"a": 1.0}, {"a": 1})
 
-    monkeypatch.setattr(trainer, "state_of", begins)
-    monkeypatch.setattr(Task, "evaluate", evaluated)
+    monkeypatch.setattr(steps, "state_of", begins)
+    monkeypatch.setattr(steps, "measured", evaluated)
 
 
 @pytest.mark.usefixtures("turning")
@@ -191,15 +205,15 @@ def test_where_the_frozen_base_is_best_the_run_says_so_and_saves_it(
 ) -> None:
     kind: dict[str, Any] = {"method": "mops", "expert_kind": method} if method == "keys_values" else {"method": method}
     chosen = config(**kind, steps=4, validation_share=0.2, samples_per_task=0)
-    real = Task.evaluate
+    real = steps.measured
 
-    def worse(self: Task, model: Any, *args: Any, **kwargs: Any) -> Evaluation:
-        found = real(self, model, *args, **kwargs)
-        if getattr(model.active_peft_config, "null_threshold", 1.0) <= 0:
-            return found  # of the base: the adapter is closed
+    def worse(task: Task, model: Any, rows: Any, **kwargs: Any) -> Evaluation:
+        found = real(task, model, rows, **kwargs)
+        if rows is not task.validation or bare(model):
+            return found
         return Evaluation(1000.0, found.per_task, found.tokens)
 
-    monkeypatch.setattr(Task, "evaluate", worse)
+    monkeypatch.setattr(steps, "measured", worse)
     metrics = cli.train_command(chosen)
     assert metrics["gained"] is False and metrics["best"]["step"] == 0
     assert metrics["best"]["validation_perplexity"] == 1000.0
@@ -220,14 +234,13 @@ def test_where_the_frozen_base_is_best_the_run_says_so_and_saves_it(
 
 def test_the_test_split_is_looked_at_once_frozen_and_once_adapted(config: Make, monkeypatch: Any) -> None:
     seen: list[int] = []
-    real = trainer.ranks.evaluate
+    real = measure.evaluate
 
     def counted(model: Any, rows: Any, *args: Any, **kwargs: Any) -> Evaluation:
         seen.append(len(rows))
         return real(model, rows, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.ranks, "evaluate", counted)
-    monkeypatch.setattr("smartmops.flow.task.evaluate", counted)
+    monkeypatch.setattr(measure, "evaluate", counted)
     metrics = train(config(steps=6, eval_every=2, validation_share=0.2))
     test, held = metrics["examples"]["test"], metrics["examples"]["validation"]
     assert test == 4 and held == 8
@@ -253,7 +266,7 @@ def test_seconds_of_each_phase_and_lines_where_stdout_is_no_terminal(
 def test_no_steps_is_what_comes_before_training(config: Make) -> None:
     chosen = config(steps=0)
     metrics = train(chosen)
-    model, _, _ = Task.load(chosen).adapt(chosen, chosen, chosen.seed)
+    model, _, _ = adapt(Task.load(chosen), chosen, chosen, chosen.seed)
     kept = load_file(chosen.out / "adapter" / "adapter_model.safetensors")
     assert all(any(v.shape == w.shape and torch.equal(v, w) for w in kept.values()) for v in state_of(model).values())
     assert metrics["perplexity"]["overall"] > 0

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from smartmops.flow.compare import CompareConfig, compare, shots_of
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import TrainConfig, train
+from smartmops.reading.task import Task
 from smartmops.runs.folder import Run
 
 Make = Callable[..., TrainConfig]

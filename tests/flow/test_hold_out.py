@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from smartmops.evaluation.measure import choices, gates, mean_weights, weights
 from smartmops.flow.compare import CompareConfig, compare
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import TrainConfig, train
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.task import Task
 from smartmops.runs.folder import Run
 
 Make = Callable[..., TrainConfig]
@@ -64,16 +66,16 @@ def test_a_run_shows_what_an_unseen_task_gains(config: Make, three_tasks: Path, 
 
 def test_entropy_is_a_mean_over_instructions_of_the_same_weights_as_the_gates(config: Make, two_tasks: Path) -> None:
     task = Task.load(config())
-    model, names, _ = task.adapt(config(), config(gate_pretraining_steps=3), 0)
-    weights = task.weights(model)
-    assert task.mean_weights(weights) == task.gates(model)
-    for name, found in task.choices(weights, names).items():
-        own = weights[[row.category == name for row in task.test]].double()
-        assert found["entropy"] == pytest.approx(float(-(own * own.log()).sum(-1).mean()), rel=1e-5)
-        assert found["entropy"] < -float((own.mean(0) * own.mean(0).log()).sum()) + 1e-9, "below that of the mean"
+    model, names, _ = adapt(task, config(), config(gate_pretraining_steps=3), 0)
+    found = weights(task, model)
+    assert mean_weights(task.test, found) == gates(task, model)
+    for name, said in choices(task.test, found, names).items():
+        own = found[[row.category == name for row in task.test]].double()
+        assert said["entropy"] == pytest.approx(float(-(own * own.log()).sum(-1).mean()), rel=1e-5)
+        assert said["entropy"] < -float((own.mean(0) * own.mean(0).log()).sum()) + 1e-9, "below that of the mean"
     halves = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(len(task.test) // 2, 1)
-    assert all(found["entropy"] == 0 for found in task.choices(halves, names).values())
-    kept = task.choices(halves * 0.3, names)
+    assert all(found["entropy"] == 0 for found in choices(task.test, halves, names).values())
+    kept = choices(task.test, halves * 0.3, names)
     assert all(found["entropy"] == pytest.approx(0, abs=1e-6) for found in kept.values()), "top-1 keeps less than one"
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from smartmops.checks.limits import check
-from smartmops.flow import task, trainer
 from smartmops.flow.compare import CompareConfig, compare
 from smartmops.flow.trainer import TrainConfig, train
+from smartmops.reading import task
 
 Make = Callable[..., TrainConfig]
 
@@ -103,10 +103,10 @@ def test_a_folder_may_be_one_that_is_there_or_that_looks_like_one(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cache").mkdir()
     for value in ("cache", "./new", str(tmp_path / "other"), "auto", "memory", "off"):
-        trainer.check(config(activations=value))
+        check(config(activations=value))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--rows file is a file: choose a folder"):
-        trainer.check(config(rows="file"))
+        check(config(rows="file"))
 
 
 def test_compare_checks_its_own(config: Make, nothing_loads: None) -> None:

@@ -32,7 +32,7 @@ def killed(config: Make, two_tasks: Path, base_folder: Path, tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(trainer, "learn", kill)
+        patched.setattr(trainer, "fitted", kill)
         train(make())
     return make
 
@@ -77,9 +77,9 @@ def test_another_tokenizer_of_the_same_name_is_refused(killed: Make, tmp_path: P
 
 def test_the_folder_is_held_while_it_trains_and_given_back(killed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[bool] = []
-    learn = trainer.learn
-    monkeypatch.setattr(trainer, "learn", lambda *args, **kwargs: (
-        held.append((args[2].out / ".lock").is_file()), learn(*args, **kwargs))[1])  # fmt: skip
+    fitted = trainer.fitted
+    monkeypatch.setattr(trainer, "fitted", lambda *args, **kwargs: (
+        held.append((args[1].out / ".lock").is_file()), fitted(*args, **kwargs))[1])  # fmt: skip
     train(settings := killed(resume=True))
     assert held == [True]
     assert not (settings.out / ".lock").exists()

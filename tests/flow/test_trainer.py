@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from smartmops.checks.errors import Diverged
 from smartmops.evaluation.perplexity import evaluate
 from smartmops.fitting import loop
-from smartmops.flow.task import Task
-from smartmops.flow.trainer import Diverged, TrainConfig, last_checkpoint, train
+from smartmops.flow.trainer import TrainConfig, train
 from smartmops.methods.baselines import load_run
+from smartmops.reading.task import Task
 from smartmops.rows.stored import Stored
+from smartmops.runs.checkpoints import last_checkpoint
 from smartmops.runs.folder import Run
 
 Make = Callable[..., TrainConfig]

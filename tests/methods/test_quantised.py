@@ -18,9 +18,10 @@ from smartmops.compression import layerwise
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.compression.solvers import Pattern
 from smartmops.evaluation.perplexity import evaluate
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.methods.baselines import load_run
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.task import Task
 from smartmops.tiny import BASE
 
 
@@ -56,7 +57,7 @@ def _config(base: str, out: Path, **changes: Any) -> TrainConfig:
 def _states(base: str, config: TrainConfig, states: list[dict[str, Tensor]]) -> list[tuple[float, Tensor]]:
     """Loss on the same 4 examples, and gradient of what is trained, at each state; a first one is made if none is given."""
     task = Task.load(replace(config, model=base))
-    model, _, _ = task.adapt(config, config, 0)
+    model, _, _ = adapt(task, config, config, 0)
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     if not states:
         start = {name: each.detach().clone() for name, each in trained.items()}

@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartmops.base import load_base
+from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import evaluate
 from smartmops.experts import null
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import TrainConfig
 from smartmops.preparing import gating
+from smartmops.preparing.adapting import adapt
+from smartmops.reading.task import Task
 from smartmops.states.answer_states import AnswerStates
 
 
@@ -114,7 +116,7 @@ def test_a_file_of_too_few_texts_is_refused(tmp_path: Path) -> None:
 def prepared(config: Callable[..., TrainConfig]) -> tuple[Task, Any]:
     settings = config(expert_kind="keys_values", prompt_lr=None, gate_lr=None, shared_prompts=2)
     task = Task.load(settings)
-    return task, task.adapt(settings, settings, 0)[0]
+    return task, adapt(task, settings, settings, 0)[0]
 
 
 def test_the_gate_is_exactly_the_scores(prepared: tuple[Task, Any]) -> None:
@@ -151,15 +153,15 @@ def test_a_closed_adapter_is_the_base(prepared: tuple[Task, Any]) -> None:
     task, model = prepared
     with model.disable_adapter():
         frozen = evaluate(model, task.test, task.collator)
-    opened = task.evaluate(model)
+    opened = measured(task, model)
     gating.close(model)
-    assert task.evaluate(model).overall == pytest.approx(frozen.overall, rel=1e-6)
+    assert measured(task, model).overall == pytest.approx(frozen.overall, rel=1e-6)
     assert opened.overall != pytest.approx(frozen.overall, rel=1e-4)
 
 
 def test_states_of_answers_are_made_when_asked_for_and_kept_while_there_is_room(prepared: tuple[Task, Any]) -> None:
     task, model = prepared
-    cache = task.cache(model)
+    cache = task.states.of(model, task.train)
     assert cache is not None
     with torch.no_grad():
         first = model(**cache([0, 3, 1])).loss
@@ -186,7 +188,7 @@ def test_a_step_moves_keys_and_values_by_their_relative_rate(config: Callable[..
                 if "k_proj" in name or "v_proj" in name:
                     parameter.mul_(factor)
         task = Task.load(settings, base, tokenizer)
-        model = task.adapt(settings, settings, 0)[0]
+        model = adapt(task, settings, settings, 0)[0]
         layer = model.base_model.layer()
         before = layer.mops_values["default"] * layer.mops_value_size["default"][None, :, None, None]
         before = before.detach().clone()
@@ -231,8 +233,8 @@ def test_methods_and_gates_on_one_base_share_states_and_each_reads_its_own_layer
     changes = ({"method": "prompt-tuning"}, {"gate_layer": 3}, {"gate_layer": 2}, {"method": "prompt-tuning"})
     for change in changes:
         method = dataclasses.replace(settings, **change)
-        model = task.adapt(method, method, 0)[0]
-        cache = task.cache(model)
+        model = adapt(task, method, method, 0)[0]
+        cache = task.states.of(model, task.train)
         assert isinstance(cache, AnswerStates)
         caches.append(cache)
         with torch.no_grad():

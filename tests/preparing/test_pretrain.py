@@ -12,11 +12,12 @@ import torch
 
 from smartmops.evaluation.perplexity import answer, evaluate
 from smartmops.federated.federate import FederateConfig
-from smartmops.flow.task import Task
 from smartmops.flow.trainer import TrainConfig
 from smartmops.methods.baselines import MethodConfig, build
+from smartmops.preparing.adapting import adapt, recovered
 from smartmops.preparing.initial import initialise
 from smartmops.preparing.pretrain import assign, train_recovery
+from smartmops.reading.task import Task
 from smartmops.states.instructions import instructions
 
 Make = Callable[..., TrainConfig]
@@ -42,7 +43,7 @@ def test_recovery_prompts_lower_the_loss_and_leave_the_base_untouched(task: Task
 
 
 def test_the_gate_never_reads_a_response(task: Task, config: Make) -> None:
-    model, _, _ = task.adapt(config(), config(), seed=0)
+    model, _, _ = adapt(task, config(), config(), seed=0)
     seen = instructions(model, task.train)
     changed = [
         dataclasses.replace(row, input_ids=[i if label == -100 else 5 for i, label in zip(row.input_ids, row.labels)])  # noqa: B905
@@ -52,7 +53,7 @@ def test_the_gate_never_reads_a_response(task: Task, config: Make) -> None:
 
 
 def test_experts_start_as_hidden_states_of_their_own_task(task: Task, config: Make) -> None:
-    model, names, accuracy = task.adapt(config(), config(), seed=0)
+    model, names, accuracy = adapt(task, config(), config(), seed=0)
     assert names == ["a", "b"] and accuracy == 1.0
     tuner, prompts = model.base_model, model.base_model.layer().mops_prompts["default"]
     for expert, name in enumerate(names):
@@ -63,7 +64,7 @@ def test_experts_start_as_hidden_states_of_their_own_task(task: Task, config: Ma
 
 
 def test_initialising_twice_with_one_seed_gives_the_same_prompts(task: Task, config: Make) -> None:
-    model, _, _ = task.adapt(config(), config(), seed=0)
+    model, _, _ = adapt(task, config(), config(), seed=0)
     prompts = model.base_model.layer().mops_prompts["default"]
     for expected in (True, False):
         before = prompts.detach().clone()
@@ -81,11 +82,11 @@ def test_without_categories_experts_are_meant_for_clusters(
     file.write_text("".join(json.dumps({"q": row["instruction"], "a": row["response"]}) + "\n" for row in rows))
     chosen = config(data=str(file), columns=("instruction=q", "response=a"), expert_kind=kind)
     task = Task.load(chosen)
-    _, names, accuracy = task.adapt(chosen, chosen, seed=0)
+    _, names, accuracy = adapt(task, chosen, chosen, seed=0)
     assert names == ["cluster 0", "cluster 1"] and accuracy is not None
     assert "no example has a category, so each expert is meant for a cluster" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no example has a category: add one"):
-        task.adapt(chosen, config(expert_names=("a", "b")), seed=0)
+        adapt(task, chosen, config(expert_names=("a", "b")), seed=0)
 
 
 def test_labels_and_clusters_that_cannot_be_are_refused(task: Task) -> None:
@@ -105,7 +106,7 @@ def test_labels_and_clusters_that_cannot_be_are_refused(task: Task) -> None:
 
 
 def test_answers_do_not_depend_on_who_shares_the_batch(task: Task, config: Make) -> None:
-    model, _, _ = task.adapt(config(), config(), seed=0)
+    model, _, _ = adapt(task, config(), config(), seed=0)
     together = answer(model, task.tokenizer, task.test_examples, max_new_tokens=6)
     alone = [answer(model, task.tokenizer, [example], max_new_tokens=6)[0] for example in task.test_examples]
     assert together == alone
@@ -131,8 +132,8 @@ def test_recovery_prompts_go_with_hidden_states_and_not_on_a_base_that_is_adapte
     assert TrainConfig(**anywhere, expert_kind="hidden_states").recovered_by == 10
     assert FederateConfig(**anywhere).recovered_by == 0
     chosen = config(recovery_prompts=2, recovery_steps=2)
-    made = Task.load(chosen)
+    made = recovered(Task.load(chosen), chosen)
     assert made.recovery is not None and len(made.recovery) == 2
-    assert Task.load(dataclasses.replace(chosen, method="lora")).recovery is None
-    model, _, _ = made.adapt(chosen, chosen, 0)
-    assert Task.load(chosen, model, made.tokenizer).recovery is None
+    assert recovered(Task.load(chosen), dataclasses.replace(chosen, method="lora")).recovery is None
+    model, _, _ = adapt(made, chosen, chosen, 0)
+    assert recovered(Task.load(chosen, model, made.tokenizer), chosen).recovery is None

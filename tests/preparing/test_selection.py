@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from smartmops.experts.gate import log_gate
-from smartmops.flow.task import Task, TaskConfig
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.methods.baselines import MethodConfig
+from smartmops.preparing.adapting import adapt
 from smartmops.preparing.pretrain import GatePretraining
+from smartmops.preparing.selection import told
+from smartmops.reading.task import Task, TaskConfig
 from smartmops.states.instructions import instructions
 
 
@@ -29,8 +31,8 @@ def adapted(two_tasks: Path) -> Callable[[str], tuple[Task, Any, list[str]]]:
             prompts_per_expert=3,
             **options,
         )
-        task = Task.load(config).told(config, 0)
-        model, names, _ = task.adapt(config, GatePretraining(gate_pretraining_steps=20), 0)
+        task = told(Task.load(config), config, 0)
+        model, names, _ = adapt(task, config, GatePretraining(gate_pretraining_steps=20), 0)
         return task, model, names
 
     return make
@@ -91,7 +93,7 @@ def test_a_kept_weight_that_is_not_renormalised_has_a_gradient() -> None:
 def test_who_is_told_the_task_cannot_answer_an_unknown_one(two_tasks: Path) -> None:
     config = TaskConfig(model="tiny", data=str(two_tasks), method="oracle", experts=1)
     with pytest.raises(ValueError, match="--experts 1, but there are 2 tasks: choose 2"):
-        Task.load(config).told(config, 0)
+        told(Task.load(config), config, 0)
 
 
 def test_a_lora_can_begin_above_the_lower_layers() -> None:

@@ -15,15 +15,15 @@ from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer
 from smartmops.evaluation.perplexity import evaluate as measured
 from smartmops.experts.gate import by_expert
-from smartmops.flow.task import Task
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.finished.reading import EvaluateConfig, InspectConfig
-from smartmops.options.method import TOLD
 from smartmops.options.training import TrainConfig
-from smartmops.preparing.embedder import Embedder
+from smartmops.reading.embedder import Embedder
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example, opened
 from smartmops.runs.folder import Run
 from smartmops.tokens.template import Template
+from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel
 
 
@@ -70,7 +70,7 @@ def _check_free(run: Run) -> None:
         RunError: it is told.
     """
     method = run.config["arguments"].get("method")
-    if method in TOLD:
+    if is_told(method):
         raise RunError(f"method {method!r} is told which expert to use: it is a mark for tables, and its perplexity is "
                        f"in {run.path / 'metrics.json'}")  # fmt: skip
 

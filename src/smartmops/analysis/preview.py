@@ -18,9 +18,9 @@ from smartmops.base.names import local, readable
 from smartmops.checks.errors import DataError
 from smartmops.data.several import as_typed
 from smartmops.data.tasks import splits
-from smartmops.fitting.validation import hold_out
-from smartmops.flow.early import shape_of
 from smartmops.options.finished.reading import DataConfig
+from smartmops.reading.early import shape_of
+from smartmops.reading.held_out import hold_out
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import Encoded, Encoding, NoneFits, Truncation, encode_all
 from smartmops.tokens.template import Template, check_template

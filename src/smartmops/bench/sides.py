@@ -91,7 +91,7 @@ class Lab:
 
     def adapted(self, method: MethodConfig) -> Any:
         """The random base with a fresh adapter. LoRA goes without dropout, which would only slow it down."""
-        if method.method != "lora":
+        if method.traits.adapter != "lora":
             return build(self.base(), method)
         config: Any = peft_config(method)
         config.lora_dropout = 0.0

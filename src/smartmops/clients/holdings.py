@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from smartmops.checks.errors import DataError
-from smartmops.flow.task import Task
 from smartmops.options.federation import FederateConfig
 from smartmops.options.training import TaskConfig
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 
 from .partition import partition, read_clients

@@ -19,12 +19,12 @@ import pyarrow as pa
 
 from smartmops.checks.columns import chosen_columns
 from smartmops.checks.errors import ConfigError, DataError
+from smartmops.rows.ahead import once, taken
 from smartmops.rows.example import Example
 from smartmops.rows.faults import Faults
 from smartmops.rows.office import office
 from smartmops.rows.stored import store, take
 
-from .ahead import once, taken
 from .files import SUFFIXES, rows_of, unit_of
 from .forms import CATEGORY, examples_of
 from .several import BUILT_IN, Names, labelled, labels, names_of

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import DataError
-from smartmops.progress.bars import track
+from smartmops.progress.bars import counted
 from smartmops.rows.example import Example
 from smartmops.states.activations import ActivationCache
 from smartmops.states.answer_states import AnswerStates
@@ -41,6 +41,17 @@ class Evaluation:
             {task: math.exp(nats[task] / tokens[task]) for task in sorted(nats)},
             {task: tokens[task] for task in sorted(nats)},
         )
+
+    @classmethod
+    def merged(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """One evaluation of several on disjoint examples."""
+        nats: dict[str, float] = defaultdict(float)
+        tokens: dict[str, int] = defaultdict(int)
+        for part in parts:
+            for task, count in part.tokens.items():
+                nats[task] += math.log(part.per_task[task]) * count
+                tokens[task] += count
+        return cls.of(nats, tokens)
 
     def metrics(self) -> dict[str, Any]:
         """As `metrics.json` holds it."""
@@ -74,9 +85,11 @@ def evaluate(
     model.eval()
     nats: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
-    for task, found in track(_each(model, rows, collator, batch_size, cache), "evaluating", len(rows), shown=progress):
-        nats[task] += found.sum().item()
-        tokens[task] += len(found)
+    with counted("evaluating", len(rows), progress) as done:
+        for task, found in _each(model, rows, collator, batch_size, cache):
+            nats[task] += found.sum().item()
+            tokens[task] += len(found)
+            done(1)
     model.train(was_training)
     return Evaluation.of(nats, tokens)
 

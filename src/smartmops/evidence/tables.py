@@ -10,13 +10,14 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from smartmops.traits import LABELS
+
 from .page import Table
 from .paper import printed
 
 NAMES = {
-    "prompt-tuning": "ungated", "fedprompt": "FedPrompt", "mops": "MoPs", "lora": "LoRA", "ia3": "IA3",
-    "fedlora": "FedLoRA", "mops-expert-weighted": "MoPs, expert-weighted",
-    "input-prompt-tuning": "prompts at the input", "mops over lora": "MoPs over LoRA",
+    **LABELS, "prompt-tuning": "ungated", "input-prompt-tuning": "prompts at the input",
+    "mops-expert-weighted": "MoPs, expert-weighted", "mops over lora": "MoPs over LoRA",
     "lora, tuned": "LoRA, tuned", "lora, tuned, same memory": "LoRA, tuned, same memory", "ia3, tuned": "IA3, tuned",
 }  # fmt: skip
 Values = dict[tuple[str, str, str], dict[int, float]]  # (data, base, method) -> seed -> perplexity

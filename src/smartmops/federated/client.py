@@ -19,9 +19,9 @@ from torch import Tensor
 from smartmops.checks.errors import DataError, Diverged, FederationError
 from smartmops.clients.messages import VERSION, Failure, Hello, Job, Local, Reply, pack, unpack
 from smartmops.experts.gate import by_expert
-from smartmops.flow.task import Task
 from smartmops.methods.baselines import parameter_groups
 from smartmops.options.method import MethodConfig
+from smartmops.reading.task import Task
 from smartmops.runs.folder import versions
 from smartmops.states.instructions import instructions
 from smartmops.tuner import MoPsModel
@@ -231,7 +231,7 @@ class Worker:
                 self._held.model.base_model.unload()
                 self.task.base.requires_grad_(False)
             model = get_peft_model(self.task.base, PeftConfig.from_peft_type(**copy.deepcopy(job.adapter)))
-            self.task.caches.clear()
+            self.task.states.clear()
         load_arrays(model, job.arrays)
         rows, collate = self.task.feed(model)
         self._held = Held(key, model, rows, collate)
@@ -248,7 +248,7 @@ class Worker:
         experts, _ = split_by_expert(model)
         if experts == 1:
             return None
-        cache = self.task.cache(model)
+        cache = self.task.states.of(model, self.task.train)
         if cache is None:
             pooled = instructions(model, [self.task.train[i] for i in holding])
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,21 +16,21 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from smartmops.base import load_base
-from smartmops.checks import limits
-from smartmops.checks.lock import alone
 from smartmops.clients.admission import admitted
 from smartmops.clients.holdings import holdings_of
 from smartmops.clients.messages import Local, Transport
 from smartmops.clients.roster import Roster
-from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
-from smartmops.flow.task import Task
+from smartmops.evaluation.measure import gates, measured
+from smartmops.evaluation.perplexity import Evaluation
+from smartmops.flow.steps import adapted, begun, opened, shown
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
 from smartmops.progress.bars import console
+from smartmops.reading.task import Task, same_inputs
 from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
-from smartmops.states.fingerprint import inputs_of, of_base
+from smartmops.states.fingerprint import of_base
 from smartmops.tokens.template import Template
 
 from .aggregation import Aggregator, Layout, check
@@ -48,7 +48,7 @@ from .rounds import Server, State
 def local_of(config: FederateConfig) -> Local:
     """Of every client's training; the seed is filled in for each."""
     central = config.central()
-    absolute = central.method != "lora" and config.expert_kind == "hidden_states" and config.prompt_lr is None
+    absolute = central.traits.ours and config.expert_kind == "hidden_states" and config.prompt_lr is None
     rate = EMBEDDED_RATE[config.init] if absolute else central.rate
     gate_rate = 1e-3 if config.gate_lr is None else config.gate_lr
     return Local(config.local_steps, config.batch_size, rate, gate_rate, 0, config.proximal,
@@ -104,30 +104,23 @@ def federate(config: FederateConfig, connect: Callable[[FederateConfig], Transpo
         ValueError: options, data, base or clients do not fit; the message names value, limit and way out.
         QuorumLost: too few clients answered, again and again.
     """
-    limits.check(config)
-    with alone(config.out):
-        return _federate(config, connect)
+    with begun("federate", config, config.method, seed=config.seed) as run:
+        return run.read_metrics() or _federate(config, run, connect)
 
 
-def _federate(config: FederateConfig, connect: Callable[[FederateConfig], Transport] | None) -> dict[str, Any]:
-    """`federate`, alone in the run folder."""
-    run = Run.create(
-        config.out,
-        {"command": "federate", "arguments": asdict(config), "seed": config.seed, "base": config.model,
-         "data": config.data, "method": config.method},
-        config.resume,
-    )  # fmt: skip
-    if run.finished:
-        return run.read_metrics()
-    started = time.perf_counter()
+def _federate(
+    config: FederateConfig, run: Run, connect: Callable[[FederateConfig], Transport] | None
+) -> dict[str, Any]:  # fmt: skip
+    """`federate`, in a run that is not finished."""
+    started, central = time.perf_counter(), config.central()
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
-    task = Task.load(config.central(), base, tokenizer)
-    run.same_inputs(inputs_of(task))
+    task = opened(central, base, tokenizer)
+    same_inputs(run, task)
     here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
     held = holdings_of(config, task) if here else None
-    frozen = evaluate(task.base, task.test, task.collator, progress=True)
-    model, names, accuracy = task.adapt(config.central(), config, config.seed)
+    made, frozen = adapted(task, central)
+    model, names = made.model, made.names
     layout = Layout(*split_by_expert(model))
     check(config, layout)
     prepared = time.perf_counter() - started
@@ -156,12 +149,12 @@ def _federate(config: FederateConfig, connect: Callable[[FederateConfig], Transp
         transport.close()
     extra = {
         "experts": names if layout.experts > 1 else [],
-        "gate_pretraining_accuracy": accuracy,
+        "gate_pretraining_accuracy": made.accuracy,
         "clients": len(members),
         "holdings": None if held is None else {"names": held.names, "table": held.table},
         "seconds": {"prepare": prepared, "train": sum(row.get("seconds", 0.0) for row in state.rows)},
     }
-    return _finish(config, run, task, model, state, frozen, extra)
+    return _finish(config, run, task, model, state, frozen.test, extra)
 
 
 def _server(
@@ -177,7 +170,7 @@ def _server(
 
     def look(arrays: Mapping[str, Tensor]) -> tuple[Evaluation, dict[str, Any]]:
         _take(model, arrays)
-        return task.evaluate(model), task.gates(model) if layout.experts > 1 else {}
+        return measured(task, model), gates(task, model) if layout.experts > 1 else {}
 
     def own(arrays: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         _take(model, arrays)
@@ -231,8 +224,7 @@ def _finish(
         stages = {"before": seen[0], "during": seen[len(seen) // 2], "after": seen[-1]}
         about = {"experts": names, "left_to_base": gating.leaves(model)}
         run.write_gates(about | {stage: row["gates"] for stage, row in stages.items()})
-    if task.embedder is None and config.samples_per_task:
-        run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template))
+    shown(run, task, model, config)
     keys = ("round", "bytes_up", "bytes_down", "clients_ok", "clients_failed", "failures", "left_out", "loss", "drift",
             "mass", "epsilon", "perplexity", "seconds")  # fmt: skip
     metrics = {

@@ -20,9 +20,9 @@ from smartmops.evaluation.perplexity import Evaluation
 from smartmops.methods.baselines import parameter_groups
 from smartmops.options.method import MethodConfig
 from smartmops.options.training import Schedule
+from smartmops.runs import ranks
 from smartmops.runs.progress import Steps
 
-from . import ranks
 from .kept import Kept, put_state
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}

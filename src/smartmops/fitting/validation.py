@@ -1,28 +1,21 @@
-"""The validation part of the training split: who is in it, how often it is asked, and what it says in the end.
+"""Validation: how often the examples that are held out for it are asked, and what they say in the end.
 
-Knows examples and perplexities. Knows no loop and no files.
+Knows perplexities. Knows no loop and no files.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from smartmops.data.tasks import conversations
-from smartmops.options.training import Schedule, ValidationConfig
+from smartmops.options.training import Schedule
 from smartmops.preparing.gating import close
-from smartmops.progress.bars import console
-from smartmops.rows.example import Example
-from smartmops.rows.stored import take
 from smartmops.tuner import MoPsModel
 
 from .kept import Kept, put_state
 
-ENOUGH = 5  # examples of a task, from which on one is held out
 MOST = 10  # evaluations of a run, where `eval_every` says nothing
 LEAST = 3
 COST = 0.6  # evaluated examples for each trained one: with three passes a trained one, a fifth of training's time
@@ -31,32 +24,6 @@ SAVED = {
     "closed": " The saved adapter answers as the base does.",
     "untrained": " The saved adapter is in its state before training.",
 }
-
-
-def hold_out(
-    train: Sequence[Example], config: ValidationConfig, seed: int
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Training and validation examples, each in the order given; the latter by task, and one at least of each task.
-
-    A task with fewer than five examples keeps them all; turns of one conversation stay together. Says so where that
-    leaves none.
-    """
-    if not train or not config.validation_share:
-        return train, []
-    share = min(config.validation_share, config.validation_limit / len(train))
-    talks: list[list[int]] = []
-    for category, own in conversations(train).items():
-        if len(own) >= ENOUGH:
-            talks += random.Random(f"{seed} validation {category}").sample(own, max(1, round(len(own) * share)))
-    if sum(map(len, talks)) > config.validation_limit:
-        talks = random.Random(f"{seed} validation").sample(talks, min(len(talks), config.validation_limit))
-    ends = accumulate(map(len, talks))  # whole conversations, as many as there is room for
-    held = [i for talk, end in zip(talks, ends, strict=True) if end <= config.validation_limit for i in talk]
-    if not held:
-        console.print(f"validation: none held out, no task has {ENOUGH} training examples; the last state is kept")
-        return train, []
-    without = set(held)
-    return take(train, (i for i in range(len(train)) if i not in without)), take(train, sorted(held))
 
 
 def spacing(schedule: Schedule, count: int, world: int) -> int:

@@ -6,29 +6,26 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from statistics import mean
 from typing import Any
 
 from smartmops.base import load_base
-from smartmops.checks.limits import check
-from smartmops.checks.lock import alone
 from smartmops.compression.layerwise import prune
 from smartmops.compression.solvers import Pattern
-from smartmops.evaluation.perplexity import Evaluation, evaluate, samples
+from smartmops.evaluation.perplexity import Evaluation, evaluate
+from smartmops.fitting.stages import Stages
 from smartmops.options.training import CompareConfig
-from smartmops.preparing import gating
 from smartmops.progress.bars import console
+from smartmops.reading.early import check_split
+from smartmops.reading.task import Task, same_inputs
 from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
-from smartmops.states.fingerprint import inputs_of
 from smartmops.tokens.batches import Encoded, few_shot
+from smartmops.traits import compared
 
-from .early import check_split
-from .task import Task
-from .trainer import learn
-
-NAMES = {"prompt-tuning": "ungated", "input-prompt-tuning": "input_prompts"}  # what reports call a method
+from .steps import Adapted, Frozen, adapted, begun, fitted, opened, shown
 
 
 def shots_of(task: Task, count: int, max_length: int) -> list[Encoded]:
@@ -42,8 +39,8 @@ def shots_of(task: Task, count: int, max_length: int) -> list[Encoded]:
     ]
 
 
-def prepare(config: CompareConfig, run: Run) -> Task:
-    """Load the base, prune it if asked (the pruned base is kept in the run folder), and read the data."""
+def _opened(config: CompareConfig, run: Run) -> Task:
+    """`opened`, on the base pruned if asked for, which is then kept in the run folder."""
     base, tokenizer = load_base(config.model, config.dtype)
     if config.sparsity is not None:
         prune(base, [], Pattern.parse(config.sparsity), "magnitude")
@@ -53,7 +50,7 @@ def prepare(config: CompareConfig, run: Run) -> Task:
         base.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         base, tokenizer = load_base(str(folder), config.dtype)
-    return Task.load(config, base, tokenizer)
+    return opened(config, base, tokenizer)
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -62,52 +59,49 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     Raises:
         ValueError: data, options or base do not fit, or a measure is asked for that only `train` takes.
     """
-    check(config)
-    with alone(config.out):
-        return _compare(config)
+    with begun("compare", config, ", ".join(config.compared), seeds=list(config.seeds)) as run:
+        return run.read_metrics() or _compare(config, run)
 
 
-def _compare(config: CompareConfig) -> dict[str, Any]:
-    """`compare`, alone in the run folder."""
-    run = Run.create(
-        config.out,
-        {"command": "compare", "arguments": asdict(config), "seeds": list(config.seeds), "base": config.model,
-         "data": config.data, "method": ", ".join(config.compared)},
-        config.resume,
-    )  # fmt: skip
-    if run.finished:
-        return run.read_metrics()
+def _compare(config: CompareConfig, run: Run) -> dict[str, Any]:
+    """`compare`, in a run that is not finished."""
     run.rewind(0)
-    task = prepare(config, run)
-    run.same_inputs(inputs_of(task))
+    task = _opened(config, run)
+    same_inputs(run, task)
     check_split(config, len(task.train), len(task.test), 1)
-    marks = evaluate(task.base, task.validation, task.collator) if task.validation else None
-    gains: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    found: dict[str, list[Evaluation]] = {"frozen": [evaluate(task.base, task.test, task.collator)]}
+    found: dict[str, list[Evaluation]] = {"frozen": []}
     if config.shots:
         length = getattr(task.base.config, "max_position_embeddings", 4096)
         rows = shots_of(task, config.shots, length)
         found["four_in_context" if config.shots == 4 else f"{config.shots}_in_context"] = [
             evaluate(task.base, rows, task.collator, batch_size=8)
         ]
+    frozen: Frozen | None = None
+    gains: dict[str, list[dict[str, Any]]] = defaultdict(list)
     seconds: dict[str, list[float]] = defaultdict(list)
     for seed in config.seeds:
         for method, rate in config.compared.items():
             started = time.perf_counter()
-            name = NAMES.get(method, method)
+            name = compared(method)
             settings = replace(config, method=method, prompt_lr=rate, seed=seed)
-            result, said = _one(task, settings, name, run, marks)
+            made, frozen = adapted(task, settings, frozen)
+            result, said = _one(made, settings, name, run, frozen)
+            base = made.model.base_model
+            base = base if made.model.active_peft_config.is_prompt_learning else base.unload()
+            task.base = base.requires_grad_(False).eval()
             found.setdefault(name, []).append(result)
             gains[name].append(said)
             seconds[name].append(time.perf_counter() - started)
             console.print(f"seed {seed} {name}: perplexity {result.overall:.3f}{_told(said)}")
+    assert frozen is not None
+    found["frozen"] = [frozen.test]
     metrics = summary(found) | {
         "seeds": list(config.seeds),
         "seconds": dict(seconds),
-        "tokens": found["frozen"][0].tokens,
-        "examples": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
+        "tokens": frozen.test.tokens,
+        "examples": task.counts,
     }
-    if marks:
+    if frozen.validation:
         metrics["validation"] = dict(gains)
     if "mops" in config.compared:
         number(run, task.template, metrics)
@@ -124,33 +118,23 @@ def _told(said: dict[str, Any]) -> str:
 
 
 def _one(
-    task: Task, config: CompareConfig, name: str, run: Run, marks: Evaluation | None
-) -> tuple[Evaluation, dict[str, Any]]:
-    """Adapt, train, evaluate one method under one seed; the first seed's MoPs leaves adapter, gates and samples.
+    made: Adapted, config: CompareConfig, name: str, run: Run, frozen: Frozen
+) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
+    """Fit and measure one method under one seed; the first seed's MoPs leaves adapter, gates and samples.
 
-    `marks` is the base's evaluation on validation data. Also returned: what validation says of this method.
+    Also returned: what validation says of this method.
     """
-    shared, task = task, task.told(config, config.seed)
-    model, names, accuracy = task.adapt(config, config, config.seed)
-    kept = config.method == "mops" and config.seed == config.seeds[0]
-    before = task.gates(model) if kept else {}
-
-    def write(row: dict[str, Any]) -> None:
-        run.append_curve({"method": name, "seed": config.seed, **row})
-
+    task, model = made.task, made.model
+    kept = config.traits.learned and config.seed == config.seeds[0]
+    stages = Stages(run, task, model, made.names) if kept else None
     folder = run.checkpoints / f"{name}-{config.seed}"
-    said = learn(task, model, config, folder, write, marks)
-    result = evaluate(model, task.test, task.collator)
-    if kept:
+    write = partial(run.append_curve, method=name, seed=config.seed)
+    said = fitted(made, config, folder, write, frozen.validation)
+    result = made.measured(task.test)
+    if stages:
         keep(run, model, task.template)
-        run.write_gates({"experts": names, "before": before, "after": task.gates(model), "accuracy": accuracy,
-                         "left_to_base": gating.leaves(model)})  # fmt: skip
-        if config.samples_per_task:
-            run.write_samples(
-                samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template)
-            )
-    base = model.base_model.unload() if config.method != "input-prompt-tuning" else model.base_model
-    shared.base = base.requires_grad_(False).eval()
+        stages.write("after", accuracy=made.accuracy)
+        shown(run, task, model, config)
     shutil.rmtree(folder, ignore_errors=True)
     return result, said
 

@@ -16,11 +16,11 @@ from smartmops.checks.errors import AdapterError
 from smartmops.checks.limits import named_in_python
 from smartmops.options.method import GatePretraining, MethodConfig
 from smartmops.options.training import TaskConfig
+from smartmops.preparing.adapting import placed, start, words
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import Collator, Encoded
 from smartmops.tuner import MoPsConfig, MoPsModel
-
-from .task import Task
 
 
 @dataclass
@@ -81,11 +81,11 @@ def prepare(
     task = Task.of(model.get_base_model(), tokenizer, examples, [], settings)
     pretraining = gate or GatePretraining()
     with model.disable_adapter():
-        config.gate_layer = task.placed(method, pretraining, None).gate_layer
-    for name, value in task.words(method).items():
+        config.gate_layer = placed(task, method, pretraining, None).gate_layer
+    for name, value in words(task, method).items():
         setattr(config, name, value)
     with named_in_python(settings):
-        names, accuracy = task.start(model, method, pretraining, seed)
+        names, accuracy = start(task, model, method, pretraining, seed)
     return Prepared(names, accuracy, task.train, task.collator)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig, get_peft
 from smartmops.adapter.config import default_injection_layer
 from smartmops.base import load_base
 from smartmops.experts import keys_values
-from smartmops.options.method import OURS, MethodConfig
+from smartmops.options.method import MethodConfig
 from smartmops.runs.adapters import check_config, load_adapter
 from smartmops.runs.folder import Run, check_adapter
 from smartmops.tokens.template import FILE, read_template
@@ -32,14 +33,13 @@ def peft_config(
 
     `words` are the fields that say how text is rendered (`answer_header`, `gate_frame`).
     """
-    prompts = config.experts * config.prompts_per_expert
-    if config.method == "lora":
-        return LoraConfig(task_type="CAUSAL_LM", r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.05,
-                          target_modules=["q_proj", "v_proj"], exclude_modules=config.excluded())  # fmt: skip
-    if config.method == "ia3":
-        return IA3Config(task_type="CAUSAL_LM")
-    if config.method == "input-prompt-tuning":
-        return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompts, prompt_tuning_init="SAMPLE_VOCAB")
+    return BUILDERS[config.traits.adapter](config, recovery_prompts, embedding_size, words or {})
+
+
+def _mops(
+    config: MethodConfig, recovery_prompts: int, embedding_size: int | None, words: dict[str, Any]
+) -> MoPsConfig:  # fmt: skip
+    traits = config.traits
     shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "injection_layer": config.injection_layer,
@@ -50,12 +50,11 @@ def peft_config(
         "prefix_attention": config.prefix_attention,
         "freeze_first_column": config.freeze_first_column,
         "visible_to": "answers" if config.answers_alone else "all",
-        **(words or {}),
+        **words,
     }
-    if config.method == "prompt-tuning":
-        return MoPsConfig(num_experts=1, prompts_per_expert=prompts + config.shared_prompts,
-                          expert_attention="causal", **shared)  # fmt: skip
-    one = config.method in ("oracle", "nearest-cluster", "top-1")
+    if traits.gate == "none":
+        prompts = config.experts * config.prompts_per_expert + config.shared_prompts
+        return MoPsConfig(num_experts=1, prompts_per_expert=prompts, expert_attention="causal", **shared)
     return MoPsConfig(
         num_experts=config.experts,
         prompts_per_expert=config.prompts_per_expert,
@@ -69,13 +68,25 @@ def peft_config(
         null_expert=config.leaves_to_base,
         null_threshold=config.null_threshold,
         gate_temperature=config.gate_temperature,
-        gate_top_k=1 if one else config.gate_top_k,
-        gate_renormalise=config.gate_renormalise and config.method != "top-1",
+        gate_top_k=1 if traits.one_expert else config.gate_top_k,
+        gate_renormalise=config.gate_renormalise and traits.gate != "highest",
         expert_attention=config.expert_attention,
         embedding_size=embedding_size,
         embedder=config.embedder,
         **shared,
     )
+
+
+BUILDERS: dict[str, Callable[..., PeftConfig]] = {
+    "mops": _mops,
+    "prompts": lambda config, *_: PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=config.experts * config.prompts_per_expert,
+        prompt_tuning_init="SAMPLE_VOCAB"),
+    "lora": lambda config, *_: LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.05,
+        target_modules=["q_proj", "v_proj"], exclude_modules=config.excluded()),
+    "ia3": lambda *_: IA3Config(task_type="CAUSAL_LM"),
+}  # fmt: skip
 
 
 def load_run(path: Path) -> tuple[Any, Any, Run]:
@@ -110,7 +121,7 @@ def template_of(run: Run) -> str:
 
 def matched(base: Any, config: MethodConfig) -> MethodConfig:
     """The settings of LoRA with the rank, and the first layer, that `lora_match` asks for on this base."""
-    if config.method != "lora" or config.lora_match == "none":
+    if config.traits.adapter != "lora" or config.lora_match == "none":
         return config
     hidden, layers = base.config.hidden_size, base.config.num_hidden_layers
     first = config.lora_from
@@ -156,7 +167,7 @@ def build(
         ValueError: the settings do not fit the base.
     """
     config = matched(base, config)
-    count = 0 if recovery is None or config.method not in OURS else len(recovery)
+    count = len(recovery) if recovery is not None and config.traits.ours else 0
     adapter = peft_config(config, count, width, words)
     if isinstance(adapter, LoraConfig | IA3Config):
         targets.choose(base, adapter)

@@ -13,11 +13,11 @@ import tyro
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
 from smartmops.checks.limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole
+from smartmops.traits import CENTRAL, METHODS, Traits
 
 from .training import Activations, Base, Columns, TaskConfig, Template
 
-CENTRAL = {"mops": "mops", "fedprompt": "prompt-tuning", "fedlora": "lora"}  # what trains centrally under another name
-METHODS = "mops; fedprompt: the same prompts in one group, without a gate; fedlora: LoRA"
+METHOD = "mops; fedprompt: the same prompts in one group, without a gate; fedlora: LoRA"
 ENGINES = Literal["in-process", "flower-simulation"]
 LARGEST_ALPHA = 1e6  # clients are alike long before; sums of draws for far larger ones overflow
 Alpha = Annotated[float, Number("a number above 0 and at most 1000000, such as 0.5", 0, LARGEST_ALPHA, above=True)]
@@ -95,7 +95,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
     ABOUT: ClassVar[str] = "run"
 
     out: OutFolder  # run folder to write
-    method: Annotated[Literal["mops", "fedprompt", "fedlora"], tyro.conf.arg(help=METHODS)] = "mops"  # type: ignore[assignment]
+    method: Annotated[Literal["mops", "fedprompt", "fedlora"], tyro.conf.arg(help=METHOD)] = "mops"  # type: ignore[assignment]
     recovery_prompts: Whole = 0
     """of the server, which would train them on data that clients hold; give it data of its own"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen base; the same on every client's machine
@@ -110,6 +110,11 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
     samples_per_task: Whole = 2
     """answers per task of the frozen and the adapted model, shown side by side in the report"""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # continue a run that was killed
+
+    @property
+    def traits(self) -> Traits:
+        """As `MethodConfig`."""
+        return METHODS[CENTRAL[self.method]]
 
     def central(self) -> TaskConfig:
         """The same adapter and data as `train` knows them."""
@@ -140,7 +145,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         if self.noise_multiplier is not None and not plain:
             yield (f"--noise-multiplier {self.noise_multiplier} goes with plain averaging: leave --aggregation, "
                    "--share-above and --server-steps at their defaults")  # fmt: skip
-        if self.aggregation == "expert-weighted" and (self.method != "mops" or self.experts < 2):
+        if self.aggregation == "expert-weighted" and (not self.traits.reads or self.experts < 2):
             yield ("--aggregation expert-weighted needs at least 2 experts, but this adapter has none: choose --method "
                    "mops, or another aggregation")  # fmt: skip
 

@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from smartmops.checks.limits import Count, Number, Positive, Rate, Several, Text, Whole, typed
+from smartmops.traits import METHODS, Traits
 
 Method = Literal[
     "mops", "prompt-tuning", "input-prompt-tuning", "lora", "ia3", "uniform-gate", "oracle", "nearest-cluster", "top-1"
 ]
-# The same experts under other gates: even weights; the true task; the nearest centre; the highest weight alone.
-OTHER_GATES = ("uniform-gate", "oracle", "nearest-cluster", "top-1")
-OURS = ("mops", "prompt-tuning", *OTHER_GATES)  # that enter at the injection layer
-TOLD = ("oracle", "nearest-cluster")  # methods whose gate is told what to choose
 
 EMBEDDED_RATE = {
     "hidden_states": 0.3,
     "random": 0.03,
 }  # absolute, for hundreds of steps (experiments/office/tuning.json)
-OTHER_RATE = {"input-prompt-tuning": 0.03, "lora": 2e-3, "ia3": 1e-2}
 
 FEWEST = 20  # texts of no task that a null expert is fitted by
 MOST_PROMPTS = 1_000_000  # of an adapter: more than any model attends to
@@ -144,11 +140,16 @@ class MethodConfig(Rates, KeepRecovery, Gate, Experts, Trained):
     """What is trained on top of the frozen base, and how fast."""
 
     @property
+    def traits(self) -> Traits:
+        """What the method is."""
+        return METHODS[self.method]
+
+    @property
     def rate(self) -> float:
         """Adam's rate of everything but the gate; of prompts without a rate of their own, relative to their size."""
         if self.prompt_lr is not None:
             return self.prompt_lr
-        return OTHER_RATE.get(self.method, self.relative_lr)
+        return self.relative_lr if self.traits.rate is None else self.traits.rate
 
     @property
     def answers_alone(self) -> bool:
@@ -159,12 +160,12 @@ class MethodConfig(Rates, KeepRecovery, Gate, Experts, Trained):
     def leaves_to_base(self) -> bool:
         """Whether there is a null expert."""
         wanted = self.expert_kind == "keys_values" if self.null_expert is None else self.null_expert
-        return wanted and self.method == "mops"
+        return wanted and self.traits.learned
 
     @property
     def closed_form(self) -> bool:
         """Whether the gate can start from ridge scores."""
-        return self.expert_kind == "keys_values" and self.gate_granularity == "expert" and self.method == "mops"
+        return self.expert_kind == "keys_values" and self.gate_granularity == "expert" and self.traits.learned
 
     def excluded(self) -> str | None:
         """Names of modules below `lora_from`, as a regular expression."""
@@ -189,7 +190,7 @@ class GatePretraining:
 
 def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
     """What options of our own methods have to do with each other, and with the methods that are trained."""
-    ours = any(method in OURS for method in methods)
+    ours = any(METHODS[method].ours for method in methods)
     wanted = {
         "visible_to": config.visible_to, "null_expert": config.null_expert, "unrelated": config.unrelated,
         "shared_prompts": config.shared_prompts, "freeze_first_column": config.freeze_first_column,
@@ -231,11 +232,11 @@ def gate_problems(config: GatePretraining, experts: int) -> Iterator[str]:
 def unmet_by_shape(config: MethodConfig, methods: Sequence[str], layers: int) -> Iterator[str]:
     """Which options name layers that a base of so many `layers` has not got."""
     last = layers - 1
-    ours = any(method in OURS for method in methods)
+    ours = any(METHODS[method].ours for method in methods)
     if ours and config.injection_layer is not None and config.injection_layer > last:
         yield f"--injection-layer {config.injection_layer}, but this model has {layers} layers: choose 0 to {last}"
     if ours and config.gate_layer is not None and config.gate_layer > layers:
         yield (f"--gate-layer {config.gate_layer}, but this model has {layers} layers: choose 0 to {layers}, or leave "
                "it away")  # fmt: skip
-    if "lora" in methods and config.lora_from > last:
+    if config.lora_from > last and any(METHODS[method].adapter == "lora" for method in methods):
         yield f"--lora-from {config.lora_from}, but this model has {layers} layers: choose 0 to {last}"

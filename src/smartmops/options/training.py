@@ -14,8 +14,9 @@ from smartmops.checks.columns import FieldsOfColumns
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import OutFolder, WordOrFile, WordOrFolder, refused
 from smartmops.checks.limits import Count, Number, Options, Positive, Rate, Seed, Several, Share, Text, Whole, typed
+from smartmops.traits import METHODS
 
-from .method import OURS, GatePretraining, Method, MethodConfig, gate_problems, method_problems
+from .method import GatePretraining, Method, MethodConfig, gate_problems, method_problems
 
 # The setting of the results on the embedded base in experiments/ and of `reproduce`, whose cells do not name it:
 # experts are hidden states as in the paper, and the schedule is what Hugging Face's Trainer does by itself, with a
@@ -141,7 +142,7 @@ class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, Data
         methods = self.trained()
         yield from method_problems(self, methods)
         yield from gate_problems(self, self.experts)
-        if self.answers_alone and self.recovery_prompts and any(method in OURS for method in methods):
+        if self.answers_alone and self.recovery_prompts and any(METHODS[method].ours for method in methods):
             yield (f"--recovery-prompts {self.recovery_prompts} are seen by every token, and instructions are left to "
                    "the bare base: choose 0 of them, or --visible-to all")  # fmt: skip
 

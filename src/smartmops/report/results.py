@@ -12,17 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-NAMES = {  # how a method is called in tables, and in the order in which they stand
-    "frozen": "Frozen",
-    "four_in_context": "Four in context",
-    "prompt-tuning": "Prompt tuning",
-    "ungated": "Ungated prompts",
-    "fedprompt": "FedPrompt",
-    "fedlora": "FedLoRA",
-    "ia3": "IA3",
-    "lora": "LoRA",
-    "mops": "MoPs",
-}
+from smartmops.traits import LABELS
+
+# How a method is called in tables, and in the order in which they stand.
+NAMES = {"frozen": "Frozen", "four_in_context": "Four in context", **LABELS}
 _IN_PROSE = {
     "four_in_context": "four examples in context",
     "prompt-tuning": "prompt tuning",

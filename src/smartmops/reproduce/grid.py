@@ -23,10 +23,11 @@ from smartmops.flow.trainer import train
 from smartmops.methods.baselines import load_run
 from smartmops.options.compression import CompressConfig, beside
 from smartmops.options.federation import FederateConfig
-from smartmops.options.method import EMBEDDED_RATE, OURS
+from smartmops.options.method import EMBEDDED_RATE
 from smartmops.options.training import EMBEDDED_SETTING, TrainConfig
 from smartmops.progress.bars import console
 from smartmops.runs.folder import Run, write_text
+from smartmops.traits import METHODS
 
 try:
     import fcntl
@@ -150,7 +151,7 @@ class Grid:
                                   "limit": self.limit, "resume": folder.exists(), "template": "plain",
                                   "dtype": "float32"}  # fmt: skip
         given = common | dict(cell.settings)
-        if given.get("prompt_lr") is None and given.get("method") in OURS:
+        if given.get("prompt_lr") is None and given.get("method") in METHODS and METHODS[given["method"]].ours:
             given["prompt_lr"] = EMBEDDED_RATE[given.get("init", "hidden_states")]
         if cell.command == "train":
             metrics = train(TrainConfig(**EMBEDDED_SETTING | given))

@@ -206,8 +206,8 @@ class Run:
         return self.path / "checkpoints"
 
     # ------------------------------------------------------------------------------------------------------ writing
-    def append_curve(self, row: Mapping[str, Any]) -> None:
-        """Append one logged row (`step`, and `loss` in nats per response token or `eval_perplexity`, ...).
+    def append_curve(self, row: Mapping[str, Any], **labels: Any) -> None:
+        """Append one logged row (`step`, and `loss` in nats per response token or `eval_perplexity`, ...) with labels.
 
         Raises:
             RunError: The row has no `step`.
@@ -215,7 +215,7 @@ class Run:
         if "step" not in row:
             raise ValueError(f"a row of curves.jsonl needs a step, this one has only {sorted(row)}")
         with open(self.path / "curves.jsonl", "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(_line(row))
+            file.write(_line({**labels, **row}))
 
     def rewind(self, step: int, **labels: Any) -> None:
         """Discard logged rows past `step` (optimiser steps), which a resumed run is about to log again.

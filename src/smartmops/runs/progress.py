@@ -23,19 +23,21 @@ class Phases:
         seconds: Of each phase, by name; a phase that comes twice is added up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
         self.seconds: dict[str, float] = {}
+        self.shown = shown
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time what is done inside."""
-        if not console.is_terminal:
+        if self.shown and not console.is_terminal:
             console.print(f"{WORDS[name]} ...")
         started = time.perf_counter()
         yield
         took = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + took
-        console.print(f"{WORDS[name]} took {took:.1f} s")
+        if self.shown:
+            console.print(f"{WORDS[name]} took {took:.1f} s")
 
 
 class Steps(TrainerCallback):

@@ -18,12 +18,12 @@ from smartmops.checks.errors import ConfigError, DataError, RunError
 from smartmops.evaluation.perplexity import room
 from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import load_run, template_of
-from smartmops.options.method import TOLD
-from smartmops.preparing.embedder import Embedder
+from smartmops.reading.embedder import Embedder
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import padded
 from smartmops.tokens.parts import Prompt
 from smartmops.tokens.template import Template
+from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel
 
 
@@ -114,8 +114,8 @@ class Answerer:
         """
         model, tokenizer, run = load_run(path)
         method = run.config["arguments"].get("method")
-        if method in TOLD or not isinstance(model.base_model, MoPsModel):
-            why = "is told which expert to use" if method in TOLD else "has no experts"
+        if is_told(method) or not isinstance(model.base_model, MoPsModel):
+            why = "is told which expert to use" if is_told(method) else "has no experts"
             raise RunError(f"{path} was trained with method {method!r}, which {why}: give a run of --method mops")
         found = cls(model, tokenizer, Template.of(template_of(run), tokenizer))
         found.tasks = tasks_of(run.read_gates() or {}, found.experts)

@@ -22,7 +22,7 @@ from smartmops.tuner.engine import Engine
 from smartmops.tuner.layer import MoPsLayer
 from smartmops.tuner.model import MoPsModel
 
-FORMAT = 1  # of how the numbers come about; a new one makes every older cache stale
+FORMAT = 2  # of how the numbers come about; a new one makes every older cache stale
 VOLATILE = {  # settings of a model that no hidden state depends on, or that its weights speak for
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
     "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id",
@@ -68,21 +68,33 @@ def fingerprint(model: Any, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
         "backbone": type(engine.backbone).__name__, "config": _stable(engine.backbone.config.to_dict()),
         "attention": sorted(f"{inner.__module__}.{inner.__qualname__}" for inner in attention),
         "device": device, "autocast": str(autocast), "adapters below": _adapters_below(below),
-        "injection_layer": wrapper.index, "recovery": config.num_recovery_prompts, "gate_input": config.gate_input,
-        "embedding_size": config.embedding_size, "dtype": str(dtype),
+        "injection_layer": wrapper.index, "recovery": config.num_recovery_prompts, "dtype": str(dtype),
+        "gate": what_the_gate_reads(config),
     }  # fmt: skip
     total = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(weights, pool.map(_digest, weights.values()), strict=True):
-            total.update(name.encode() + b"\0" + digest)
+        for name, found in zip(weights, pool.map(digest, weights.values()), strict=True):
+            total.update(name.encode() + b"\0" + found)
+    add_rows(total, rows, embedded=config.embedding_size is not None)
+    return total.hexdigest()
+
+
+def what_the_gate_reads(config: Any) -> tuple[Any, ...]:
+    """What `pooled` depends on beside base and rows, the layer first."""
+    return (config.gate_layer, config.gate_input, config.gate_reads, str(config.gate_frame), str(config.answer_header),
+            config.embedding_size)  # fmt: skip
+
+
+def add_rows(total: Any, rows: Sequence[Encoded], embedded: bool) -> None:
+    """Add every token, label and mask of the rows to a digest, and what an embedder made of them."""
     for row in rows:
         total.update(len(row.input_ids).to_bytes(8, "little") + len(row.labels).to_bytes(8, "little"))
         total.update(array("q", row.input_ids).tobytes() + array("q", row.labels).tobytes())
+        total.update(row.header.to_bytes(8, "little"))
         if row.gate_mask is not None:
             total.update(bytes(row.gate_mask))
-        if config.embedding_size is not None and row.gate_embedding is not None:
-            total.update(_digest(row.gate_embedding))
-    return total.hexdigest()
+        if embedded and row.gate_embedding is not None:
+            total.update(digest(row.gate_embedding))
 
 
 def of_base(base: Any, tokenizer: Any, template: Template) -> str:
@@ -92,8 +104,8 @@ def of_base(base: Any, tokenizer: Any, template: Template) -> str:
     core.
     """
     total = blake2b(digest_size=16)
-    for digest in _of_parts(base, tokenizer, template).values():
-        total.update(digest.encode())
+    for part in _of_parts(base, tokenizer, template).values():
+        total.update(part.encode())
     return total.hexdigest()
 
 
@@ -115,8 +127,8 @@ def _of_parts(base: Any, tokenizer: Any, template: Template) -> dict[str, str]:
     weights = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     found = dict(sorted(base.state_dict().items()))
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(found, pool.map(_digest, found.values()), strict=True):
-            weights.update(name.encode() + b"\0" + digest)
+        for name, each in zip(found, pool.map(digest, found.values()), strict=True):
+            weights.update(name.encode() + b"\0" + each)
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map], default=str)
     words = blake2b(vocabulary.encode() + (template.source or "").encode(), digest_size=16)
     return {"base": weights.hexdigest(), "tokenizer or template": words.hexdigest()}
@@ -146,7 +158,7 @@ def _stable(value: Any) -> Any:
     return value
 
 
-def _digest(tensor: Any) -> bytes:
+def digest(tensor: Any) -> bytes:
     """Of dtype, shape and bytes; of what a quantised tensor is made of."""
     if not isinstance(tensor, Tensor):
         return blake2b(repr(tensor).encode()).digest()
@@ -160,7 +172,7 @@ def _digest(tensor: Any) -> bytes:
         names, context = tensor.__tensor_flatten__()
         found.update(repr(context).encode())
         for name in names:
-            found.update(_digest(getattr(tensor, name)))
+            found.update(digest(getattr(tensor, name)))
     else:
         found.update(tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy().data)
     return found.digest()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from smartmops.checks.errors import DataError
 from smartmops.data.tasks import read
-from smartmops.flow.early import look_at_data
-from smartmops.flow.task import Task
 from smartmops.options.finished.surgery import AddConfig, AdviseConfig, Trial
+from smartmops.reading.early import look_at_data
+from smartmops.reading.task import Task
 from smartmops.runs.adapters import load_adapter
 from smartmops.runs.folder import Run
 from smartmops.tokens.batches import Encoded
@@ -135,7 +135,7 @@ def _moved(subject: Subject, config: AddConfig) -> dict[str, Any]:
     else:
         task = _sent_there(other, expert, config.source)
     parts.put(subject.model, subject.parts)
-    return _with(subject, config, own, columns, scale, replace(task, caches={}, found={}))
+    return _with(subject, config, own, columns, scale, task)
 
 
 def _other(subject: Subject, path: Path) -> Subject:

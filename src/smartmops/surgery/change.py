@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from smartmops.checks.errors import RunError
 from smartmops.evaluation.perplexity import Evaluation
-from smartmops.flow.task import Task
 from smartmops.options.finished.surgery import (
     CalibrateConfig,
     DropConfig,
@@ -22,6 +21,7 @@ from smartmops.options.finished.surgery import (
     MergeConfig,
     RenameConfig,
 )
+from smartmops.reading.task import Task
 from smartmops.tokens.batches import Encoded
 
 from . import grow
@@ -187,7 +187,7 @@ def _sent_to(subject: Subject, pair: Sequence[int]) -> Task:
     if not found["train"]:
         raise RunError(f"no training instruction goes to {' or '.join(subject.parts.names[i] for i in pair)}: choose "
                          "--steps 0 to merge them untrained")  # fmt: skip
-    return replace(task, train=found["train"], validation=found["validation"], caches={}, found={})
+    return replace(task, train=found["train"], validation=found["validation"])
 
 
 def rename(run: Path, config: RenameConfig) -> dict[str, Any]:

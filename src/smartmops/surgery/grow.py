@@ -20,17 +20,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smartmops.checks.errors import DataError
+from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import answer
 from smartmops.fitting.kept import Kept
 from smartmops.fitting.loop import fit
 from smartmops.fitting.validation import spacing
-from smartmops.flow.task import Task
 from smartmops.options.finished.surgery import Trial
 from smartmops.options.method import MethodConfig
 from smartmops.options.training import Schedule
 from smartmops.preparing import gating
 from smartmops.preparing.initial import initialise
 from smartmops.progress.bars import track
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import Encoded, pack
 
@@ -66,7 +67,7 @@ def trained(subject: Subject, task: Task, columns: Columns, scale: float, trial:
     method = MethodConfig(method="prompt-tuning", experts=1, relative_lr=trial.relative_lr)
     schedule = Schedule(steps=trial.steps, batch_size=trial.batch_size, seed=trial.seed, save_every=10**9)
     schedule = replace(schedule, eval_every=spacing(schedule, len(task.validation), 1))
-    look = (lambda: task.evaluate(model, rows=task.validation)) if task.validation else None
+    look = (lambda: measured(task, model, task.validation)) if task.validation else None
     before = model.config.use_cache
     with TemporaryDirectory() as folder:
         kept = fit(model, method, schedule, *task.feed(model), Path(folder), look=look)
@@ -202,7 +203,7 @@ def _task_of(subject: Subject, rows: Sequence[Encoded]) -> Task:
 
 def _kl(model: Any, task: Task, chosen: Sequence[int], targets: Sequence[Tensor]) -> Float[Tensor, " tokens"]:
     """Divergence of the adapted model from the teacher, of each token of these rows."""
-    cache = task.cache(model)
+    cache = task.states.of(model, task.train)
     packed = pack([task.train[i] for i in chosen]) if cache is None else cache.batch(chosen)
     mine = model.base_model.logits(model.base_model.predicting({k: v.to(model.device) for k, v in packed.items()})[0])
     with torch.no_grad():

@@ -24,11 +24,12 @@ from smartmops.checks.folders import refused
 from smartmops.checks.lock import alone
 from smartmops.data.several import Names, names_of
 from smartmops.data.tasks import read, split
+from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import Evaluation
-from smartmops.flow.task import Task
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.training import TrainConfig
 from smartmops.preparing import gating
+from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.runs.card import keep, number
@@ -149,13 +150,13 @@ class Subject:
     def measure(self, task: Task, rows: Sequence[Encoded], parts: Parts | None = None) -> Evaluation:
         """Perplexity of rows with the adapter as it is, or another in its place."""
         put(self.model, parts or self.parts)
-        return task.evaluate(self.model, rows=rows)
+        return measured(task, self.model, rows)
 
     def frozen(self, task: Task, rows: Sequence[Encoded]) -> Evaluation:
         """Perplexity of rows without any expert."""
         put(self.model, self.parts)
         with gating.closed(self.model):
-            return task.evaluate(self.model, rows=rows)
+            return measured(task, self.model, rows)
 
     def weights(self, rows: Sequence[Encoded], what: str, parts: Parts | None = None) -> Weights:
         """Who answers rows."""

@@ -6,20 +6,16 @@ Knows processes. Knows no loop and no files. In one process, each of these does 
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-
-from smartmops.evaluation.perplexity import Evaluation, evaluate
-from smartmops.tokens.batches import Collator, Encoded
 
 PATIENCE = timedelta(hours=2)  # the others wait while one fills a cache or writes sample answers
 
@@ -69,21 +65,34 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def first_does(act: Callable[[], T]) -> T:
+@contextmanager
+def turn() -> Iterator[bool]:
+    """Whether this process is the first; the others wait at the end of the block, and raise what it raised there."""
+    error: Exception | None = None
+    try:
+        yield rank() == 0
+    except Exception as raised:
+        error = raised
+    if (error := shared(error)) is not None:
+        raise error
+
+
+def shared(value: T) -> T:
+    """What the first process has, in all of them."""
+    sent = [value]
+    if world() > 1:
+        dist.broadcast_object_list(sent, src=0)
+    return sent[0]
+
+
+def first_does(act: Callable[..., T], *given: Any) -> T:
     """What `act` returns, or raises, in the first process; the others wait for it and return or raise the same."""
-    if world() == 1:
-        return act()
-    sent: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            sent[0] = act()
-        except Exception as error:
-            sent[1] = error
-    dist.broadcast_object_list(sent, src=0)
-    if sent[1] is not None:
-        raise sent[1]
-    found: T = sent[0]
-    return found
+    found: Any = None
+    with turn() as mine:
+        if mine:
+            found = act(*given)
+    returned: T = shared(found)
+    return returned
 
 
 def only_first(act: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -109,35 +118,14 @@ def share(count: int, device: torch.device) -> float:
     return count * world() / max(int(total), 1)
 
 
-def part(rows: Sequence[Encoded]) -> Sequence[Encoded]:
-    """The rows that this process evaluates."""
+def part(rows: Sequence[T]) -> Sequence[T]:
+    """The rows that are this process's own."""
     return rows if world() == 1 else rows[rank() :: world()]
 
 
-def together(own: Evaluation | None) -> Evaluation:
-    """The evaluation of all rows, of each process's evaluation of its part; None: it has none."""
-    found: list[Evaluation | None] = [own]
+def all_of(own: T) -> list[T]:
+    """What every process has."""
+    found = [own] * world()
     if world() > 1:
-        found = [None] * world()
         dist.all_gather_object(found, own)
-    parts = [each for each in found if each is not None]
-    return parts[0] if len(parts) == 1 else merged(parts)
-
-
-def evaluate_together(
-    model: Any, rows: Sequence[Encoded], collator: Collator, progress: bool = False
-) -> Evaluation:  # fmt: skip
-    """`evaluate`, each process on its part of the rows; all return the whole."""
-    own = part(rows)
-    return together(evaluate(model, own, collator, progress=progress) if own or not rows else None)
-
-
-def merged(parts: Sequence[Evaluation]) -> Evaluation:
-    """One evaluation of several on disjoint examples."""
-    nats: dict[str, float] = defaultdict(float)
-    tokens: dict[str, int] = defaultdict(int)
-    for part in parts:
-        for task, count in part.tokens.items():
-            nats[task] += math.log(part.per_task[task]) * count
-            tokens[task] += count
-    return Evaluation.of(nats, tokens)
+    return found

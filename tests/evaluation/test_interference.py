@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from smartmops.flow import interference as measure
-from smartmops.flow.interference import agreement, gradients, interference
-from smartmops.flow.task import Task
+from smartmops.evaluation import interference as measure
+from smartmops.evaluation.interference import agreement, gradients, interference
 from smartmops.flow.trainer import TrainConfig, train
+from smartmops.preparing.adapting import adapt
+from smartmops.preparing.selection import told
+from smartmops.reading.task import Task
 from smartmops.runs.folder import Run
 from smartmops.tokens.batches import Collator
 
@@ -21,8 +23,8 @@ Make = Callable[..., TrainConfig]
 
 
 def adapted(config: TrainConfig) -> tuple[Task, Any]:
-    task = Task.load(config).told(config, 0)
-    return task, task.adapt(config, config, 0)[0]
+    task = told(Task.load(config), config, 0)
+    return task, adapt(task, config, config, 0)[0]
 
 
 @pytest.mark.parametrize("budget", [2048, 40])

@@ -16,7 +16,6 @@ from smartmops.base.names import is_converted, local
 from smartmops.checks.errors import ConfigError, DataError, SmartmopsError
 from smartmops.checks.limits import Options
 from smartmops.checks.resources import listening
-from smartmops.data.ahead import ahead
 from smartmops.data.asked import read_rows
 from smartmops.data.files import SUFFIXES
 from smartmops.data.several import Names, as_typed, names_of
@@ -27,13 +26,14 @@ from smartmops.options.federation import ClientConfig, FederateConfig
 from smartmops.options.finished.reading import DataConfig, EvaluateConfig
 from smartmops.options.finished.serving import GenerateConfig, ServeConfig
 from smartmops.options.finished.surgery import AdviseConfig, ExpertsConfig
-from smartmops.options.method import OURS, unmet_by_shape
+from smartmops.options.method import unmet_by_shape
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import TaskConfig
+from smartmops.rows.ahead import ahead
 from smartmops.rows.example import Example
+from smartmops.traits import METHODS
 
-LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it;
-UNTOLD = ("nearest-cluster",)  # methods whose gate asks no task
+LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it
 TABLES = (".csv", ".tsv", ".parquet")  # are read by libraries that take time to import
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call them
 
@@ -188,14 +188,15 @@ def _data_say(config: TaskConfig) -> Iterator[str]:
 
 def _tasks_say(config: TaskConfig, train: Sequence[Example]) -> Iterator[str]:
     """Whether there is an expert for every task, where tasks decide which expert an instruction is meant for."""
-    gated = [method for method in config.trained() if method in OURS and method not in ("prompt-tuning", *UNTOLD)]
+    gated = [METHODS[method] for method in config.trained() if METHODS[method].by_task]
+    told = any(method.told for method in gated)
     tasks = sorted({example.category for example in train} - {config.hold_out})
-    if not gated or config.experts < 2 or (config.gate_pretraining != "labels" and "oracle" not in gated):
+    if not gated or config.experts < 2 or (config.gate_pretraining != "labels" and not told):
         return
     if tasks == [""]:
         if isinstance(config, FederateConfig):
             yield "--gate-pretraining labels, but no example has a category: add one, or choose clusters"
-        elif "oracle" in gated:
+        elif told:
             yield "--method oracle is told the category, but no example has one: add it, or choose mops"
         return
     if config.expert_names is not None and (unknown := [task for task in tasks if task not in config.expert_names]):

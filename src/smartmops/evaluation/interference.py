@@ -28,11 +28,11 @@ from torch import Tensor
 
 from smartmops.attention.packed import Packed
 from smartmops.checks.errors import ConfigError
-from smartmops.evaluation.perplexity import BUDGET
+from smartmops.reading.task import Task
 from smartmops.states.activations import evaluating
 from smartmops.tokens.batches import by_budget
 
-from .task import Task
+from .perplexity import BUDGET
 
 ROUNDING = 1e-6  # of a cosine between float32 gradients
 HIDDEN_STATES, KEYS_VALUES = ("mops_prompts",), ("mops_keys", "mops_values")  # parameters that hold the prompts

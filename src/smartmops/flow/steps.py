@@ -1,0 +1,128 @@
+"""The steps that commands are made of: begin a run, open and read, adapt and prepare, fit, measure, keep.
+
+Knows how they follow one another. Knows no loop over methods, seeds or rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from smartmops.checks.limits import check
+from smartmops.checks.lock import alone
+from smartmops.evaluation.measure import measured
+from smartmops.evaluation.perplexity import Evaluation, samples
+from smartmops.fitting.kept import Kept, state_of
+from smartmops.fitting.loop import fit
+from smartmops.fitting.validation import settle, spacing
+from smartmops.options.training import TaskConfig, TrainConfig
+from smartmops.preparing import gating
+from smartmops.preparing.adapting import adapt, recovered
+from smartmops.preparing.selection import told
+from smartmops.reading.task import Task
+from smartmops.runs import ranks
+from smartmops.runs.folder import Run
+from smartmops.runs.progress import Phases
+from smartmops.tokens.batches import Encoded
+
+
+@contextmanager
+def begun(command: str, config: Any, method: str, **seeds: Any) -> Iterator[Run]:
+    """The run folder of a command, whose options are checked, and which nobody else writes meanwhile.
+
+    Raises:
+        BlockingIOError: another process writes `out`.
+        FileExistsError: `out` holds a run already and `resume` is off.
+        FileNotFoundError: `resume` is on and there is no `out`.
+        ValueError: options do not fit, or with `resume` are others than at the start.
+    """
+    ranks.first_does(check, config)
+    about = {"command": command, "arguments": asdict(config), **seeds, "base": config.model, "data": config.data,
+             "method": method}  # fmt: skip
+    with ExitStack() as held:
+        ranks.first_does(held.enter_context, alone(config.out))
+        yield ranks.first_does(Run.create, config.out, about, config.resume)
+
+
+def opened(config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
+    """A base, opened unless given, beside its data, with recovery prompts where the method takes some."""
+    return recovered(Task.load(config, base, tokenizer), config)
+
+
+@dataclass
+class Frozen:
+    """What the bare base does."""
+
+    test: Evaluation
+    validation: Evaluation | None  # None: nothing is held out
+
+
+@dataclass
+class Adapted:
+    """A fresh adapter, prepared, on the base of a task.
+
+    Attributes:
+        task: Whose rows say which expert to use, where the method is told.
+        names: What each expert is meant for; empty for a method that is not ours.
+        accuracy: Of the gate, before training; None: it was not taught.
+        shared: Whether the states that training needs are those of the bare base, so that both are measured from them.
+    """
+
+    task: Task
+    model: Any
+    names: list[str]
+    accuracy: float | None
+    shared: bool
+
+    def measured(self, rows: Sequence[Encoded]) -> Evaluation:
+        """Perplexity of rows."""
+        return measured(self.task, self.model, rows, progress=True, whole=not self.shared)
+
+
+def adapted(
+    task: Task, config: TaskConfig, frozen: Frozen | None = None, phases: Phases | None = None
+) -> tuple[Adapted, Frozen]:
+    """A fresh adapter of the method, and what the bare base does, unless that is known."""
+    phases = phases or Phases(shown=False)
+    shared = config.traits.ours and not config.traits.told and task.recovery is None and ranks.world() == 1
+    if frozen is None and not shared:
+        with phases("evaluate"):
+            frozen = Frozen(*(_bare(task, task.base, rows, whole=True) for rows in (task.test, task.validation)))
+    with phases("prepare"):
+        task = told(task, config, config.seed)
+        made = Adapted(task, *adapt(task, config, config, config.seed), shared)
+    if frozen is None:
+        with phases("evaluate"), gating.closed(made.model):
+            frozen = Frozen(*(_bare(task, made.model, rows, whole=False) for rows in (task.test, task.validation)))
+    return made, frozen
+
+
+def _bare(task: Task, model: Any, rows: Sequence[Encoded], whole: bool) -> Any:
+    return measured(task, model, rows, progress=True, whole=whole) if rows else None
+
+
+def fitted(
+    made: Adapted, config: TrainConfig, folder: Path, write: Callable[[dict[str, Any]], None],
+    marks: Evaluation | None, checkpoint: Path | None = None, halfway: Callable[[], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the adapter and keep the best state, or the base where `marks`, its validation, is better than all.
+
+    Returns:
+        What validation says, as `metrics.json` holds it; empty without `marks`.
+    """
+    task, model = made.task, made.model
+    start = state_of(model)
+    look = partial(measured, task, model, task.validation) if marks else None
+    schedule = replace(config, eval_every=spacing(config, len(task.validation), ranks.world()))
+    kept: Kept = fit(model, config, schedule, *task.feed(model), folder, write, look, checkpoint, halfway)
+    return settle(model, kept, start, marks.overall, len(task.validation)) if marks else {}
+
+
+def shown(run: Run, task: Task, model: Any, config: Any) -> None:
+    """Sample answers of the frozen and the adapted model, where the method can answer."""
+    if task.embedder is None and config.traits.answers and config.samples_per_task:
+        run.write_samples(samples(model, task.tokenizer, task.test_examples, config.samples_per_task, task.template))
