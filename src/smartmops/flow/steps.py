@@ -60,6 +60,12 @@ class Frozen:
     test: Evaluation
     validation: Evaluation | None  # None: nothing is held out
 
+    @classmethod
+    def of(cls, task: Task, model: Any, whole: bool) -> Frozen:
+        """From states, which a closed adapter leaves as they are, or from `whole` passes."""
+        look = partial(measured, task, model, progress=True, whole=whole)
+        return cls(look(task.test), look(task.validation) if task.validation else None)
+
 
 @dataclass
 class Adapted:
@@ -91,18 +97,14 @@ def adapted(
     shared = config.traits.ours and not config.traits.told and task.recovery is None and ranks.world() == 1
     if frozen is None and not shared:
         with phases("evaluate"):
-            frozen = Frozen(*(_bare(task, task.base, rows, whole=True) for rows in (task.test, task.validation)))
+            frozen = Frozen.of(task, task.base, whole=True)
     with phases("prepare"):
         task = told(task, config, config.seed)
         made = Adapted(task, *adapt(task, config, config, config.seed), shared)
     if frozen is None:
         with phases("evaluate"), gating.closed(made.model):
-            frozen = Frozen(*(_bare(task, made.model, rows, whole=False) for rows in (task.test, task.validation)))
+            frozen = Frozen.of(task, made.model, whole=False)
     return made, frozen
-
-
-def _bare(task: Task, model: Any, rows: Sequence[Encoded], whole: bool) -> Any:
-    return measured(task, model, rows, progress=True, whole=whole) if rows else None
 
 
 def fitted(

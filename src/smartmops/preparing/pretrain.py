@@ -25,8 +25,6 @@ from smartmops.tuner import MoPsConfig
 
 from .initial import initialise
 
-SINKS = 4  # tokens at the start of a text that attention rests on, whatever they say
-
 
 def train_recovery(base: Any, rows: Sequence[Encoded], collator: Collator, count: int, steps: int, lr: float,
                    batch_size: int, seed: int) -> Float[Tensor, "R hidden"]:  # fmt: skip
