@@ -13,8 +13,6 @@ from typing import Any
 
 from .answering import Answer, Answers, Question
 
-GATHER = 0.01  # seconds for which a question that finds nobody under way waits for others, far less than a pass takes
-
 
 class Full(Exception):
     """As many questions wait as may wait."""
@@ -112,8 +110,6 @@ class Batcher:
         """
         with self._change:
             while True:
-                if self._waiting and not slots.spoken:  # others that come at the same time are read in one pass with it
-                    self._change.wait_for(lambda: self._closing or len(self._waiting) >= self.size, GATHER)
                 new: list[Question] = []
                 while self._waiting and slots.open and len(slots.spoken) + len(new) < self.size:
                     question = self._waiting.popleft()
