@@ -35,6 +35,8 @@ def test_each_line_is_something_that_can_be_typed(line: str) -> None:
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif first == "pip":
         assert words[0] == "install" and (words[1] == "." or words[1][10:-1] in extras())
+    elif first == "python" and words[0] == "-m":
+        assert (ROOT / "src" / words[1].replace(".", "/")).with_suffix(".py").is_file()
     elif first == "python":
         # A file of the repository, or one that `export` lays beside what it writes.
         assert (ROOT / words[0]).is_file() or list((ROOT / "src").rglob(Path(words[0]).name))
