@@ -21,7 +21,7 @@ from smartmops.settings.line import asked
 COMMANDS = re.compile(r"(?:`|> ?)smartmops ([a-z-]+)")  # in code, or in a drawing
 # Options of other programs that pages name.
 FOREIGN = {"--no-python", "--no_python", "--nproc_per_node", "--multi_gpu", "--num_processes", "--cpu", "--trl", "--check",
-           "--help", "COMMAND"}  # fmt: skip
+           "--help", "COMMAND", "--replicas"}  # fmt: skip
 LINES = list(dict.fromkeys(line for _, line in shell()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -28,38 +28,76 @@ Sizes = tuple[Count, ...]
 
 
 @dataclass
-class BenchConfig(Options):
-    """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run."""
+class Measuring:
+    """What is measured, on whose lengths, and how often."""
+
+    ABOUT: ClassVar[str] = "measuring"
 
     out: OutFolder  # run folder
     data: Data = "office"  # whose examples give the lengths: office, dolly, superni, a JSONL file, a folder or a hub id
     columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
-    only: Annotated[tuple[Ratio, ...], tyro.conf.arg(metavar="NAME...")] = ()  # ratios to measure; none named: all
-    repeats: Count = 5  # of each side, taking turns; the median counts
-    threads: Threads = 2  # of torch
-    growth: bool = False  # also measure over experts, sequence length and size of the data
-    batches: Count = 8  # different batches, the same for every side
-    batch_size: Count = 8  # examples
-    max_length: Positions = 512  # tokens
-    layers: Count = 16  # decoder layers of the model measured on
-    hidden: Count = 512  # width of its hidden states
-    intermediate: Count = 1376  # width of its MLPs
+    only: Annotated[tuple[Ratio, ...], tyro.conf.arg(metavar="NAME...")] = ()  # ratios to measure; by default all
+    repeats: Count = 5  # measurements of each side, which take turns; the median counts
+    threads: Threads = 2  # threads of torch
+    batches: Count = 8  # number of different batches, the same for every side
+    batch_size: Count = 8  # examples of a batch
+    max_length: Positions = 512  # tokens of an example at most
+    prompt_tokens: Positions = 200  # tokens of an instruction, for prefill and decode
+    new_tokens: Positions = 32  # tokens that are generated
+    gate_examples: Count = 4500  # examples of gate pretraining
+    peak_sizes: Annotated[Sizes, Several("1024")] = (
+        1024,
+        1536,
+        2048,
+        3072,
+        4096,
+    )
+    """sizes of the square matrices that the machine's peak is taken from"""
+
+
+@dataclass
+class MeasuredModel:
+    """The random model that is measured on, and its experts."""
+
+    ABOUT: ClassVar[str] = "model"
+
+    layers: Count = 16  # decoder layers
+    hidden: Count = 512  # width of hidden states
+    intermediate: Count = 1376  # width of the MLPs
     heads: Count = 8  # attention heads
-    vocabulary: Words = 32000  # tokens it knows
+    vocabulary: Words = 32000  # tokens of the vocabulary
     injection_layer: Whole = 5  # first decoder layer (from 0) that sees the experts
-    experts: Count = 7  # groups of prompts
-    prompts_per_expert: Count = 10  # columns of each expert
-    many_experts: Count = 70  # against `experts`
-    prompt_tokens: Positions = 200  # of an instruction, for prefill and decode
-    new_tokens: Positions = 32  # generated
-    gate_examples: Count = 4500  # of gate pretraining
-    peak_sizes: Annotated[Sizes, Several("1024")] = (1024, 1536, 2048, 3072, 4096)  # square matrices, for the peak
+    experts: Count = 7  # number of experts
+    prompts_per_expert: Count = 10  # number of prompts in each expert
+    many_experts: Count = 70  # number of experts that --experts is compared with
+
+
+@dataclass
+class Growth:
+    """What --growth goes over."""
+
+    ABOUT: ClassVar[str] = "growth"
+
+    growth: bool = False  # also measure over experts, sequence length and size of the data
     growth_experts: Annotated[Sizes, Several("7")] = (7, 14, 35, 70, 140, 350, 700)
     """numbers of experts that --growth goes over"""
-    growth_lengths: Annotated[Sizes, Several("64")] = (64, 128, 256, 512, 1024, 2048)  # tokens of each row
+    growth_lengths: Annotated[Sizes, Several("64")] = (
+        64,
+        128,
+        256,
+        512,
+        1024,
+        2048,
+    )
+    """lengths of a row, in tokens, that --growth goes over"""
     growth_examples: Annotated[Sizes, Several("1000")] = (1_000, 3_000, 10_000, 30_000, 100_000)
     """numbers of examples that --growth goes over"""
-    growth_tokens: Count = 8  # of each of those examples
+    growth_tokens: Count = 8  # tokens of each of those examples
+
+
+@dataclass
+class BenchConfig(Growth, MeasuredModel, Measuring, Options):
+    """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run."""
 
     @property
     def width(self) -> int:

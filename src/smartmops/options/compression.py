@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -73,35 +73,66 @@ def uneven(block_size: int, m: int) -> str | None:
 
 
 @dataclass(kw_only=True)
-class CompressConfig(Options):
-    """Everything `smartmops compress` takes: prune to `sparsity` or `pattern`, or quantise, or one after the other."""
+class Pruning:
+    """Which weights become zero."""
 
-    model: Base  # model to compress: a folder, a *.gguf file, a hub id, smollm2 or tiny
-    out: OutFolder  # model folder to write
+    ABOUT: ClassVar[str] = "pruning"
+
     method: Method = "sparsegpt"  # how the weights to set to zero are chosen
     sparsity: Zeros | None = None  # share of zeros in each linear layer of the decoder, such as 0.75
     pattern: Annotated[str, OfEvery()] | None = None  # n:m prunes n of every m inputs, such as 7:8
+    block_size: Count = 128  # columns that SparseGPT solves at once
+    damping: NotNegative = 0.01  # damping of the Hessian, as a share of its mean diagonal
+
+
+@dataclass(kw_only=True)
+class Quantised:
+    """In how many bits the weights are kept."""
+
+    ABOUT: ClassVar[str] = "quantisation"
+
     int8: bool = False  # quantise to 8 bits after pruning (LLM.int8() of bitsandbytes)
     int8_engine: Annotated[str, OneOf(("bitsandbytes", "torchao")), tyro.conf.arg(metavar="{bitsandbytes,torchao}")] = (
         "bitsandbytes"  # library that quantises to 8 bits
     )
     nf4: bool = False  # quantise to 4-bit NormalFloat after pruning (bitsandbytes)
+
+
+@dataclass(kw_only=True)
+class Calibrated:
+    """The text that decides what a weight is worth."""
+
+    ABOUT: ClassVar[str] = "calibration"
+
     calibration: Calibration | None = None
     """data or text file to calibrate and measure on; by default office, for tiny only"""
     columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
     sequences: Count = 128  # number of calibration sequences
     sequence_length: Length | None = None
     """tokens of a calibration sequence; by default as text and model allow, at most 2048"""
-    block_size: Count = 128  # columns that SparseGPT solves at once
-    damping: NotNegative = 0.01  # damping of the Hessian, as a share of its mean diagonal
     seed: Seed = 0  # seed of the draw of calibration sequences
     data_seed: Seed = 0  # --data-seed of the `train` to come, whose test split calibration must not see
     limit: Count | None = None  # --limit of the `train` to come
     test_share: Share = 0.1  # --test-share of the `train` to come
+
+
+@dataclass(kw_only=True)
+class CompressRun:
+    """What is compressed, where it is written, and how it is gone about."""
+
+    ABOUT: ClassVar[str] = "run"
+
+    model: Base  # model to compress: a folder, a *.gguf file, a hub id, smollm2 or tiny
+    out: OutFolder  # model folder to write
     batch_size: Count = 8  # sequences that pass through a layer at once
     device: Annotated[str, Device()] | None = None
     """device that layers are solved on; by default the GPU if there is one"""
     resume: bool = False  # continue a compression that was killed
+
+
+@dataclass(kw_only=True)
+class CompressConfig(CompressRun, Calibrated, Quantised, Pruning, Options):
+    """Everything `smartmops compress` takes: prune to `sparsity` or `pattern`, or quantise, or one after the other."""
 
     @property
     def quantisation(self) -> Quantisation | None:

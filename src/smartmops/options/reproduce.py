@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -36,37 +36,79 @@ class Bases:
 
 
 @dataclass(kw_only=True)
-class ReproduceConfig(Options):
+class GridRun:
+    """What is shown, and where its cells are kept."""
+
+    ABOUT: ClassVar[str] = "run"
+
+    name: Annotated[Name, tyro.conf.Positional]  # table or figure of the paper, or a study of ours; all: each of them
+    out: OutFolder | None = None  # folder of cells and pages; by default runs/reproduce
+    budget: Positive | None = None  # minutes; no cell is begun after them
+    tables_only: bool = False  # run nothing, write pages from what is there
+
+
+@dataclass(kw_only=True)
+class GridBases:
+    """The base model, dense and compressed."""
+
+    ABOUT: ClassVar[str] = "base"
+
+    model: Model = "tiny"  # MODEL, dense; it is compressed as the table asks
+    bases: Annotated[tuple[str, ...], Bases()] = ()
+    """forms of the base, such as dense, 75%, 7:8 or int8+75%; by default the table's own"""
+    calibration: Calibration | None = None  # text or DATA that pruning is calibrated on; by default each training split
+    activations: Activations = "auto"
+    """where activations below the injection layer are cached: memory, off, a folder, or auto (memory if they fit)"""
+
+
+@dataclass(kw_only=True)
+class GridData:
+    """What is trained and tested on."""
+
+    ABOUT: ClassVar[str] = "data"
+
+    data: tuple[Data, ...] = ()  # DATA, or NAME=DATA; by default the table's own (dolly, superni, or dolly alone)
+    columns: Columns = ()  # FIELD=COLUMN where data of your own name their columns differently, such as response=answer
+    limit: Whole | None = 5000  # examples drawn from each data set; 0: all
+    max_length: Count = 512  # tokens of an example; a longer one is shortened at the end of its context
+
+
+@dataclass(kw_only=True)
+class GridLines:
+    """The lines of the table."""
+
+    ABOUT: ClassVar[str] = "comparison"
+
+    methods: tuple[str, ...] = ()  # lines of the table; by default all
+    seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0, 1, 2)  # each is a run of its own
+    tune: bool = True  # do not choose rates, and ranks of LoRA, on a part of the training split
+    rates: dict[str, Rate] = field(default_factory=dict)
+    """learning rates by line of the table, which are not chosen by validation then"""
+
+
+@dataclass(kw_only=True)
+class GridRounds:
+    """Rounds of clients, and the central steps that match them."""
+
+    ABOUT: ClassVar[str] = "rounds"
+
+    clients: Count | None = None  # number of clients; by default 100 (table 5: 10)
+    clients_per_round: Count = 10  # clients drawn for each round
+    rounds: Count = 20  # rounds of local training and averaging
+    local_steps: Count = 250  # optimiser steps of a client in a round
+    steps: Count | None = None
+    """optimiser steps of central training; by default 2 for every 5 that all clients make together, as in the paper"""
+    batch_size: Count = 1  # examples of a step
+    eval_every: Count = 5  # rounds from one measurement to the next
+
+
+@dataclass(kw_only=True)
+class ReproduceConfig(GridRounds, GridLines, GridData, GridBases, GridRun, Options):
     """A table or figure of the paper on a model and data of your own, beside the paper's numbers.
 
     Finished cells are kept as JSON under OUT/results and never run again; a killed grid goes on where it was, and
     several processes may work on one grid. `all` goes through every name, and writes report.html.
     """
-
-    name: Annotated[Name, tyro.conf.Positional]  # table or figure of the paper, or a study of ours; all: each of them
-    model: Model = "tiny"  # MODEL, dense; it is compressed as the table asks
-    data: tuple[Data, ...] = ()  # DATA, or NAME=DATA; none given: the table's own (dolly, superni, or dolly alone)
-    columns: Columns = ()  # FIELD=COLUMN where data of your own name their columns differently, such as response=answer
-    out: OutFolder | None = None  # None: runs/reproduce
-    bases: Annotated[tuple[str, ...], Bases()] = ()  # none given: the table's own
-    methods: tuple[str, ...] = ()  # lines of the table; none given: all
-    seeds: Annotated[tuple[Seed, ...], Several("0 1 2")] = (0, 1, 2)  # each is a run of its own
-    budget: Positive | None = None  # minutes; no cell is begun after them
-    limit: Whole | None = 5000  # examples drawn from each data set; 0: all
-    calibration: Calibration | None = None  # DATA or text that pruning is calibrated on; None: each training split
-    clients: Count | None = None  # None: 100 (table 5: 10)
-    clients_per_round: Count = 10  # clients drawn for each round
-    rounds: Count = 20  # rounds of local training and averaging
-    local_steps: Count = 250  # optimiser steps of a client in a round
-    steps: Count | None = None
-    """of central training; None: 2 for every 5 that all clients make together, as in the paper"""
-    batch_size: Count = 1  # examples
-    max_length: Count = 512  # tokens; longer examples lose the end of their context
-    eval_every: Count = 5  # rounds
-    tune: bool = True  # choose rates, and ranks of LoRA, on a part of the training split
-    rates: dict[str, Rate] = field(default_factory=dict)  # Adam's for prompts, by line: not chosen by validation then
-    activations: Activations = "auto"  # as for `train`
-    tables_only: bool = False  # run nothing, write pages from what is there
 
     def problems(self) -> Iterator[str]:
         """What options have to do with each other."""

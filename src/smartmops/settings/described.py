@@ -25,6 +25,9 @@ GROUPS = {
     "run": "what is written where, and how often",
     "base": "the frozen base model",
     "data": "the examples, and what they are split into",
+    "pruning": "which weights become zero",
+    "quantisation": "in how many bits the weights are kept",
+    "calibration": "the text that decides what a weight is worth",
     "method": "what is trained",
     "experts": "the groups of prompts",
     "gate": "what decides how much each expert is attended to",
@@ -38,6 +41,9 @@ GROUPS = {
     "aggregation": "how the clients' updates become one",
     "privacy": "differential privacy of clients",
     "server": "where the server listens, and for whom it waits",
+    "measuring": "what is measured, and how often",
+    "model": "the random model that is measured on",
+    "growth": "what --growth goes over",
 }
 METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
