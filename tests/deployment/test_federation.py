@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from smartmops.clients.messages import Reply, pack, unpack
 from smartmops.deployment import client as client_module
+from smartmops.deployment import server as server_module
 from smartmops.deployment.client import ClientConfig, federate_client, free_port, serving, supernode
 from smartmops.deployment.keys import KeysConfig, make_keys
 from smartmops.deployment.server import ServerConfig, _superlink, federate_server
@@ -85,6 +86,7 @@ def federation(
     keys: Path,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
     impatient: None,
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a deployed federation over the three files; `changes` says who lies, and how."""
@@ -102,8 +104,13 @@ def federation(
                 if file.stem in nodes:
                     continue
                 nodes[file.stem] = stack.enter_context(client(own, sockets, (changes or {}).get(file.stem)))
-            run.server = server  # type: ignore[attr-defined]
             return federate_server(server)
+
+        def spied(given: FederateConfig, connect: Any) -> dict[str, Any]:
+            run.config = given  # type: ignore[attr-defined]
+            return federate(given, connect)
+
+        monkeypatch.setattr(server_module, "federate", spied)
 
         nodes: dict[str, subprocess.Popen[bytes]] = {}
         run.nodes = nodes  # type: ignore[attr-defined]
@@ -159,7 +166,7 @@ def test_rounds_go_on_without_who_sends_too_much_or_an_old_answer_or_is_killed_i
     def killed(kind: str, job: bytes, honest: bytes) -> bytes:
         reply = unpack(honest)
         if isinstance(reply, Reply) and reply.round == 1:
-            federation.server.timeout = 25.0  # type: ignore[attr-defined]
+            federation.config.timeout = 25.0  # type: ignore[attr-defined]
         if isinstance(reply, Reply) and reply.round == 2:
             nodes["both"].kill()
         return honest
