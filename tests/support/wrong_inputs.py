@@ -183,7 +183,7 @@ WRONG: list[tuple[str, str]] = [
     ("bench --out NEW --injection-layer 16", "--injection-layer 16, but the model is given --layers 16"),
     ("bench --out NEW --hidden 30", "cannot be shared out in pairs"),
     # data, and finished runs
-    ("data", "Missing from smartmops data: DATA"),
+    ("data", "DATA is given nothing: name at least one"),
     ("data DIR/doc.jsonl --test-share 0", "--test-share 0.0: choose a share between 0 and 1"),
     ("data DIR/doc.jsonl --validation-share 1", "--validation-share 1.0: choose a share from 0"),
     ("data DIR/doc.jsonl --data-seed -1", "--data-seed -1: choose 0 to 4294967295"),
