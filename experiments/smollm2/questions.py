@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from page import SETS, Found, overall, spread
+from page import SETS, Found, devices, overall, spread
 
 HARM = 0.005  # share by which the perplexity of text of no task may rise and still count as unharmed
 LABELS = {
@@ -240,16 +240,10 @@ def draw_choices(found: Runs, file: Path) -> None:
 
 
 def how(found: Runs) -> str:
-    devices: dict[str, int] = {}
-    for variants in found.values():
-        for runs in variants.values():
-            for run in runs.values():
-                devices[run["device"]] = devices.get(run["device"], 0) + 1
-    ran = ", ".join(f"{name} ({count} cells)" for name, count in sorted(devices.items(), key=lambda one: -one[1]))
     return (
         "\n---\nSmolLM2-135M-Instruct, float32, chat template; cells that are not run say so. Written by `python "
         "experiments/smollm2/run.py page`; cells run with `python experiments/smollm2/grid.py --sets mixture paper7 dolly "
-        f"growth-2 growth-4 growth-8 growth-16 growth-32 few-8 few-32 few-128 wrong-10 wrong-30 split`. All cells: {ran}.\n"
+        f"growth-2 growth-4 growth-8 growth-16 growth-32 few-8 few-32 few-128 wrong-10 wrong-30 split`. All cells: {devices(found)}.\n"
     )
 
 

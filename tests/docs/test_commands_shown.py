@@ -94,6 +94,8 @@ def run(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         monkeypatch.setattr(sys, "argv", ["smartmops", *words])
         cli.main()
+        if "--out" in words:
+            assert Path(words[words.index("--out") + 1]).exists(), f"{line} wrote nothing"
         done.write_text("\n".join([*before, shlex.join(words)]))
 
     return run

@@ -160,6 +160,7 @@ def test_who_does_not_read_its_answer_loses_its_place() -> None:
             raw.sendall(head(len(body)) + body)
             wait_for(lambda: served.batcher.counts.cancelled == 1)
             wait_for(lambda: idle(served))
+            assert served.batcher.counts.cancelled == 1 and idle(served)
         talker.let_go = True
 
 

@@ -10,6 +10,7 @@ import torch
 
 from smartmops.checks.errors import DataError, RunError
 from smartmops.checks.limits import check_named
+from smartmops.data.several import held
 from smartmops.evaluation import harness
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer
@@ -54,7 +55,7 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
     _check_free(run)
     arguments = run.config["arguments"]
     return TrainConfig(
-        model=base_of(run), out=config.run, data=_named(config.data or arguments["data"]),
+        model=base_of(run), out=config.run, data=held(config.data or arguments["data"]),
         data_seed=arguments.get("data_seed", arguments["seed"]),
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
@@ -73,11 +74,6 @@ def _check_free(run: Run) -> None:
     if is_told(method):
         raise RunError(f"method {method!r} is told which expert to use: it is a mark for tables, and its perplexity is "
                        f"in {run.path / 'metrics.json'}")  # fmt: skip
-
-
-def _named(data: str | Sequence[str]) -> str | tuple[str, ...]:
-    """One name, or several as a config holds them."""
-    return data if isinstance(data, str) else tuple(data)
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
@@ -175,7 +171,7 @@ class LoadedRun:
             UnknownOption: an option is unknown.
             RunError: an option is outside its limits, or the data cannot be read.
         """
-        config = EvaluateConfig(run=self.path, data=data if data is None else _named(data), **options)
+        config = EvaluateConfig(run=self.path, data=data if data is None else held(data), **options)
         check_named(config)
         if config.suite is not None:
             _check_free(self._run)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from smartmops.checks.errors import ConfigError
 
+BUILT_IN = ("office", "dolly", "superni")  # DATA whose columns are known
 FIELDS = ("instruction", "context", "response", "category", "source", "system", "history", "messages")
 
 

@@ -11,12 +11,16 @@ from smartmops.rows.example import Example
 from .files import SUFFIXES
 
 Names = str | Path | Sequence[str | Path]
-BUILT_IN = ("office", "dolly", "superni")
 
 
 def names_of(data: Names) -> tuple[str, ...]:
     """Each name by itself."""
     return (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
+
+
+def held(data: Names) -> str | tuple[str, ...]:
+    """One name, or several as a config holds them."""
+    return str(data) if isinstance(data, str | Path) else names_of(data)
 
 
 def as_typed(data: Names) -> str:

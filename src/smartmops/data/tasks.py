@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from smartmops.checks.columns import chosen_columns
+from smartmops.checks.columns import BUILT_IN, chosen_columns
 from smartmops.checks.errors import ConfigError, DataError
 from smartmops.rows.ahead import once, taken
 from smartmops.rows.example import Example
@@ -27,7 +27,7 @@ from smartmops.rows.stored import store, take
 
 from .files import SUFFIXES, rows_of, unit_of
 from .forms import CATEGORY, examples_of
-from .several import BUILT_IN, Names, labelled, labels, names_of
+from .several import Names, labelled, labels, names_of
 from .superni import is_task, read_superni, task_files
 
 log = logging.getLogger(__name__)

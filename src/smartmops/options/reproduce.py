@@ -9,13 +9,12 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from smartmops.checks.columns import BUILT_IN
 from smartmops.checks.folders import OutFolder
 from smartmops.checks.limits import Count, Options, Positive, Rate, Seed, Several, Whole
 
 from .compression import Calibration
 from .training import Activations, Columns, Data, Model
-
-BUILT_IN = ("office", "dolly", "superni")  # DATA whose columns are known
 
 Name = Literal[
     "all", "table2", "table3", "table4", "table5", "table6", "table8", "figure3", "figure4", "figure5", "figure6",

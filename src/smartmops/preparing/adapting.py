@@ -122,7 +122,6 @@ def _gate(
         pooled = task.states.pooled(model, rows)
     standardise(model, pooled)
     expert_of, names = assign(rows, pooled, config.num_experts, _meant_by(task, gate), seed, gate.expert_names)
-    config.expert_names = names
     if method.traits.gate == "even":
         level(model)
     elif gate.gate_pretraining != "none" and method.traits.learned:

@@ -22,7 +22,7 @@ from torch import Tensor
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import refused
 from smartmops.checks.lock import alone
-from smartmops.data.several import Names, names_of
+from smartmops.data.several import Names, held
 from smartmops.data.tasks import read, split
 from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import Evaluation
@@ -100,8 +100,7 @@ class Subject:
     def config(self, data: Names, share: float = 0.1, **more: Any) -> TrainConfig:
         """What the run was trained with, as far as reading data is concerned."""
         given = self.run.config["arguments"]
-        named = data if isinstance(data, str) else names_of(data)
-        return TrainConfig(model=base_of(self.run), out=self.run.path, data=named, test_share=share,
+        return TrainConfig(model=base_of(self.run), out=self.run.path, data=held(data), test_share=share,
                            max_length=given["max_length"], template=template_of(self.run), **more)  # fmt: skip
 
     @property

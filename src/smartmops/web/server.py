@@ -344,22 +344,13 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def bound(config: ServeConfig) -> socket.socket:
-    """A socket at the address that is asked for, so that a taken one is told before a model is loaded.
-
-    Raises:
-        PortTaken: it cannot be had.
-    """
-    return listening(config.host, config.port)
-
-
 def serve(config: ServeConfig, say: Callable[[str], Any] = print) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then those that came are answered, and it returns.
 
     Raises:
         PortTaken: the address cannot be had, or the run has no experts.
     """
-    with bound(config) as line:
+    with listening(config.host, config.port) as line:
         answerer = Answerer.open(config.run)
         keys = [] if config.api_key_file is None else keys_in(config.api_key_file)
         batcher = Batcher(answerer, config.batch_size, config.queue).start()
