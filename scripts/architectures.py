@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from smartmops import MoPsConfig
-from smartmops.attention.passage import Passage
+from smartmops.attention.context import ForwardContext
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs"
 KINDS = ("hidden_states", "keys_values")
@@ -198,12 +198,12 @@ def _stepwise(model: Any, both: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def _nobody_looks() -> Iterator[None]:
-    put = Passage.put
-    Passage.put = lambda self, kv, bias: put(self, kv, torch.full_like(bias, -1e30))  # type: ignore[method-assign]
+    put = ForwardContext.put
+    ForwardContext.put = lambda self, kv, bias: put(self, kv, torch.full_like(bias, -1e30))  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Passage.put = put  # type: ignore[method-assign]
+        ForwardContext.put = put  # type: ignore[method-assign]
 
 
 def _apart(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -128,7 +128,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def masked_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every prompt, expert or recovery, is hidden from every token."""
     from by_hand import HIDE
-    from smartmops.attention.passage import Passage
+    from smartmops.attention.context import ForwardContext
 
-    put = Passage.put
-    monkeypatch.setattr(Passage, "put", lambda self, kv, bias: put(self, kv, torch.full_like(bias, HIDE)))
+    put = ForwardContext.put
+    monkeypatch.setattr(ForwardContext, "put", lambda self, kv, bias: put(self, kv, torch.full_like(bias, HIDE)))

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import Trainer, TrainingArguments
 
 from adapted import adapt
-from smartmops.attention import attention
+from smartmops.attention import kernels
 from tiny_models import KERNELS, batch, relative
 
 
@@ -20,7 +20,7 @@ def cast():
 @pytest.mark.parametrize("packed", [False, True], ids=["padded rows", "packed"])
 @pytest.mark.parametrize(("name", "kernel"), KERNELS)
 def test_loss_and_gradients_are_close_to_those_of_float32(name, kernel, packed, monkeypatch):
-    monkeypatch.setattr(attention, "LONG", 1)
+    monkeypatch.setattr(kernels, "LONG", 1)
     _, model = adapt(name, kernel, num_recovery_prompts=2, task_type="CAUSAL_LM")
     inputs = {"packed": rows()[1]} if packed else rows()[0] | {"use_cache": False}
     want, want_grads = gradients(model, **inputs)

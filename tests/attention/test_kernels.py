@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adapted import adapt
-from smartmops.attention import attention, merged
+from smartmops.attention import kernels, merged
+from smartmops.attention.context import Prefix
 from smartmops.attention.packed import IGNORED, Packed, Segments, each_nats, mean_loss
 from tiny_models import batch
 
@@ -52,7 +55,7 @@ def test_text_and_prompts_merged_are_one_softmax_in_output_and_gradients(closed)
     segments = Segments(LENGTHS, torch.device("cpu"))
     inputs = tensors(sum(LENGTHS), closed=closed)
     want, want_grads = gradients(lambda *x: plain(*x, segments), [each.double() for each in inputs])
-    got, got_grads = gradients(lambda *x: merged.attend(*x, segments, SCALE), inputs)
+    got, got_grads = gradients(lambda *x: merged.over_segments(*x[:3], x[3:], segments, SCALE), inputs)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     for name, mine, right in zip(
         ("query", "key", "value", "prompt key", "prompt value", "bias"), got_grads, want_grads, strict=True
@@ -71,8 +74,8 @@ def test_inference_over_rows_is_one_softmax(queries, masked, closed):
     if masked:
         hide[0, ..., :3] = True
     mask = torch.zeros(hide.shape).masked_fill(hide, torch.finfo(torch.float32).min) if masked else None
-    ready = merged.Ready.of(prompt_key, prompt_value, bias, 2, 1, SCALE, torch.float32)
-    got = merged.rows(query, key, value, mask, ready, SCALE)
+    ready = Prefix(prompt_key, prompt_value, bias).ready(query, SCALE)
+    got = merged.over_rows(query, key, value, mask, ready, SCALE)
     logits = torch.cat(
         [
             query @ prompt_key.transpose(-1, -2) * SCALE + bias[:, None, None],
@@ -98,10 +101,10 @@ def test_the_bias_in_a_head_dimension_is_the_bias_in_the_mask(monkeypatch):
     for way in ("head dimension", "mask"):
         _, model = adapt("llama", "sdpa", task_type="CAUSAL_LM")
         if way == "mask":
-            monkeypatch.setattr(attention, "_carry", None)  # must not be reached
+            monkeypatch.setattr(kernels, "_carry", None)  # must not be reached
             for layer in model.get_base_model().mops_engine.layers:
-                for module in layer.__dict__["mops_attention"]:
-                    module.__dict__.update(mops_inner=_another_sdpa, mops_sdpa=False)
+                for module in layer.mops_attention:
+                    module.mops_native = replace(module.mops_native, function=_another_sdpa, sdpa=False)
         inputs = batch()
         unlabelled = inputs["gate_mask"].bool() | (inputs["attention_mask"] == 0)
         labels = inputs["input_ids"].masked_fill(unlabelled, IGNORED)

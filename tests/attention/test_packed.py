@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapted import adapt
-from smartmops.attention import attention
+from smartmops.attention import kernels
 from smartmops.attention.packed import IGNORED
 from tiny_models import KERNELS, VOCABULARY
 
@@ -45,7 +45,7 @@ def differing(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> li
 @pytest.fixture(params=["padded attention", "merged attention"], autouse=True)
 def way(request, monkeypatch):
     """Both ways of attending: segments padded into rows, and one by one with the prefix merged in."""
-    monkeypatch.setattr(attention, "LONG", 1 if request.param == "merged attention" else 10**6)
+    monkeypatch.setattr(kernels, "LONG", 1 if request.param == "merged attention" else 10**6)
     return request.param
 
 

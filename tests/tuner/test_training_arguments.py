@@ -84,14 +84,14 @@ def _as_before(model):
 @pytest.fixture
 def read(monkeypatch) -> list:
     """How many tokens the gate read in each row of every new text."""
-    seen, fresh = [], Engine._fresh
+    seen, fresh = [], Engine.fresh
 
     def spied(self, *args):
-        passage = fresh(self, *args)
-        seen.append(passage.gate_mask.sum(-1).tolist())
-        return passage
+        context = fresh(self, *args)
+        seen.append(context.gate_mask.sum(-1).tolist())
+        return context
 
-    monkeypatch.setattr(Engine, "_fresh", spied)
+    monkeypatch.setattr(Engine, "fresh", spied)
     return seen
 
 

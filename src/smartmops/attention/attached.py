@@ -20,10 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from smartmops.checks.errors import BaseModelError
 
 from . import attention
-from .passage import Passage, Record
+from .context import ForwardContext
+from .kernels import Native
 
 
-def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:
+def attention_modules(layer: nn.Module) -> Iterator[Any]:
     """The self-attention modules of a decoder layer that ask the registry."""
     for module in layer.modules():
         named = (
@@ -33,7 +34,7 @@ def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _eager(module: nn.Module) -> Callable[..., Any] | None:
+def _eager(module: nn.Module) -> Any:
     """The attention that a module's own file computes step by step, if it has one."""
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
@@ -64,7 +65,7 @@ def check(layer: nn.Module, number: int) -> None:
                 f"layer {number}, a {kind}, adds a bias of each query's distance to each key, and "
                 "prompts stand at no distance: choose another architecture, such as Llama"
             )
-        used = module.config._attn_implementation  # type: ignore[union-attr]
+        used = module.config._attn_implementation
         if used not in attention.SUPPORTED:
             raise BaseModelError(
                 f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model "
@@ -78,18 +79,16 @@ def _no_mixer(name: str, child: nn.Module) -> bool:
     return any(word in name.lower() or word in type(child).__name__.lower() for word in words)
 
 
-def attach(layer: nn.Module) -> None:
+def attach(layer: Any) -> None:
     """Route the layer's attention through `gated_prefix_attention`; without a `mops` keyword nothing changes."""
-    layer.__dict__["mops_attention"] = modules = list(attention_modules(layer))
+    layer.mops_attention = modules = list(attention_modules(layer))
     for module in modules:
-        if "mops_inner" in module.__dict__:
-            continue
-        used = module.config._attn_implementation  # type: ignore[union-attr]
-        module.__dict__["mops_inner"] = _eager(module) if used == "eager" else ALL_ATTENTION_FUNCTIONS[used]
-        module.__dict__["mops_sdpa"] = used == "sdpa"
-        module.__dict__["mops_config"] = module.config
-        module.config = copy.copy(module.config)
-        module.config._attn_implementation_internal = attention.NAME  # type: ignore[union-attr]
+        if not hasattr(module, "mops_native"):
+            used = module.config._attn_implementation
+            function = _eager(module) if used == "eager" else ALL_ATTENTION_FUNCTIONS[used]
+            module.mops_native = Native(function, module.config, used == "sdpa")
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation_internal = attention.NAME
     if not hasattr(layer, "mops_kind"):
         _become(layer, _handing_over(type(layer)))  # type: ignore[arg-type]
 
@@ -113,11 +112,11 @@ def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _handed_over(
-    forward: Callable[..., Any], layer: nn.Module, *args: Any, mops: Record | Passage | None = None, **kwargs: Any
+    forward: Callable[..., Any], layer: Any, *args: Any, mops: ForwardContext | None = None, **kwargs: Any
 ) -> Any:
     """Run a layer's `forward` with its `mops` keyword left where its attention modules look for it."""
     if mops is not None:
-        args, kwargs = _arriving(int(layer.__dict__["mops_attention"][0].layer_idx), mops, args, kwargs)
+        args, kwargs = _arriving(int(layer.mops_attention[0].layer_idx), mops, args, kwargs)
     token = attention.now.set(mops)
     try:
         return forward(*args, **kwargs)
@@ -149,12 +148,11 @@ def _again(kind: type[nn.Module]) -> nn.Module:
 
 
 def _arriving(
-    layer: int, mops: Record | Passage, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: int, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Algorithm 1 scales prompt columns before every layer; below the injection layer text never records a graph."""
-    scale = mops.scale if isinstance(mops, Record) else None
-    below = isinstance(mops, Passage) and layer < mops.first and torch.is_grad_enabled()
-    if scale is None and not below:
+    scale = context.scale
+    if scale is None and not (layer < context.injection_layer and torch.is_grad_enabled()):
         return args, kwargs
     hidden = args[0] if args else kwargs["hidden_states"]
     hidden = hidden.detach() if scale is None else hidden * scale
@@ -164,8 +162,9 @@ def _arriving(
 def detach(layer: nn.Module) -> None:
     """Undo `attach`."""
     for module in attention_modules(layer):
-        if "mops_inner" in module.__dict__:
-            module.config = module.__dict__.pop("mops_config")
-            del module.__dict__["mops_inner"], module.__dict__["mops_sdpa"]
-    layer.__dict__.pop("mops_attention", None)
+        if hasattr(module, "mops_native"):
+            module.config = module.mops_native.config
+            del module.mops_native
+    if hasattr(layer, "mops_attention"):
+        del layer.mops_attention
     _become(layer, getattr(layer, "mops_kind", type(layer)))

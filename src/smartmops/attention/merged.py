@@ -5,13 +5,13 @@ Knows queries, keys and values. Nothing is padded, no key is copied for each row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .context import Ready
 from .packed import Segments
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -71,56 +71,32 @@ def _logits(query: Tensor, prefix_key: Tensor, bias: Tensor, segments: Segments,
     return logits + bias[segments.of].float()
 
 
-def attend(
+def over_segments(
     query: Float[Tensor, "1 heads tokens head"],
-    key: Float[Tensor, "1 heads tokens head"],
-    value: Float[Tensor, "1 heads tokens head"],
-    prefix_key: Float[Tensor, "1 heads prompts head"],
-    prefix_value: Float[Tensor, "1 heads prompts head"],
-    bias: Float[Tensor, "segments prompts"],
+    key: Float[Tensor, "1 kv_heads tokens head"],
+    value: Float[Tensor, "1 kv_heads tokens head"],
+    prefix: tuple[Tensor, Tensor, Tensor] | None,
     segments: Segments,
     scale: float,
 ) -> Float[Tensor, "1 heads tokens head"]:
-    """Each token over its segment up to itself and over the prefix, whose logits get the segment's bias."""
-    out: Tensor = _Merged.apply(query, key, value, prefix_key, prefix_value, bias, segments, scale)  # type: ignore[no-untyped-call]
+    """Each token over its segment up to itself, and over the prefix: key, value, and a bias for each segment or all."""
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    if prefix is None:
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, part], key[:, :, part], value[:, :, part], is_causal=True, scale=scale
+            )
+            for part in segments.slices()
+        ]
+        return torch.cat(parts, 2)
+    seen = (each.to(query.dtype).repeat_interleave(times, 1) for each in prefix[:2])
+    bias = prefix[2].expand(len(segments.lengths), -1)
+    out: Tensor = _Merged.apply(query, key, value, *seen, bias, segments, scale)  # type: ignore[no-untyped-call]
     return out
 
 
-def text_alone(
-    query: Float[Tensor, "1 heads tokens head"],
-    key: Float[Tensor, "1 heads tokens head"],
-    value: Float[Tensor, "1 heads tokens head"],
-    segments: Segments,
-    scale: float,
-) -> Float[Tensor, "1 heads tokens head"]:
-    """Each token over its segment up to itself."""
-    parts = [
-        torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, part], key[:, :, part], value[:, :, part], is_causal=True, scale=scale
-        )
-        for part in segments.slices()
-    ]
-    return torch.cat(parts, 2)
-
-
-@dataclass
-class Ready:
-    """A layer's prefix as every step of a generation wants it."""
-
-    key: Float[Tensor, "heads head prompts"]  # times the scale
-    value: Float[Tensor, "heads prompts head"]
-    bias: Float[Tensor, "1 rows prompts"]
-
-    @classmethod
-    def of(
-        cls, key: Tensor, value: Tensor, bias: Tensor, rows: int, times: int, scale: float, dtype: torch.dtype
-    ) -> Ready:
-        """From keys and values of [1, kv_heads, prompts, head], each of which serves `times` query heads."""
-        key, value = (each[0].to(dtype).repeat_interleave(times, 0) for each in (key, value))
-        return cls((scale * key).transpose(1, 2).contiguous(), value, bias.to(dtype).expand(rows, -1)[None])
-
-
-def step(
+def _one_token(
     query: Float[Tensor, "rows heads 1 head"],
     key: Float[Tensor, "rows kv_heads keys head"],
     value: Float[Tensor, "rows kv_heads keys head"],
@@ -128,7 +104,7 @@ def step(
     prefix: Ready,
     scale: float,
 ) -> Float[Tensor, "rows heads 1 head"]:
-    """Without gradient: one token of each row over its text and the prefix, in as few and as small products as will do.
+    """One token of each row, in as few and as small products as will do.
 
     Query heads that share a key head are the rows of one product, so no key is repeated.
     """
@@ -144,24 +120,27 @@ def step(
     return torch.baddbmm(made.reshape(pairs, times, width), text, value.flatten(0, 1)).view(count, heads, 1, width)
 
 
-def rows(
+def over_rows(
     query: Float[Tensor, "rows heads queries head"],
-    key: Float[Tensor, "rows heads keys head"],
-    value: Float[Tensor, "rows heads keys head"],
+    key: Float[Tensor, "rows kv_heads keys head"],
+    value: Float[Tensor, "rows kv_heads keys head"],
     mask: Float[Tensor, "#rows #heads #queries keys"] | None,
     prefix: Ready,
     scale: float,
 ) -> Float[Tensor, "rows heads queries head"]:
     """Without gradient: padded rows, or a step of decoding, over their text (`mask` None: causally) and the prefix.
 
-    Keys are neither copied nor lengthened: what a token sees of the text enters the softmax over the prompts as one
-    more column, with its log-sum-exp for a logit and its attention output for a value.
+    Keys are not lengthened: what a token sees of the text enters the softmax over the prompts as one more column, with
+    its log-sum-exp for a logit and its attention output for a value.
     """
     count, heads, queries, width = query.shape
-    text, seen = _flash(query, key, value, 0.0, mask is None and queries > 1, attn_mask=mask, scale=scale)
+    if queries == 1:
+        return _one_token(query, key, value, mask, prefix, scale)
+    if (times := heads // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    text, seen = _flash(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
     flat = query.transpose(0, 1).reshape(heads, count * queries, width)
-    bias = prefix.bias if queries == 1 else prefix.bias.repeat_interleave(queries, 1)
-    logits = torch.bmm(flat, prefix.key).add_(bias).float()
+    logits = torch.bmm(flat, prefix.key).add_(prefix.bias.repeat_interleave(queries, 1)).float()
     column = seen.transpose(0, 1).reshape(heads, count * queries, 1)
     weights = torch.cat([logits, column], -1).softmax(-1).to(query.dtype)
     made = torch.bmm(weights[..., :-1], prefix.value).view(heads, count, queries, width).transpose(0, 1)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from smartmops.attention.passage import Passage
+from smartmops.attention.context import ForwardContext
 from smartmops.checks.errors import AdapterError
 
 # Of the thread that generates, so that calls at once do not meet.
@@ -27,7 +27,7 @@ class Text:
 
     prompt: Tensor | None  # ids or embeddings; what a first pass holds beyond them was guessed, by lookup or a helper
     own: bool  # False: what guidance compares the caller's prompt with
-    passage: Passage | None = None
+    context: ForwardContext | None = None
 
     @property
     def length(self) -> int | None:
@@ -72,7 +72,7 @@ class Call:
         first, found = self.texts[0], [text for text in self.texts if text.begins(inputs)]
         if found:
             self.now = max(found, key=lambda text: text.length or 0)
-        elif first.passage is None:
+        elif first.context is None:
             self.now, first.prompt = first, inputs  # `generate` made a prompt, or changed its end (token healing)
         else:
             self.now = Text(inputs, False)

@@ -1,7 +1,7 @@
 """One batch whose rows are served by several adapters, as PEFT's `adapter_names=` asks for.
 
 Every row gets the columns of all adapters, those of others closed to it, so that one pass of text serves all. Knows
-passages and names; knows no tokens, no model.
+contexts and names; knows no tokens, no model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from smartmops.attention.passage import Part, Passage
+from smartmops.attention.context import ForwardContext, Part
 from smartmops.checks.errors import AdapterError, ArgumentTypeError
 from smartmops.experts import gate
 
@@ -102,38 +102,36 @@ def saved_modules(engine: Any, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor, *told: Any) -> Passage:
+def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor, *told: Any) -> ForwardContext:
     """What is known of such a batch before its first layer."""
-    rows, whole = len(names), Passage("", len(engine.layers), names=names)
+    rows, groups = len(names), 0
+    whole = ForwardContext(injection_layer=len(engine.layers), row_adapters=names)
     starts = torch.zeros(rows, dtype=torch.long, device=real.device)
     for adapter in dict.fromkeys(name for name in names if name != BASE):
-        wrapper = next(each for each in engine.wrappers.values() if adapter in each.configs)
         at = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=real.device)
         own = {name: _own(value, at, rows) for name, value in kwargs.items()}
         with asked(engine, [adapter]):
-            part = engine._fresh(wrapper, adapter, own, real[at], *(_own(each, at, rows) for each in told))
+            part = engine.fresh(adapter, own, real[at], *(_own(each, at, rows) for each in told))
         whole.parts.append(Part(at, part))
-        whole.first = min(whole.first, part.first)
-        if part.start is not None:
-            starts[at] = part.start
+        whole.injection_layer = min(whole.injection_layer, part.injection_layer)
+        groups = max(groups, engine.wrapper_of(adapter).configs[adapter].num_groups)
+        if part.visible_from is not None:
+            starts[at] = part.visible_from
     if starts.any():
-        whole.start = starts
-    if BASE in names:
-        whole.closed = torch.tensor([name == BASE for name in names], device=real.device)
-        whole.attended = not whole.parts
-    groups = [each.configs[part.passage.adapter].num_groups for part in whole.parts
-              for each in engine.wrappers.values() if part.passage.adapter in each.configs]  # fmt: skip
-    whole.gate = torch.zeros(rows, max(groups, default=0), device=real.device)
+        whole.visible_from = starts
+    whole.leave_to_base(torch.tensor([name == BASE for name in names], device=real.device))
+    whole.attended = not whole.parts
+    whole.gate = torch.zeros(rows, groups, device=real.device)
     for part in whole.parts:
         _take(whole, part)
     return whole
 
 
-def enter(whole: Passage, wrapper: Any, hidden: Float[Tensor, "rows seq hidden"]) -> None:
+def read(whole: ForwardContext, wrapper: Any, hidden: Float[Tensor, "rows seq hidden"]) -> None:
     """Let the adapters of a wrapper's layer, those whose gate is unread, read theirs from their own rows."""
     for part in whole.parts:
-        if part.passage.first == wrapper.index and part.passage.gate is None:
-            wrapper.read(part.passage, hidden[part.rows.to(hidden.device)])
+        if part.context.injection_layer == wrapper.index and part.context.gate is None:
+            wrapper.read(part.context, hidden[part.rows.to(hidden.device)])
             _take(whole, part)
 
 
@@ -149,30 +147,29 @@ def _spread(value: Tensor, at: Int[Tensor, " own"], rows: int, fill: float) -> T
     return own.new_full((rows, *value.shape[1:]), fill).index_copy(0, at.to(value.device), own)
 
 
-def _take(whole: Passage, part: Part) -> None:
+def _take(whole: ForwardContext, part: Part) -> None:
     """Move what an adapter has put in front of layers to the whole batch, closed to all rows but its own."""
-    own, at = part.passage, part.rows
+    own, at = part.context, part.rows
     assert whole.gate is not None
     rows = len(whole.gate)
     if own.gate is not None:
         widened = torch.nn.functional.pad(own.gate, (0, whole.gate.shape[1] - own.gate.shape[1]))
         whole.gate = whole.gate.to(widened).index_copy(0, at.to(widened.device), widened)
-        if own.lost is not None:
-            before = own.lost.new_zeros(rows) if whole.lost is None else whole.lost
-            whole.lost = before.index_copy(0, at.to(before.device), own.lost)
-            shut = _spread(own.lost >= 1, at, rows, False)
-            if bool(shut.any()):
-                whole.closed = shut if whole.closed is None else whole.closed.to(shut.device) | shut
+        if own.null_weight is not None:
+            before = own.null_weight.new_zeros(rows) if whole.null_weight is None else whole.null_weight
+            whole.null_weight = before.index_copy(0, at.to(before.device), own.null_weight)
+            whole.leave_to_base(_spread(own.null_weight >= 1, at, rows, False))
         whole.attended = whole.attended or own.attended
-    for layer, ((key, value), bias) in own.prefix.items():
+    for layer, seen in own.prefix.items():
+        key, value = seen.key, seen.value
         if len(key) > 1:  # each row has its own
             key, value = (_spread(each, at, rows, 0.0) for each in (key, value))
-        whole.put({layer: (key, value)}, _spread(bias, at, rows, gate.CLOSED))
-    for layer, columns in own.beside.items():
-        whole.beside[layer] = whole.beside.get(layer, []) + [
+        whole.put({layer: (key, value)}, _spread(seen.bias, at, rows, gate.CLOSED))
+    for layer, columns in own.added.items():
+        whole.added[layer] = whole.added.get(layer, []) + [
             replace(
                 each, bias=_spread(each.bias, at, rows, gate.CLOSED), strength=_spread(each.strength, at, rows, 0.0)
             )
             for each in columns
         ]
-    own.prefix, own.beside = {}, {}
+    own.prefix, own.added = {}, {}

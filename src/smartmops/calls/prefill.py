@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from smartmops.attention.context import ForwardContext
 from smartmops.attention.packed import Segments, text_positions
-from smartmops.attention.passage import Passage
 from smartmops.backbone import growing
 
 PADDING = 1 / 8  # of a batch, from which on it is worth the trouble
@@ -43,11 +43,11 @@ def packable(model: nn.Module, names: list[str], kwargs: Mapping[str, Any], real
     return bool(at.shape == real.shape) and torch.equal(at[real], text_positions(real)[real])
 
 
-def pack(kwargs: Mapping[str, Any], real: Bool[Tensor, "rows seq"], passage: Passage) -> dict[str, Any]:
-    """What the model is called with instead; the passage learns where the rows lie."""
-    passage.segments = segments = Segments(real.sum(-1).tolist(), real.device)
-    if passage.gate_mask is not None:
-        passage.gate_mask = passage.gate_mask[real]
+def pack(kwargs: Mapping[str, Any], real: Bool[Tensor, "rows seq"], context: ForwardContext) -> dict[str, Any]:
+    """What the model is called with instead; the context learns where the rows lie."""
+    context.segments = segments = Segments(real.sum(-1).tolist(), real.device)
+    if context.gate_mask is not None:
+        context.gate_mask = context.gate_mask[real]
     for layer in kwargs["past_key_values"].layers:
         layer.arriving = real
     return dict(kwargs) | {
@@ -58,8 +58,8 @@ def pack(kwargs: Mapping[str, Any], real: Bool[Tensor, "rows seq"], passage: Pas
     }
 
 
-def unpack(output: Any, passage: Passage) -> Any:
+def unpack(output: Any, context: ForwardContext) -> Any:
     """Logits of each row's last token, a row each. From here on rows are padded, as the cache is."""
-    passage.segments = None
+    context.segments = None
     output.logits = output.logits.transpose(0, 1)
     return output

@@ -9,13 +9,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from smartmops.attention.packed import Segments
 from smartmops.checks.errors import AdapterError
 
 CLOSED = -1e30  # on a column: nobody attends to it, and no sum of such biases is infinite
 
 
-def pool(hidden: Float[Tensor, "batch seq hidden"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch hidden"]:
-    """avg_emb of Algorithm 1: the mean of the hidden states the gate may read, in float32."""
+def pool(
+    hidden: Float[Tensor, "batch seq hidden"], mask: Bool[Tensor, "*batch seq"], segments: Segments | None = None
+) -> Float[Tensor, "rows hidden"]:
+    """avg_emb of Algorithm 1: the mean of the hidden states the gate may read, in float32; of each row, or segment."""
+    if segments is not None:
+        return segments.mean(hidden[0], mask)
     weight = mask.to(torch.float32).unsqueeze(-1)
     return (hidden.to(torch.float32) * weight).sum(1) / weight.sum(1).clamp(min=1)
 

@@ -5,13 +5,35 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from smartmops.attention.passage import KeyValue, Record
+from smartmops.attention.context import ForwardContext, KeyValue
 from smartmops.backbone.halves import upper
+
+from .opened import Opened
+
+
+@dataclass
+class HiddenStates:
+    """Experts of the paper: prompts that enter at the injection layer and run through it and all later ones."""
+
+    backbone: nn.Module
+    injection_layer: int
+    prompts: Float[Tensor, "prompts hidden"]
+    shared: Float[Tensor, "shared hidden"] | None
+    experts: int
+    isolated: bool
+
+    def put(self, context: ForwardContext, opened: Opened) -> None:
+        """See `opened.Experts`."""
+        first = self.injection_layer
+        context.put(prefix(self.backbone, first, self.prompts, self.experts, self.isolated, opened.scale), opened.bias)
+        if self.shared is not None:
+            context.put(prefix(self.backbone, first, self.shared, 1, False), opened.shared)
 
 
 def positions(experts: int, per_expert: int, isolated: bool) -> Int[Tensor, prompts]:
@@ -46,7 +68,8 @@ def prefix(
     own, device = len(prompts) // experts, prompts.device
     dtype = next(p.dtype for p in backbone.parameters() if p.is_floating_point())
     rows = experts if apart else 1 if scale is None else len(scale)
-    record = Record(None if scale is None else scale.to(dtype).unsqueeze(-1))
+    kv: dict[int, KeyValue] = {}
+    context = ForwardContext(recorded=kv, scale=None if scale is None else scale.to(dtype).unsqueeze(-1))
     columns = prompts.view(experts, own, -1) if apart else prompts.expand(rows, -1, -1)
     see = visible(1 if apart else experts, columns.shape[1] // (1 if apart else experts), isolated).to(device)
     mask = torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(~see, torch.finfo(dtype).min)
@@ -59,11 +82,11 @@ def prefix(
             attention_mask=mask[None, None].expand(rows, 1, -1, -1),
             position_ids=at[None].expand(rows, -1),
             use_cache=False,
-            mops=record,
+            mops=context,
         )
     if not apart:
-        return record.kv
-    return {layer: (_in_a_row(key), _in_a_row(value)) for layer, (key, value) in record.kv.items()}
+        return kv
+    return {layer: (_in_a_row(key), _in_a_row(value)) for layer, (key, value) in kv.items()}
 
 
 def _in_a_row(

@@ -14,11 +14,42 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smartmops.attention.passage import KeyValue, Record
+from smartmops.attention.context import AddedPrefix, ForwardContext, KeyValue
 from smartmops.backbone.halves import POSITIONS, layers_name
 from smartmops.checks.errors import BaseModelError
 
+from .gate import CLOSED
+from .opened import Opened
+
 PROBE = 16  # tokens whose keys and values show the shapes and the size of a base's own
+
+
+@dataclass
+class KeysValues:
+    """Experts that are columns of every layer, in units of the size that a base's own have there."""
+
+    injection_layer: int
+    keys: Float[Tensor, "columns layers kv_heads key"]  # of experts, then shared ones
+    values: Float[Tensor, "columns layers kv_heads value"]
+    key_size: Float[Tensor, " layers"]
+    value_size: Float[Tensor, " layers"]
+    joint: bool  # whether they stand in one softmax with the text
+    head_weight: Float[Tensor, "layers heads"] | None  # in a softmax of their own; None: in none
+
+    def put(self, context: ForwardContext, opened: Opened) -> None:
+        """See `opened.Experts`."""
+        keys, values, bias = self.keys, self.values, torch.cat([opened.bias, opened.shared], -1)
+        if not torch.is_grad_enabled():  # what no row sees need not be there
+            live = (bias > CLOSED).any(0)
+            if not bool(live.all()):
+                keys, values, bias = keys[live], values[live], bias[:, live]
+        kv = prefix(self.injection_layer, keys, values, self.key_size, self.value_size)
+        if self.joint:
+            context.put(kv, bias)
+            return
+        for number, (layer, (key, value)) in enumerate(kv.items()):
+            weight = None if self.head_weight is None else self.head_weight[number]
+            context.added[layer] = [AddedPrefix(key, value, bias, opened.strength, weight)]
 
 
 @dataclass
@@ -58,13 +89,13 @@ def observe(backbone: Any, first: int, ids: Int[Tensor, "1 tokens"], end: int | 
     at = torch.arange(count, device=ids.device)
     before = at if learned_positions(backbone) else at - (count if end is None else end)
     record = _record(backbone, ids, before)
-    if before is not at and not all(bool(key.isfinite().all()) for key, _ in record.kv.values()):
+    if before is not at and not all(bool(key.isfinite().all()) for key, _ in record.values()):
         record = _record(backbone, ids, at)
     layers = range(first, len(getattr(backbone, layers_name(backbone))))
-    if missing := [layer for layer in layers if layer not in record.kv]:
+    if missing := [layer for layer in layers if layer not in record]:
         raise BaseModelError(f"layer {missing[0]} of {type(backbone).__name__} left no keys and values, so it has no "
                              "usual attention: choose an injection_layer above it, or another model")  # fmt: skip
-    pairs = [record.kv[layer] for layer in layers]
+    pairs = [record[layer] for layer in layers]
     if len({(key.shape, value.shape) for key, value in pairs}) > 1:
         raise BaseModelError(f"the layers of {type(backbone).__name__} from {first} up have keys or values of "
                              "different shapes: choose experts='hidden_states'")  # fmt: skip
@@ -72,19 +103,13 @@ def observe(backbone: Any, first: int, ids: Int[Tensor, "1 tokens"], end: int | 
     return Columns(keys, values)
 
 
-def _record(backbone: Any, ids: Int[Tensor, "1 tokens"], at: Int[Tensor, " tokens"]) -> Record:
+def _record(backbone: Any, ids: Int[Tensor, "1 tokens"], at: Int[Tensor, " tokens"]) -> dict[int, KeyValue]:
     """Every layer's keys and values of a text whose tokens are `at` these positions."""
-    record = Record()
+    kv: dict[int, KeyValue] = {}
     # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
-    contextvars.Context().run(
-        backbone,
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        position_ids=at[None],
-        use_cache=False,
-        mops=record,
-    )
-    return record
+    contextvars.Context().run(backbone, input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=at[None],
+                              use_cache=False, mops=ForwardContext(recorded=kv))  # fmt: skip
+    return kv
 
 
 def probe(backbone: Any, first: int) -> Columns:

@@ -59,15 +59,15 @@ def pinned(model: Any, inputs: dict[str, Tensor]) -> dict[int, Columns]:
         ValueError: columns stand outside the softmax over text.
     """
     model(**inputs)
-    passage = Engine.on(model).latest
-    assert passage is not None
-    if passage.beside:
+    context = Engine.on(model).latest
+    assert context is not None
+    if context.added:
         raise RunError("experts outside the softmax over text are no prefix: train with prefix_attention='joint'")
     found = {}
-    for layer, ((key, value), bias) in sorted(passage.prefix.items()):
-        seen = bias[0] > CLOSED / 2
-        keys, values = (each[0].transpose(0, 1)[seen].float().cpu() for each in (key, value))
-        found[layer] = Columns(keys, values, bias[0][seen].float().cpu())
+    for layer, prefix in sorted(context.prefix.items()):
+        seen = prefix.bias[0] > CLOSED / 2
+        keys, values = (each[0].transpose(0, 1)[seen].float().cpu() for each in (prefix.key, prefix.value))
+        found[layer] = Columns(keys, values, prefix.bias[0][seen].float().cpu())
     return found
 
 

@@ -149,7 +149,7 @@ def _column(base: Any, config: MethodConfig) -> int:
         return int(base.config.hidden_size)
     layers = int(base.config.num_hidden_layers)
     first = default_injection_layer(layers) if config.injection_layer is None else config.injection_layer
-    adapted = "mops_engine" in base.__dict__
+    adapted = hasattr(base, "mops_engine")
     engine = Engine.on(base)
     _, heads, key, value = keys_values.probe(engine.backbone, layers - 1).shape
     if not adapted:

@@ -61,7 +61,7 @@ def fingerprint(model: Any, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
     if config.num_recovery_prompts:
         weights["recovery prompts"] = wrapper.mops_recovery[wrapper.current]
     device = engine.backbone.get_input_embeddings().weight.device.type
-    attention = [part.__dict__["mops_inner"] for part in engine.layers[0].__dict__["mops_attention"]]
+    attention = [part.mops_native.function for part in engine.layers[0].mops_attention]
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     settings = {
         "format": FORMAT, "torch": torch.__version__, "transformers": transformers.__version__,

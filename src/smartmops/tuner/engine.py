@@ -21,13 +21,12 @@ from transformers.cache_utils import Cache
 
 from smartmops.adapter.config import MoPsConfig
 from smartmops.attention import attached
+from smartmops.attention.context import ForwardContext
 from smartmops.attention.packed import text_positions
-from smartmops.attention.passage import Passage
 from smartmops.backbone import bases, growing, halves
 from smartmops.calls import call, mixed, packing, prefill, reading, trainers
 from smartmops.checks.errors import AdapterError
-from smartmops.experts import gate
-from smartmops.experts import hidden_states as experts
+from smartmops.experts import gate, hidden_states
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -59,7 +58,7 @@ class Engine:
         keep_unpacked(model)
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]  # what `forward` takes, in order
         self.wrappers: dict[int, Any] = {}
-        self.last: Passage | None = None
+        self.last: ForwardContext | None = None
         self.warned = False
         layers = getattr(self.backbone, halves.layers_name(self.backbone))
         self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
@@ -71,10 +70,10 @@ class Engine:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
-        model.__dict__["generate"] = self._generate
+        model.generate = self._generate
         for name in call.BATCHING_CALLS:
-            model.__dict__[name] = functools.partial(call.refuse_batching, name)
-        model.__dict__["mops_engine"] = self
+            setattr(model, name, functools.partial(call.refuse_batching, name))
+        model.mops_engine = self
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last": None}  # a copy has read no text, and a graph cannot be copied
@@ -83,7 +82,7 @@ class Engine:
     def on(model: nn.Module) -> Engine:
         """The engine of a base model, made at the first call; under another adapter (LoRA) it sits on the model."""
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        return inner.__dict__.get("mops_engine") or Engine(inner)
+        return getattr(inner, "mops_engine", None) or Engine(inner)
 
     def remove(self) -> None:
         """Leave the base model as it was found (the wrappers are taken off by `unload`)."""
@@ -92,7 +91,7 @@ class Engine:
         for layer in self.layers:
             attached.detach(layer)
         for name in ("generate", *call.BATCHING_CALLS, "mops_engine"):
-            self.model.__dict__.pop(name, None)
+            delattr(self.model, name)
 
     @property
     def call(self) -> call.Call | None:
@@ -108,8 +107,12 @@ class Engine:
             raise AdapterError(f"adapters {names} are active at once: activate one with set_adapter({names[0]!r})")
         return on[0] if on else None
 
+    def wrapper_of(self, adapter: str) -> Any:
+        """The wrapper that holds an adapter's parameters; None: there is no such adapter."""
+        return next((wrapper for wrapper in self.wrappers.values() if adapter in wrapper.configs), None)
+
     @property
-    def latest(self) -> Passage | None:
+    def latest(self) -> ForwardContext | None:
         """The latest pass of text, as long as an adapter is on."""
         return None if self.active() is None else self.last
 
@@ -148,37 +151,33 @@ class Engine:
             self.call.begin(inputs)
         flat = self._flat(kwargs.get("attention_mask"), rows, length)
         packing.refuse_positions(kwargs.get("position_ids"), flat)
-        names = mixed.names_of(self, rows)
-        passage = self._known(cache, past, names or [wrapper.current] * rows)
+        names = mixed.names_of(self, rows) or [wrapper.current] * rows
+        context = self._known(cache, past, names)
         if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
-        if fresh := passage is None:
+        if new := context is None:
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
-            passage = self._begun(wrapper, names, kwargs, real, *self._given(*told))
-        elif passage.gate is not None and len(passage.gate) != rows:
+            context = self._begun(names, kwargs, real, *self._given(*told))
+        elif context.gate is not None and len(context.gate) != rows:
             raise AdapterError(
-                f"this cache was filled by {len(passage.gate)} rows, but {rows} came: run the prompt again"
+                f"this cache was filled by {len(context.gate)} rows, but {rows} came: run the prompt again"
             )
-        passage.look(past, length)
-        self.last = kwargs["mops"] = passage
-        if self.call is not None and fresh:
-            self.call.now.passage = passage
-            plain = passage.start is None and passage.gate is None
+        context.look(past, length)
+        self.last = kwargs["mops"] = context
+        if self.call is not None and new:
+            self.call.now.context = context
+            one = None if context.parts else self.wrapper_of(context.adapter)
+            plain = one is not None and context.visible_from is None and not one.configs[context.adapter].reads_ahead
             if plain and prefill.packable(model, self.names, kwargs, flat):
-                kwargs = prefill.pack(kwargs, flat.bool(), passage)
+                kwargs = prefill.pack(kwargs, flat.bool(), context)
         return (), kwargs
 
-    def _begun(
-        self, wrapper: Any, names: list[str] | None, kwargs: dict[str, Any], real: Tensor, *told: Any
-    ) -> Passage:
-        """The passage of a text that was not read before, by one adapter or by several."""
+    def _begun(self, names: list[str], kwargs: dict[str, Any], real: Tensor, *told: Any) -> ForwardContext:
+        """The context of a text that was not read before, by one adapter or by several."""
         if self.call is not None:
             growing.make_room(kwargs.get("past_key_values"))
-        if names is None:
-            return self._fresh(wrapper, wrapper.current, kwargs, real, *told)
         if len(set(names)) == 1 and names[0] != mixed.BASE:
-            wrapper = next(each for each in self.wrappers.values() if names[0] in each.configs)
-            return self._fresh(wrapper, names[0], kwargs, real, *told)
+            return self.fresh(names[0], kwargs, real, *told)
         each_row = [None if each is None else _rows(each, len(real)) for each in told]
         return mixed.begin(self, names, kwargs, real, *each_row)
 
@@ -193,14 +192,14 @@ class Engine:
         own = pairs[:, :, :length].diagonal(dim1=-2, dim2=-1)  # a real token sees itself, in any sliding window
         return own.expand(rows, -1)
 
-    def _known(self, cache: Any, past: int, names: list[str]) -> Passage | None:
+    def _known(self, cache: Any, past: int, names: list[str]) -> ForwardContext | None:
         if past == 0:  # without a cache, a text comes whole again for each token
-            return None if self.call is None or cache is not None else self.call.now.passage
-        found: Passage | None = getattr(cache, "mops", None)  # it goes where the cache goes: copies, threads, batches
+            return None if self.call is None or cache is not None else self.call.now.context
+        found: ForwardContext | None = getattr(cache, "mops", None)  # it goes where the cache goes: copies, threads
         if found is None:
             raise AdapterError(f"past_key_values hold {past} tokens that were not read under this adapter: "
                                "start from an empty cache")  # fmt: skip
-        if (filled := found.names or [found.adapter] * len(names)) != names:
+        if (filled := found.row_adapters or [found.adapter] * len(names)) != names:
             was, now = (" and ".join(sorted(set(each))) for each in (filled, names))
             raise AdapterError(f"past_key_values were filled by adapter {was}, and now {now} is to go on: use the "
                                "same, or an empty cache")  # fmt: skip
@@ -213,44 +212,55 @@ class Engine:
         own = (self.call.gate_mask, self.call.gate_embedding, self.call.gate_weights)
         return tuple(call if each is None else each for each, call in zip(told, own, strict=True))
 
-    def _fresh(
-        self, wrapper: Any, adapter: str, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any, weights: Any
-    ) -> Passage:
+    def context(self, adapter: str, always: bool = False) -> ForwardContext:
+        """Of an adapter, recovery prompts in front, where they belong to it or (where no gate is read) `always`."""
+        wrapper = self.wrapper_of(adapter)
+        config, found = wrapper.configs[adapter], ForwardContext(adapter, wrapper.index)
+        if config.num_recovery_prompts and (always or config.null_threshold > 0):
+            prompts = wrapper.mops_recovery[adapter]
+            kv = hidden_states.prefix(self.backbone, 0, prompts, 1, False)
+            if not config.keep_recovery_prompts:
+                kv = {layer: pair for layer, pair in kv.items() if layer < wrapper.index}
+            found.put(kv, torch.zeros(1, len(prompts), device=prompts.device))
+        return found
+
+    def fresh(
+        self, adapter: str, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any, weights: Any
+    ) -> ForwardContext:
         """What is known of a text before its first layer: what the gate may read, and who sees experts."""
-        config, rows = wrapper.configs[adapter], len(real)
+        wrapper, rows = self.wrapper_of(adapter), len(real)
+        config = wrapper.configs[adapter]
         if wrapper.mops_gate_in[adapter].is_meta and not any(p.is_meta for p in wrapper.base_layer.parameters()):
             raise AdapterError(f"adapter {adapter!r} was made with low_cpu_mem_usage=True and its weights were not "
                                "loaded: load them, or leave that unset")  # fmt: skip
-        passage, ids = Passage(adapter, wrapper.index), self._ids(kwargs, config, mask)
+        context, ids = self.context(adapter), self._ids(kwargs, config, mask)
         if weights is not None:
-            passage.gate_weights = gate.checked(_rows(weights, rows), config.num_experts).to(real.device)
+            context.gate_weights = gate.checked(_rows(weights, rows), config.num_experts).to(real.device)
         labels = self._labels(kwargs, real)
         real = self._before_answer(real)
         if labels is not None:
             packing.refuse(real, ids, labels, wrapper.training)
         if config.visible_to == "answers":
-            passage.start = reading.answer_starts(ids, real, labels, config.answer_header)
+            context.visible_from = reading.answer_starts(ids, real, labels, config.answer_header)
         if config.embedding_size is not None:
             if self.call is not None and not self.call.now.own:
                 raise AdapterError(f"guidance_scale compares with another text, whose embedding by {config.embedder!r} "
                                    "this adapter's gate would need: leave it unset")  # fmt: skip
-            passage.gate_embedding = _embedding(embedding, config, rows)
-        elif config.gate_input == "sequence":
-            passage.gate_mask = real
-        else:
+            context.pooled = _embedding(embedding, config, rows)
+            return context
+        context.gate_mask = real
+        if config.gate_input == "instruction":
             chosen = None if mask is None else _rows(mask, rows)
             if chosen is not None and self.call is not None and chosen.shape[1] == self.call.now.length:
                 chosen = F.pad(chosen, (0, real.shape[1] - chosen.shape[1]))
             if chosen is None:
                 self._warn_of(real, labels)
             frame = config.gate_frame if config.gate_reads == "own" else None
-            passage.gate_mask = reading.instruction(ids, real, labels, passage.start, frame, chosen)
-            reading.refuse_sight(kwargs.get("attention_mask"), passage.gate_mask, real, labels)
-        if config.num_recovery_prompts and config.null_threshold > 0:
-            self.recover(passage, wrapper, config)
-        if config.reads_ahead or (config.visible_to == "answers" and config.embedding_size is None):
-            wrapper.enter(passage, self._read_ahead(passage, wrapper.index, kwargs, real, config))
-        return passage
+            context.gate_mask = reading.instruction(ids, real, labels, context.visible_from, frame, chosen)
+            reading.refuse_sight(kwargs.get("attention_mask"), context.gate_mask, real, labels)
+        if config.reads_ahead or config.visible_to == "answers":
+            context.pooled = self._read_ahead(context, kwargs, real, config)
+        return context
 
     def _before_answer(self, real: Bool[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
         """Of a first pass, what was there before anything was generated or guessed."""
@@ -307,41 +317,31 @@ class Engine:
             warnings.warn(said, stacklevel=2)
 
     @torch.no_grad()
-    def _read_ahead(
-        self, passage: Passage, first: int, kwargs: dict[str, Any], real: Tensor, config: MoPsConfig
-    ) -> Tensor:
+    def _read_ahead(self, context: ForwardContext, kwargs: dict[str, Any], real: Tensor, config: MoPsConfig) -> Tensor:
         """What the gate reads, [rows, hidden], from a pass of the bare base up to the gate's layer."""
-        assert passage.gate_mask is not None
+        assert context.gate_mask is not None
         given = {n: kwargs[n] for n in ("input_ids", "inputs_embeds", "position_ids") if kwargs.get(n) is not None}
-        carried = Passage(passage.adapter, len(self.layers), prefix=dict(passage.prefix))
-        layer = first if config.gate_layer is None else config.gate_layer
+        carried = ForwardContext(injection_layer=len(self.layers), prefix=dict(context.prefix))
+        layer = context.injection_layer if config.gate_layer is None else config.gate_layer
         given["attention_mask"] = real.long()
         if self.call is None and reading.each_pair(kwargs.get("attention_mask")) is not None:
             given["attention_mask"] = kwargs["attention_mask"]
         # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
         out = contextvars.copy_context().run(halves.lower(self.backbone, layer), **given, use_cache=False, mops=carried)
-        return gate.pool(out.last_hidden_state, passage.gate_mask.to(out.last_hidden_state.device))
-
-    def recover(self, passage: Passage, wrapper: Any, config: MoPsConfig) -> None:
-        """Put the recovery prompts in front of every layer, or only below the injection layer."""
-        prompts = wrapper.mops_recovery[passage.adapter]
-        kv = experts.prefix(self.backbone, 0, prompts, 1, False)
-        if not config.keep_recovery_prompts:
-            kv = {layer: pair for layer, pair in kv.items() if layer < wrapper.index}
-        passage.put(kv, torch.zeros(1, len(prompts), device=prompts.device))
+        return gate.pool(out.last_hidden_state, context.gate_mask.to(out.last_hidden_state.device))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        passage, cache = kwargs.get("mops"), kwargs.get("past_key_values")
+        context, cache = kwargs.get("mops"), kwargs.get("past_key_values")
         if cache is None:
             made = getattr(output, "past_key_values", None)
             among = output if isinstance(output, tuple) else ()
             cache = made if made is not None else next((each for each in among if isinstance(each, Cache)), None)
-        if passage is not None and not passage.attended:
+        if context is not None and not context.attended:
             raise AdapterError(f"no attention module of {type(model).__name__} saw the prompts: its layers do not hand "
                                "on what they carry; please report the architecture")  # fmt: skip
-        if passage is not None and cache is not None:
-            cache.mops = passage
-        return output if passage is None or passage.segments is None else prefill.unpack(output, passage)
+        if context is not None and cache is not None:
+            cache.mops = context
+        return output if context is None or context.segments is None else prefill.unpack(output, context)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows of a batch that decodes under one adapter: others join them, and some leave. Knows caches, masks and passages.
+"""Rows of a batch that decodes under one adapter: others join them, and some leave. Knows caches, masks and contexts.
 
 What the gate has read of each row is kept, so a joined batch has the columns that each row had before. No text, no
 sampling.
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from smartmops.attention.passage import Passage
+from smartmops.attention.context import ForwardContext
 from smartmops.backbone import growing
 from smartmops.calls import mixed
 
@@ -36,8 +36,8 @@ class Rows:
     @classmethod
     def begun(cls, cache: Any, mask: Tensor, told: Tensor, base: Tensor) -> Rows:
         """The rows of a first pass."""
-        passage: Passage = cache.mops
-        parts = [(part.rows, part.passage) for part in passage.parts] or [(torch.arange(len(mask)), passage)]
+        context: ForwardContext = cache.mops
+        parts = [(part.rows, part.context) for part in context.parts] or [(torch.arange(len(mask)), context)]
         read = [(at, own.pooled) for at, own in parts if own.pooled is not None]
         pooled = torch.zeros(len(mask), read[0][1].shape[1] if read else 0, device=mask.device)
         for at, own in read:
@@ -56,7 +56,8 @@ class Rows:
 def step(model: Any, rows: Rows, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocabulary"]:
     """Logits of the token after `tokens`, which each row takes in."""
     rows.mask = F.pad(rows.mask, (0, 1), value=1)
-    given: dict[str, Any] = {} if rows.cache.mops.names is None else {"adapter_names": rows.cache.mops.names}
+    names = rows.cache.mops.row_adapters
+    given: dict[str, Any] = {} if names is None else {"adapter_names": names}
     out = model(input_ids=tokens[:, None], attention_mask=rows.mask, past_key_values=rows.cache, use_cache=True,
                 logits_to_keep=1, **given)  # fmt: skip
     found: Tensor = out.logits[:, -1]
@@ -78,7 +79,7 @@ def joined(model: Any, adapter: str, some: Sequence[Rows]) -> Rows:
         torch.cat([rows.told for rows in some]),
         torch.cat([rows.base for rows in some]),
     )
-    cache.mops = _passage(model, adapter, found)
+    cache.mops = _context(model, adapter, found)
     return found
 
 
@@ -90,7 +91,7 @@ def kept(model: Any, adapter: str, rows: Rows, stay: Sequence[int]) -> Rows:
     cache = _cache([tuple(each[at][:, :, first:] for each in (layer.keys, layer.values))
                     for layer in rows.cache.layers])  # fmt: skip
     found = Rows(cache, mask[:, first:], rows.pooled[at], rows.told[at], rows.base[at])
-    cache.mops = _passage(model, adapter, found)
+    cache.mops = _context(model, adapter, found)
     return found
 
 
@@ -108,20 +109,15 @@ def _cache(pairs: Sequence[Any]) -> Any:
     return cache
 
 
-def _passage(model: Any, adapter: str, rows: Rows) -> Passage:
-    """The columns of all experts with each row's own weights; rows of the base see none."""
+def _context(model: Any, adapter: str, rows: Rows) -> ForwardContext:
+    """Whose gate reads again what it has read of each row; rows of the base see no columns."""
     engine = Engine.on(model)
-    wrapper = next(each for each in engine.wrappers.values() if adapter in each.configs)
-    config = wrapper.configs[adapter]
-    names = [mixed.BASE if base else adapter for base in rows.base.tolist()] if rows.base.any() else None
     if rows.base.all():
-        return Passage(
-            "", len(engine.layers), names=names, attended=True
-        )  # no layer is its first, so none reads a gate
-    passage = Passage(adapter, wrapper.index, gate_weights=rows.told, names=names)
-    if config.num_recovery_prompts and config.null_threshold > 0:
-        engine.recover(passage, wrapper, config)
-    wrapper.enter(passage, rows.pooled)
+        context = ForwardContext(injection_layer=len(engine.layers), attended=True)
+    else:
+        context = engine.context(adapter)
+        context.pooled, context.gate_weights = rows.pooled, rows.told
     if rows.base.any():
-        passage.closed = rows.base if passage.closed is None else passage.closed | rows.base
-    return passage
+        context.row_adapters = [mixed.BASE if base else adapter for base in rows.base.tolist()]
+        context.leave_to_base(rows.base)
+    return context

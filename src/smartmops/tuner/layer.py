@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from smartmops.adapter import fresh
 from smartmops.adapter.config import MoPsConfig
-from smartmops.attention.passage import Beside, Passage
+from smartmops.attention.context import ForwardContext
 from smartmops.calls import mixed
 from smartmops.checks.errors import AdapterError
-from smartmops.experts import gate, keys_values, null, routes
-from smartmops.experts import hidden_states as experts
+from smartmops.experts import gate, null, routes
+from smartmops.experts.hidden_states import HiddenStates
+from smartmops.experts.keys_values import KeysValues
+from smartmops.experts.opened import Experts, Opened
 
 from .engine import Engine
 
@@ -51,7 +53,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.index = index
-        self.__dict__["engine"] = engine
+        self.engine = engine
         self.configs: dict[str, MoPsConfig] = {}
         self.warned: set[str] = set()
         for name in self.adapter_layer_names:
@@ -167,60 +169,62 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """At prefill, read the gate and put the experts in front of this and all later layers; then run the layer."""
-        passage = kwargs.get("mops")
-        if isinstance(passage, Passage) and (passage.first == self.index or passage.parts):
+        context = kwargs.get("mops")
+        if context is not None and (context.injection_layer == self.index or context.parts):
             hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
-            hidden = hidden.detach() if passage.first == self.index else hidden
+            hidden = hidden.detach() if context.injection_layer == self.index else hidden
             args = (hidden, *args)
-            if passage.parts:
-                mixed.enter(passage, self, hidden)
-            elif passage.gate is None:
-                self.read(passage, hidden)
+            if context.parts:
+                mixed.read(context, self, hidden)
+            elif context.gate is None:
+                self.read(context, hidden)
         return self.base_layer(*args, **kwargs)
 
-    def read(self, passage: Passage, hidden: Float[Tensor, "batch seq hidden"]) -> None:
-        """Read the gate from what enters this layer, and put the experts in front of it and all later ones."""
-        if passage.gate_embedding is not None:
-            pooled = passage.gate_embedding.to(hidden.device, torch.float32)
-        else:
-            assert passage.gate_mask is not None
-            mask, segments = passage.gate_mask.to(hidden.device), passage.segments
-            pooled = gate.pool(hidden, mask) if segments is None else segments.mean(hidden[0], mask)
-        self.enter(passage, pooled)
+    def read(self, context: ForwardContext, hidden: Float[Tensor, "batch seq hidden"]) -> None:
+        """Read the gate, and put the experts in front of this and all later layers.
 
-    def enter(self, passage: Passage, pooled: Float[Tensor, "batch inputs"]) -> None:
-        """Read the gate from pooled inputs, and put the experts in front of this and all later layers."""
-        adapter, config = passage.adapter, self.configs[passage.adapter]
-        passage.pooled = pooled.detach()
+        Its input is known by now, or it is what enters this layer.
+        """
+        adapter, config = context.adapter, self.configs[context.adapter]
         if self.training and not config.initialised:
             self._warn(adapter, config)
+        if context.pooled is None:
+            assert context.gate_mask is not None
+            context.pooled = gate.pool(hidden, context.gate_mask.to(hidden.device), context.segments)
+        pooled = context.pooled.to(hidden.device, torch.float32)
         with torch.autocast(pooled.device.type, enabled=False):
-            log_g = self.log_gate(pooled, adapter)
-            lost = self.null_weight(pooled, adapter)
-            if passage.gate_weights is not None:
-                log_g, lost = gate.told(log_g, lost, passage.gate_weights)
-            passage.lost = lost
-        passage.gate = log_g.exp() if lost is None else log_g.exp() * (1 - lost)[:, None]
-        columns, scale = gate.bias(log_g, config.num_prompts, config.expert_scale), None
-        shared = columns.new_zeros(len(columns), config.shared_prompts)
-        if lost is not None:
-            if bool((lost >= 1).all()):
-                passage.attended = True  # nothing is put anywhere, so the pass is the base's own, bit for bit
-                return
-            passage.closed = lost >= 1 if bool((lost >= 1).any()) else None
-            columns, shared = (gate.dimmed(each, lost) for each in (columns, shared))
-        if config.gate_target == "hidden_states":
-            scale = passage.gate.repeat_interleave(config.num_prompts // config.num_groups, -1)
-            columns = torch.zeros_like(columns)
-        if config.experts == "keys_values":
-            self._put_keys_values(passage, torch.cat([columns, shared], -1), lost)
+            log_g, lost = self.log_gate(pooled, adapter), self.null_weight(pooled, adapter)
+            if context.gate_weights is not None:
+                log_g, lost = gate.told(log_g, lost, context.gate_weights)
+        context.null_weight = lost
+        context.gate = log_g.exp() if lost is None else log_g.exp() * (1 - lost)[:, None]
+        if lost is not None and bool((lost >= 1).all()):
+            context.attended = True  # nothing is put anywhere, so the pass is the base's own, bit for bit
             return
-        isolated = config.expert_attention == "isolated"
-        prompts, backbone = self._trained("mops_prompts", adapter), self.engine.backbone
+        bias, scale = gate.bias(log_g, config.num_prompts, config.expert_scale), None
+        shared, strength = bias.new_zeros(len(bias), config.shared_prompts), torch.ones_like(bias[:, 0])
+        if lost is not None:
+            context.leave_to_base(lost >= 1)
+            bias, shared, strength = gate.dimmed(bias, lost), gate.dimmed(shared, lost), 1 - lost
+        if config.gate_target == "hidden_states":
+            scale = context.gate.repeat_interleave(config.num_prompts // config.num_groups, -1)
+            bias = torch.zeros_like(bias)
+        self._experts(adapter).put(context, Opened(bias, shared, strength, scale))
 
-        passage.put(experts.prefix(backbone, self.index, prompts, config.num_experts, isolated, scale), columns)
+    def _experts(self, adapter: str) -> Experts:
+        """An adapter's experts, made of its parameters."""
+        config = self.configs[adapter]
+        if config.experts == "hidden_states":
+            shared = self.mops_shared[adapter] if config.shared_prompts else None
+            return HiddenStates(self.engine.backbone, self.index, self._trained("mops_prompts", adapter), shared,
+                                config.num_experts, config.expert_attention == "isolated")  # fmt: skip
+        keys, values = (self._trained(name, adapter) for name in ("mops_keys", "mops_values"))
         if config.shared_prompts:
-            passage.put(experts.prefix(backbone, self.index, self.mops_shared[adapter], 1, False), shared)
+            keys = torch.cat([keys, self.mops_shared_keys[adapter]])
+            values = torch.cat([values, self.mops_shared_values[adapter]])
+        weight = self.mops_head_weight[adapter] if config.prefix_attention == "separate" else None
+        return KeysValues(self.index, keys, values, self.mops_key_size[adapter], self.mops_value_size[adapter],
+                          config.prefix_attention == "joint", weight)  # fmt: skip
 
     def _warn(self, adapter: str, config: MoPsConfig) -> None:
         """Once for each adapter that is trained from random experts though it asks for others."""
@@ -229,26 +233,6 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         self.warned.add(adapter)
         warnings.warn(f"the experts of adapter {adapter!r} are random: call smartmops.prepare(model, tokenizer, "
                       "examples) to start them from text, or choose init='random'", stacklevel=2)  # fmt: skip
-
-    def _put_keys_values(self, passage: Passage, bias: Float[Tensor, "batch columns"], lost: Tensor | None) -> None:
-        adapter, config = passage.adapter, self.configs[passage.adapter]
-        keys, values = (self._trained(name, adapter) for name in ("mops_keys", "mops_values"))
-        if config.shared_prompts:
-            keys = torch.cat([keys, self.mops_shared_keys[adapter]])
-            values = torch.cat([values, self.mops_shared_values[adapter]])
-        if not torch.is_grad_enabled():  # what no row sees need not be there
-            live = (bias > gate.CLOSED).any(0)
-            if not bool(live.all()):
-                keys, values, bias = keys[live], values[live], bias[:, live]
-        kv = keys_values.prefix(self.index, keys, values, self.mops_key_size[adapter], self.mops_value_size[adapter])
-        if config.prefix_attention == "joint":
-            passage.put(kv, bias)
-            return
-        strength = torch.ones_like(bias[:, 0]) if lost is None else 1 - lost
-        weights = self.mops_head_weight[adapter] if config.prefix_attention == "separate" else None
-        for number, (layer, (key, value)) in enumerate(kv.items()):
-            own = None if weights is None else weights[number]
-            passage.beside[layer] = [Beside(key, value, bias, strength, own)]
 
 
 def _runs_on(layer: nn.Module) -> torch.device | None:

@@ -220,10 +220,9 @@ class MoPsModel(BaseTuner):
             AdapterError: there is no such adapter.
         """
         name = adapter or self.active_adapters[0]
-        wrappers: list[MoPsLayer] = list(Engine.on(self.model).wrappers.values())
-        for wrapper in wrappers:
-            if name in wrapper.configs:
-                return wrapper
+        wrapper: MoPsLayer | None = Engine.on(self.model).wrapper_of(name)
+        if wrapper is not None:
+            return wrapper
         raise AdapterError(f"no adapter {name!r}: there are {sorted(self.peft_config)}")
 
     def forward(self, *args: Any, packed: Packed | Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
@@ -312,15 +311,12 @@ class MoPsModel(BaseTuner):
     def _through(self, batch: Packed) -> Float[Tensor, "tokens hidden"]:
         """Normed last hidden states, from tokens or from hidden states at the injection layer."""
         engine = Engine.on(self.model)
-        engine.last = None
-        passage = states.passage(engine, batch)
-        hidden, pooled = states.below(engine, batch)
-        if (wrapper := engine.active()) is not None:
-            wrapper.enter(passage, pooled)
-            engine.last = passage
-        above = halves.upper(engine.backbone, passage.first)
+        context = states.context(engine, batch)
+        hidden, context.pooled = states.below(engine, batch)
+        engine.last = None if engine.active() is None else context
+        above = halves.upper(engine.backbone, context.injection_layer)
         dtype = next(p.dtype for p in engine.backbone.parameters() if p.is_floating_point())
-        out: Tensor = above(inputs_embeds=hidden[None].to(dtype), **states.packed(passage)).last_hidden_state
+        out: Tensor = above(inputs_embeds=hidden[None].to(dtype), **states.packed(context)).last_hidden_state
         return out[0]
 
     @property
@@ -333,7 +329,7 @@ class MoPsModel(BaseTuner):
     def last_null(self) -> Float[Tensor, " batch"] | None:
         """What the latest pass of text left to the base; None where there is no null expert, or no adapter is on."""
         last = Engine.on(self.model).latest
-        return None if last is None or last.lost is None else last.lost.detach()
+        return None if last is None or last.null_weight is None else last.null_weight.detach()
 
     @torch.no_grad()
     def hidden_at_injection(self, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "batch seq hidden"]:

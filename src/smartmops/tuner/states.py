@@ -12,29 +12,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from smartmops.adapter.config import MoPsConfig
+from smartmops.attention.context import ForwardContext, Past
 from smartmops.attention.packed import IGNORED, Packed, Segments, text_positions
-from smartmops.attention.passage import Passage, Past
 from smartmops.backbone import halves
 from smartmops.calls import reading
 from smartmops.checks.errors import AdapterError
+from smartmops.experts import gate
 
 from .engine import Engine
 
 
-def passage(engine: Engine, batch: Packed) -> Passage:
+def context(engine: Engine, batch: Packed) -> ForwardContext:
     """Where the segments of a batch lie, recovery prompts and what came before in front of them."""
     wrapper = engine.active()
-    found = Passage("", len(engine.layers)) if wrapper is None else Passage(wrapper.current, wrapper.index)
+    found = ForwardContext(injection_layer=len(engine.layers))
+    if wrapper is not None:
+        found = engine.context(wrapper.current, always=True)
     found.segments = Segments(batch.lengths.tolist(), batch.labels.device, batch.past_lengths)
     if batch.past_keys is not None:
         assert batch.past_values is not None and batch.past_lengths is not None
         found.past = Past(batch.past_keys, batch.past_values, batch.past_lengths)
-    if wrapper is not None and wrapper.configs[found.adapter].num_recovery_prompts:
-        engine.recover(found, wrapper, wrapper.configs[found.adapter])
     return found
 
 
-def packed(carried: Passage) -> dict[str, Any]:
+def packed(carried: ForwardContext) -> dict[str, Any]:
     """What a backbone is called with. The mask is 4-D, so that none is made, and is never read."""
     segments = carried.segments
     assert segments is not None
@@ -60,26 +61,25 @@ def entering(
     wrapper: Any, adapter: str, layer: int, input_ids: Tensor, attention_mask: Tensor
 ) -> Float[Tensor, "batch seq hidden"]:
     """Of padded tokens, what enters `layer` where no text sees experts (recovery prompts in front, if any)."""
-    engine, config = wrapper.engine, wrapper.configs[wrapper.current or adapter]
-    carried = Passage(adapter, len(engine.layers))
-    if config.num_recovery_prompts:
-        engine.recover(carried, wrapper, config)
+    engine = wrapper.engine
+    carried = engine.context(adapter, always=True)
+    carried.injection_layer = len(engine.layers)
     out = halves.lower(engine.backbone, layer)(input_ids=input_ids, attention_mask=attention_mask,
                                                position_ids=text_positions(attention_mask), use_cache=False,
                                                mops=carried)  # fmt: skip
     return out.last_hidden_state  # type: ignore[no-any-return]
 
 
-def _bare(engine: Engine, batch: Packed) -> Passage:
+def _bare(engine: Engine, batch: Packed) -> ForwardContext:
     """Under this one no layer takes itself for the injection layer."""
-    found = passage(engine, batch)
-    found.first = len(engine.layers)
+    found = context(engine, batch)
+    found.injection_layer = len(engine.layers)
     return found
 
 
 @torch.no_grad()
 def _run(
-    engine: Engine, batch: Packed, at: list[int], carried: Passage | None = None
+    engine: Engine, batch: Packed, at: list[int], carried: ForwardContext | None = None
 ) -> list[Float[Tensor, "tokens hidden"]]:
     """What enters the layers `at`, where no text sees experts; the batch's hidden states are what enters the first."""
     carried = _bare(engine, batch) if carried is None else carried
@@ -113,9 +113,9 @@ def _pooled(
         raise AdapterError(f"this adapter's gate reads an embedding of width {config.embedding_size} made by "
                            f"{config.embedder!r}: give those as `pooled` of a packed batch")  # fmt: skip
     segments = Segments(batch.lengths.tolist(), batch.labels.device)
-    if config.gate_input == "sequence":
-        return segments.mean(hidden, torch.ones_like(batch.labels, dtype=torch.bool))
-    return segments.mean(hidden, _instruction(batch, config))
+    every = torch.ones_like(batch.labels, dtype=torch.bool)
+    read = every if config.gate_input == "sequence" else _instruction(batch, config)
+    return gate.pool(hidden[None], read, segments)
 
 
 def _instruction(batch: Packed, config: MoPsConfig) -> Bool[Tensor, " tokens"]:
@@ -146,14 +146,14 @@ def answers(engine: Engine, batch: Packed) -> Packed:
     assert wrapper is not None and batch.input_ids is not None
     config, count = wrapper.configs[wrapper.current], len(engine.layers)
     carried = _bare(engine, batch)
-    carried.taken = {}
+    carried.recorded = {}
     reads = config.gate_layer if config.reads_ahead and batch.pooled is None else wrapper.index
     hidden, read, _ = _run(engine, batch, [wrapper.index, reads, count], carried)
     starts = batch.starts()
     segments = carried.segments
     assert segments is not None
     own = segments.positions >= starts[segments.of]
-    pairs = [carried.taken[layer] for layer in range(wrapper.index, count)]
+    pairs = [carried.recorded[layer] for layer in range(wrapper.index, count)]
     keys, values = (_before(torch.stack([pair[i][0] for pair in pairs]), segments, starts, own) for i in (0, 1))
     return Packed(
         lengths=batch.lengths - starts.to(batch.lengths.device), labels=batch.labels[own], hidden=hidden[own],

@@ -1,0 +1,166 @@
+"""The object that travels with a forward pass: prompt columns of each layer, and which tokens see them. Not the gate.
+
+It belongs to one call and goes where the call's cache goes.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .packed import Segments
+
+KeyValue = tuple[
+    Float[Tensor, "#rows kv_heads prompts key"], Float[Tensor, "#rows kv_heads prompts value"]
+]  # one row serves all
+
+
+@dataclass
+class Ready:
+    """A layer's prefix as every step of a generation wants it."""
+
+    key: Float[Tensor, "heads head prompts"]  # times the scale
+    value: Float[Tensor, "heads prompts head"]
+    bias: Float[Tensor, "1 rows prompts"]
+
+
+@dataclass
+class Prefix:
+    """Columns of one layer in the softmax over its text, and the bias that the gate adds to the logits over them."""
+
+    key: Float[Tensor, "#rows kv_heads prompts key"]
+    value: Float[Tensor, "#rows kv_heads prompts value"]
+    bias: Float[Tensor, "#rows prompts"]
+    kept: Ready | None = None
+
+    def ready(self, query: Float[Tensor, "rows heads queries head"], scale: float) -> Ready:
+        """Made for the first query and kept: one row of keys and values, each of which serves several query heads."""
+        if self.kept is None:
+            times = query.shape[1] // self.key.shape[1]
+            key, value = (each[0].to(query.dtype).repeat_interleave(times, 0) for each in (self.key, self.value))
+            bias = self.bias.to(query.dtype).expand(len(query), -1)[None]
+            self.kept = Ready((scale * key).transpose(1, 2).contiguous(), value, bias)
+        return self.kept
+
+
+@dataclass
+class AddedPrefix:
+    """Columns that text attends to outside the softmax over text; their output is added to the text's.
+
+    With a weight per head, in a softmax of their own: `tanh(w_h) * strength * softmax(q k + bias) v`, where `w` starts
+    at zero (LLaMA-Adapter, Zhang et al. 2023). Without one, linearly: `strength * sum_n b_n phi(q) phi(k_n) / d v_n`
+    with b = softmax(bias), phi(x) = elu(x / rms(x)) + 1, where `v` starts at zero (PrefixMemory-Tuning, arXiv
+    2506.13674, where phi(x) = elu(x) + 1 and b_n = 1: a rate would be as large as a model's own queries and keys are).
+    """
+
+    key: Float[Tensor, "1 kv_heads prompts key"]
+    value: Float[Tensor, "1 kv_heads prompts value"]
+    bias: Float[Tensor, "rows prompts"]
+    strength: Float[Tensor, " rows"]  # share of the gate that went to any column at all
+    weight: Float[Tensor, " heads"] | None = None
+
+    def output(
+        self, query: Float[Tensor, "rows heads queries key"], scale: float, segment: Tensor | None = None
+    ) -> Float[Tensor, "rows queries heads value"]:
+        """What is added; `segment` says for each query of one packed row which row of `bias` is its own."""
+        times = query.shape[1] // self.key.shape[1]
+        key, value = (each.to(query.dtype).repeat_interleave(times, 1) for each in (self.key, self.value))
+        bias, strength = self.bias[:, None, None, :], self.strength[:, None, None, None]
+        if segment is not None:
+            bias, strength = self.bias[segment][None, None], self.strength[segment][None, None, :, None]
+        if self.weight is None:
+            alike = _features(query) @ _features(key).transpose(-1, -2) / query.shape[-1]
+            return ((alike * (bias.float().softmax(-1) * strength)).to(query.dtype) @ value).transpose(1, 2)
+        logits = (query @ key.transpose(-1, -2)).float() * scale + bias.float()
+        heads = self.weight.float().tanh()[None, :, None, None] * strength.float()
+        return ((logits.softmax(-1) * heads).to(query.dtype) @ value).transpose(1, 2)
+
+
+@dataclass
+class Past:
+    """What the bare base made of the tokens before each segment: they see no prompts, and nothing is trained there."""
+
+    keys: Float[Tensor, "layers segments kv_heads longest key"]  # padded on the right; from the injection layer up
+    values: Float[Tensor, "layers segments kv_heads longest value"]
+    lengths: Int[Tensor, " segments"]
+
+
+@dataclass
+class ForwardContext:
+    """Carried by a pass as the keyword `mops` of every decoder layer.
+
+    A pass of prompts fills `recorded` and nothing else. In a pass of text the gate's input is `pooled`, or, where that
+    is not known before the injection layer, the mean over `gate_mask` of what enters it; from it the injection layer
+    fills `gate`, `prefix` and `added`.
+    """
+
+    adapter: str = ""
+    injection_layer: int = -1  # -1 in a pass of prompts; the number of layers where no gate is to be read
+    gate_mask: Tensor | None = None  # [rows, seq], or [tokens] of segments: what the gate may read
+    pooled: Float[Tensor, "rows inputs"] | None = None  # the gate's input
+    gate_weights: Float[Tensor, "rows experts"] | None = None  # given by the caller; NaN: the gate decides
+    gate: Float[Tensor, "rows groups"] | None = None
+    null_weight: Float[Tensor, " rows"] | None = None  # None: there is no null expert
+    prefix: dict[int, Prefix] = field(default_factory=dict)  # by layer
+    added: dict[int, list[AddedPrefix]] = field(default_factory=dict)  # by layer
+    attended: bool = False  # whether any attention module has seen the columns
+    visible_from: Int[Tensor, " rows"] | None = None  # column from which on text sees prompts; None: all of it does
+    visible: Bool[Tensor, "rows seq"] | None = None  # the same for the tokens of this very pass; None: all
+    base_rows: Bool[Tensor, " rows"] | None = None  # rows that see no prompts at all; None: all see some
+    segments: Segments | None = None  # where the text is one row of several examples laid end to end
+    past: Past | None = None  # of the segments
+    recorded: dict[int, KeyValue] | None = None  # where every layer leaves its keys and values, if they are wanted
+    scale: Float[Tensor, "rows prompts 1"] | None = None  # hidden states are multiplied by this before every layer
+    row_adapters: list[str] | None = None  # the adapter of each row, where not all are served by `adapter`
+    parts: list[Part] = field(default_factory=list)  # those adapters' rows (see mixed.py)
+
+    def __deepcopy__(self, memo: Any) -> ForwardContext:
+        """Of a copied cache: nothing that is held is ever written to, so only the shells are new."""
+        found = copy.copy(self)
+        found.prefix, found.added = dict(self.prefix), dict(self.added)
+        return found
+
+    def put(self, kv: dict[int, KeyValue], bias: Float[Tensor, "#rows prompts"]) -> None:
+        """Add prompt columns to the layers in `kv`."""
+        for layer, (key, value) in kv.items():
+            if (seen := self.prefix.get(layer)) is None:
+                self.prefix[layer] = Prefix(key, value, bias)
+            else:
+                rows = max(len(seen.bias), len(bias))
+                joined = torch.cat([seen.bias.expand(rows, -1), bias.expand(rows, -1)], 1)
+                self.prefix[layer] = Prefix(_join(seen.key, key), _join(seen.value, value), joined)
+
+    def leave_to_base(self, rows: Bool[Tensor, " rows"]) -> None:
+        """Close all prompts to these rows too."""
+        if bool(rows.any()):
+            self.base_rows = rows if self.base_rows is None else self.base_rows.to(rows.device) | rows
+
+    def look(self, past: int, length: int) -> None:
+        """Work out which of the tokens in columns `past`.. of this pass see prompts."""
+        self.visible = None
+        if self.visible_from is not None and past < int(self.visible_from.max()):
+            columns = torch.arange(past, past + length, device=self.visible_from.device)
+            self.visible = columns >= self.visible_from[:, None]
+
+
+@dataclass
+class Part:
+    """The rows of a batch that one adapter serves."""
+
+    rows: Int[Tensor, " own"]
+    context: ForwardContext
+
+
+def _features(x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+    return F.elu(F.rms_norm(x.float(), x.shape[-1:])) + 1
+
+
+def _join(left: Tensor, right: Tensor) -> Tensor:
+    rows = max(len(left), len(right))
+    return torch.cat([left.expand(rows, -1, -1, -1), right.expand(rows, -1, -1, -1)], -2)
