@@ -68,6 +68,10 @@ class Segments:
         self.index = self.of * self.longest + within  # of each token in the padded table
         self.positions = within if self.offsets is None else within + self.offsets[self.of]
 
+    def inputs(self) -> dict[str, Tensor]:
+        """Positions for a backbone, and a mask: 4-D, so that none is made, and never read."""
+        return {"attention_mask": torch.zeros(1, 1, 1, 1, device=self.device), "position_ids": self.positions[None]}
+
     def slices(self) -> list[slice]:
         """Each segment's tokens in the row."""
         ends = list(accumulate(self.lengths))

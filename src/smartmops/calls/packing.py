@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import AdapterError
 
 from . import trainers
-from .reading import IGNORED
 
 WHY = "several examples are packed into it and one gate cannot serve them: turn packing"
 

@@ -52,8 +52,7 @@ def pack(kwargs: Mapping[str, Any], real: Bool[Tensor, "rows seq"], context: For
         layer.arriving = real
     return dict(kwargs) | {
         "input_ids": kwargs["input_ids"][real][None],
-        "position_ids": segments.positions[None],
-        "attention_mask": torch.zeros(1, 1, 1, 1, device=real.device),  # 4-D, so that none is made, and never read
+        **segments.inputs(),
         "logits_to_keep": real.sum(-1).cumsum(0) - 1,
     }
 

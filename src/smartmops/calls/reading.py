@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import AdapterError
-
-IGNORED = -100
 
 
 def places(ids: Int[Tensor, " seq"], pattern: Sequence[int]) -> Int[Tensor, " found"]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from smartmops.attention.context import ForwardContext, KeyValue
@@ -19,74 +19,53 @@ from .opened import Opened
 
 @dataclass
 class HiddenStates:
-    """Experts of the paper: prompts that enter at the injection layer and run through it and all later ones."""
-
-    backbone: nn.Module
-    injection_layer: int
-    prompts: Float[Tensor, "prompts hidden"]
-    shared: Float[Tensor, "shared hidden"] | None
-    experts: int
-    isolated: bool
-
-    def put(self, context: ForwardContext, opened: Opened) -> None:
-        """See `opened.Experts`."""
-        first = self.injection_layer
-        context.put(prefix(self.backbone, first, self.prompts, self.experts, self.isolated, opened.scale), opened.bias)
-        if self.shared is not None:
-            context.put(prefix(self.backbone, first, self.shared, 1, False), opened.shared)
-
-
-def positions(experts: int, per_expert: int, isolated: bool) -> Int[Tensor, prompts]:
-    """Positions just before the text, which starts at 0: -P..-1 for every isolated expert, -K..-1 for causal ones."""
-    if isolated:
-        return torch.arange(-per_expert, 0).repeat(experts)
-    return torch.arange(-experts * per_expert, 0)
-
-
-def visible(experts: int, per_expert: int, isolated: bool) -> Bool[Tensor, "prompts prompts"]:
-    """Which prompt (column) a prompt (row) attends to: earlier ones, of its own expert where isolated."""
-    total = experts * per_expert
-    causal = torch.ones(total, total, dtype=torch.bool).tril()
-    expert = torch.arange(total) // per_expert
-    return causal & (expert[:, None] == expert[None, :]) if isolated else causal
-
-
-def prefix(
-    backbone: nn.Module,
-    first: int,
-    prompts: Float[Tensor, "prompts hidden"],
-    experts: int,
-    isolated: bool,
-    scale: Float[Tensor, "rows prompts"] | None = None,
-) -> dict[int, KeyValue]:
-    """Run the prompt columns alone through layers `first`.. and collect their keys and values.
+    """Prompts that enter at a layer and run through it and all later ones, as the paper's experts and recovery prompts.
 
     They never see the text, so one row serves every batch (M' of the paper); only under a `scale` per row (Algorithm 1:
     columns times g before every layer) is there a row for each input.
     """
-    apart = isolated and scale is None  # then every expert is a row of its own, and nobody computes what is masked
-    own, device = len(prompts) // experts, prompts.device
-    dtype = next(p.dtype for p in backbone.parameters() if p.is_floating_point())
-    rows = experts if apart else 1 if scale is None else len(scale)
-    kv: dict[int, KeyValue] = {}
-    context = ForwardContext(recorded=kv, scale=None if scale is None else scale.to(dtype).unsqueeze(-1))
-    columns = prompts.view(experts, own, -1) if apart else prompts.expand(rows, -1, -1)
-    see = visible(1 if apart else experts, columns.shape[1] // (1 if apart else experts), isolated).to(device)
-    mask = torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(~see, torch.finfo(dtype).min)
-    at = (positions(1, own, True) if apart else positions(experts, own, isolated)).to(device)
-    with _no_checkpointing(backbone):
-        # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
-        contextvars.Context().run(
-            upper(backbone, first),
-            inputs_embeds=columns.to(dtype),
-            attention_mask=mask[None, None].expand(rows, 1, -1, -1),
-            position_ids=at[None].expand(rows, -1),
-            use_cache=False,
-            mops=context,
-        )
-    if not apart:
-        return kv
-    return {layer: (_in_a_row(key), _in_a_row(value)) for layer, (key, value) in kv.items()}
+
+    backbone: nn.Module
+    first: int  # layer where they enter
+    prompts: Float[Tensor, "prompts hidden"]
+    experts: int = 1
+    isolated: bool = False  # whether the prompts of an expert attend to each other alone; else to all earlier ones
+    shared: Float[Tensor, "shared hidden"] | None = None
+
+    def put(self, context: ForwardContext, opened: Opened) -> None:
+        """See `opened.Experts`."""
+        context.put(self.columns(opened.scale), opened.bias)
+        if self.shared is not None:
+            context.put(HiddenStates(self.backbone, self.first, self.shared).columns(), opened.shared)
+
+    def columns(self, scale: Float[Tensor, "rows prompts"] | None = None) -> dict[int, KeyValue]:
+        """Run the prompts alone through the layers, and collect their keys and values.
+
+        They stand just before the text, which starts at 0: every isolated expert at -P..-1, all others at -K..-1.
+        """
+        apart = self.isolated and scale is None  # then every expert is a row of its own: nothing masked is computed
+        width, device = len(self.prompts) // self.experts, self.prompts.device
+        dtype = next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
+        rows = self.experts if apart else 1 if scale is None else len(scale)
+        columns = self.prompts.view(rows, width, -1) if apart else self.prompts.expand(rows, -1, -1)
+        place = torch.arange(columns.shape[1], device=device)
+        see = torch.ones(len(place), len(place), dtype=torch.bool, device=device).tril()
+        if self.isolated:
+            see = see & (place[:, None] // width == place // width)
+        at = place % width - width if self.isolated else place - len(place)
+        mask = torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(~see, torch.finfo(dtype).min)
+        kv: dict[int, KeyValue] = {}
+        with _no_checkpointing(self.backbone):
+            # A context of its own: transformers collects the text's `output_hidden_states` through a context variable.
+            contextvars.Context().run(
+                upper(self.backbone, self.first),
+                inputs_embeds=columns.to(dtype),
+                attention_mask=mask[None, None].expand(rows, 1, -1, -1),
+                position_ids=at[None].expand(rows, -1),
+                use_cache=False,
+                mops=ForwardContext(recorded=kv, scale=None if scale is None else scale.to(dtype).unsqueeze(-1)),
+            )
+        return {layer: (_in_a_row(key), _in_a_row(value)) for layer, (key, value) in kv.items()} if apart else kv
 
 
 def _in_a_row(

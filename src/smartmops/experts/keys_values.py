@@ -26,7 +26,10 @@ PROBE = 16  # tokens whose keys and values show the shapes and the size of a bas
 
 @dataclass
 class KeysValues:
-    """Experts that are columns of every layer, in units of the size that a base's own have there."""
+    """Experts that are columns of every layer, in units of the size that a base's own have there.
+
+    So a rate is relative to what it moves, in every layer, whatever optimiser and trainer are used.
+    """
 
     injection_layer: int
     keys: Float[Tensor, "columns layers kv_heads key"]  # of experts, then shared ones
@@ -43,13 +46,15 @@ class KeysValues:
             live = (bias > CLOSED).any(0)
             if not bool(live.all()):
                 keys, values, bias = keys[live], values[live], bias[:, live]
-        kv = prefix(self.injection_layer, keys, values, self.key_size, self.value_size)
-        if self.joint:
-            context.put(kv, bias)
-            return
-        for number, (layer, (key, value)) in enumerate(kv.items()):
-            weight = None if self.head_weight is None else self.head_weight[number]
-            context.added[layer] = [AddedPrefix(key, value, bias, opened.strength, weight)]
+        sized = ((keys, self.key_size), (values, self.value_size))
+        made = [(each * size[None, :, None, None]).permute(1, 2, 0, 3) for each, size in sized]
+        for number, (key, value) in enumerate(zip(*made, strict=True)):
+            layer = self.injection_layer + number
+            if self.joint:
+                context.put({layer: (key[None], value[None])}, bias)
+            else:
+                weight = None if self.head_weight is None else self.head_weight[number]
+                context.added[layer] = [AddedPrefix(key[None], value[None], bias, opened.strength, weight)]
 
 
 @dataclass
@@ -127,21 +132,3 @@ def size(columns: Float[Tensor, "columns layers kv_heads width"]) -> Float[Tenso
         return torch.ones(columns.shape[1])
     found = columns.pow(2).mean((0, 2, 3)).sqrt()
     return torch.where(found > 0, found, torch.ones_like(found))
-
-
-def prefix(
-    first: int,
-    keys: Float[Tensor, "columns layers kv_heads key"],
-    values: Float[Tensor, "columns layers kv_heads value"],
-    key_size: Float[Tensor, " layers"],
-    value_size: Float[Tensor, " layers"],
-) -> dict[int, KeyValue]:
-    """What each layer puts in front of the text: trained numbers times the size they had at first in that layer.
-
-    So a rate is relative to what it moves, in every layer, whatever optimiser and trainer are used.
-    """
-    made = [
-        (trained * size[None, :, None, None]).permute(1, 2, 0, 3)
-        for trained, size in ((keys, key_size), (values, value_size))
-    ]
-    return {first + layer: (key[None], value[None]) for layer, (key, value) in enumerate(zip(*made, strict=True))}

@@ -26,7 +26,8 @@ from smartmops.attention.packed import text_positions
 from smartmops.backbone import bases, growing, halves
 from smartmops.calls import call, mixed, packing, prefill, reading, trainers
 from smartmops.checks.errors import AdapterError
-from smartmops.experts import gate, hidden_states
+from smartmops.experts import gate
+from smartmops.experts.hidden_states import HiddenStates
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -218,7 +219,7 @@ class Engine:
         config, found = wrapper.configs[adapter], ForwardContext(adapter, wrapper.index)
         if config.num_recovery_prompts and (always or config.null_threshold > 0):
             prompts = wrapper.mops_recovery[adapter]
-            kv = hidden_states.prefix(self.backbone, 0, prompts, 1, False)
+            kv = HiddenStates(self.backbone, 0, prompts).columns()
             if not config.keep_recovery_prompts:
                 kv = {layer: pair for layer, pair in kv.items() if layer < wrapper.index}
             found.put(kv, torch.zeros(1, len(prompts), device=prompts.device))

@@ -216,8 +216,8 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         config = self.configs[adapter]
         if config.experts == "hidden_states":
             shared = self.mops_shared[adapter] if config.shared_prompts else None
-            return HiddenStates(self.engine.backbone, self.index, self._trained("mops_prompts", adapter), shared,
-                                config.num_experts, config.expert_attention == "isolated")  # fmt: skip
+            return HiddenStates(self.engine.backbone, self.index, self._trained("mops_prompts", adapter),
+                                config.num_experts, config.expert_attention == "isolated", shared)  # fmt: skip
         keys, values = (self._trained(name, adapter) for name in ("mops_keys", "mops_values"))
         if config.shared_prompts:
             keys = torch.cat([keys, self.mops_shared_keys[adapter]])

@@ -6,7 +6,7 @@ Knows PEFT and its life cycle. Knows no text, no tasks, no files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -31,6 +31,17 @@ from .engine import Engine
 from .layer import MoPsLayer
 
 NO_MERGE = "gated prompts depend on the input and cannot be merged into weights: keep the adapter, or call unload()"
+NO_SUM = ("adapters of gated prompts cannot be added up, since each has a gate of its own: train one on all tasks, or "
+          "give adapter_names= row by row")  # fmt: skip
+
+
+def _refused(why: str) -> Callable[..., NoReturn]:
+    """A method of PEFT's that has no meaning here."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise AdapterError(why)
+
+    return refuse
 
 
 class MoPsModel(BaseTuner):
@@ -119,33 +130,8 @@ class MoPsModel(BaseTuner):
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         parent._modules[child_name] = new_module
 
-    def _check_merge_allowed(self) -> NoReturn:
-        raise AdapterError(NO_MERGE)
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused.
-
-        Raises:
-            AdapterError: always; the message says why and what to do instead.
-        """
-        raise AdapterError(NO_MERGE)
-
-    def unmerge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: nothing is ever merged.
-
-        Raises:
-            AdapterError: always.
-        """
-        raise AdapterError(NO_MERGE)
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused.
-
-        Raises:
-            AdapterError: always; the message says why and what to do instead.
-        """
-        raise AdapterError("adapters of gated prompts cannot be added up, since each has a gate of its own: train one "
-                           "on all tasks, or give adapter_names= row by row")  # fmt: skip
+    _check_merge_allowed = merge_adapter = unmerge_adapter = _refused(NO_MERGE)
+    add_weighted_adapter = _refused(NO_SUM)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -240,9 +226,7 @@ class MoPsModel(BaseTuner):
             raise AdapterError(f"{other[0]} would go unread beside a packed batch: leave it out, or give padded rows")
         if mixed.names_of(Engine.on(self.model)) is not None:
             raise AdapterError("adapter_names with a packed batch: give padded rows, or one adapter at a time")
-        batch = self._reduced(Packed.of(packed))
-        at, targets = batch.targets()
-        hidden = self._through(batch)[at]
+        hidden, targets = self.predicting(packed)
         loss = mean_loss(self._head, hidden, targets, self._vocabulary, self._saved)
         if (items := kwargs.get("num_items_in_batch")) is not None:  # as transformers' own losses take it
             loss = loss * len(targets) / items
@@ -254,9 +238,7 @@ class MoPsModel(BaseTuner):
         batch = Packed.of(packed)
         at, targets = batch.targets()
         found = torch.zeros(len(batch.labels), device=targets.device)
-        reduced = self._reduced(batch)
-        hidden = self._through(reduced)[reduced.targets()[0]]
-        found[at] = each_nats(self._head, hidden, targets, self._vocabulary)
+        found[at] = each_nats(self._head, self.predicting(batch)[0], targets, self._vocabulary)
         return found
 
     def predicting(
@@ -266,9 +248,11 @@ class MoPsModel(BaseTuner):
 
         With adapters off, those of the bare base.
         """
-        reduced = self._reduced(Packed.of(packed))
-        at, targets = reduced.targets()
-        return self._through(reduced)[at], targets
+        batch, wrapper = Packed.of(packed), Engine.on(self.model).active()
+        if wrapper is not None and wrapper.configs[wrapper.current].visible_to == "answers" and batch.past_keys is None:
+            batch = self.answers(batch)
+        at, targets = batch.targets()
+        return self._through(batch)[at], targets
 
     def logits(self, hidden: Float[Tensor, "some hidden"]) -> Float[Tensor, "some vocabulary"]:
         """Logits of normed last hidden states."""
@@ -302,12 +286,6 @@ class MoPsModel(BaseTuner):
         """Of packed tokens, all that training needs where answers alone see experts; none of it ever changes."""
         return states.answers(Engine.on(self.model), Packed.of(batch))
 
-    def _reduced(self, batch: Packed) -> Packed:
-        wrapper = Engine.on(self.model).active()
-        if wrapper is None or batch.past_keys is not None:
-            return batch
-        return self.answers(batch) if wrapper.configs[wrapper.current].visible_to == "answers" else batch
-
     def _through(self, batch: Packed) -> Float[Tensor, "tokens hidden"]:
         """Normed last hidden states, from tokens or from hidden states at the injection layer."""
         engine = Engine.on(self.model)
@@ -316,7 +294,7 @@ class MoPsModel(BaseTuner):
         engine.last = None if engine.active() is None else context
         above = halves.upper(engine.backbone, context.injection_layer)
         dtype = next(p.dtype for p in engine.backbone.parameters() if p.is_floating_point())
-        out: Tensor = above(inputs_embeds=hidden[None].to(dtype), **states.packed(context)).last_hidden_state
+        out: Tensor = above(inputs_embeds=hidden[None].to(dtype), **states.carrying(context)).last_hidden_state
         return out[0]
 
     @property

@@ -25,9 +25,8 @@ from .engine import Engine
 def context(engine: Engine, batch: Packed) -> ForwardContext:
     """Where the segments of a batch lie, recovery prompts and what came before in front of them."""
     wrapper = engine.active()
-    found = ForwardContext(injection_layer=len(engine.layers))
-    if wrapper is not None:
-        found = engine.context(wrapper.current, always=True)
+    bare = ForwardContext(injection_layer=len(engine.layers))
+    found = bare if wrapper is None else engine.context(wrapper.current, always=True)
     found.segments = Segments(batch.lengths.tolist(), batch.labels.device, batch.past_lengths)
     if batch.past_keys is not None:
         assert batch.past_values is not None and batch.past_lengths is not None
@@ -35,12 +34,10 @@ def context(engine: Engine, batch: Packed) -> ForwardContext:
     return found
 
 
-def packed(carried: ForwardContext) -> dict[str, Any]:
-    """What a backbone is called with. The mask is 4-D, so that none is made, and is never read."""
-    segments = carried.segments
-    assert segments is not None
-    mask = torch.zeros(1, 1, 1, 1, device=segments.device)
-    return {"attention_mask": mask, "position_ids": segments.positions[None], "use_cache": False, "mops": carried}
+def carrying(carried: ForwardContext) -> dict[str, Any]:
+    """What a backbone is called with beside hidden states or token ids."""
+    assert carried.segments is not None
+    return carried.segments.inputs() | {"use_cache": False, "mops": carried}
 
 
 def below(engine: Engine, batch: Packed) -> tuple[Float[Tensor, "tokens hidden"], Tensor | None]:
@@ -70,19 +67,13 @@ def entering(
     return out.last_hidden_state  # type: ignore[no-any-return]
 
 
-def _bare(engine: Engine, batch: Packed) -> ForwardContext:
-    """Under this one no layer takes itself for the injection layer."""
-    found = context(engine, batch)
-    found.injection_layer = len(engine.layers)
-    return found
-
-
 @torch.no_grad()
 def _run(
-    engine: Engine, batch: Packed, at: list[int], carried: ForwardContext | None = None
+    engine: Engine, batch: Packed, at: list[int], recorded: dict[int, Any] | None = None
 ) -> list[Float[Tensor, "tokens hidden"]]:
     """What enters the layers `at`, where no text sees experts; the batch's hidden states are what enters the first."""
-    carried = _bare(engine, batch) if carried is None else carried
+    carried = context(engine, batch)
+    carried.injection_layer, carried.recorded = len(engine.layers), recorded
     found, done = dict[int, Tensor](), 0
     if batch.hidden is not None:
         done = at[0]
@@ -92,13 +83,13 @@ def _run(
             continue
         if done == 0 and not found:
             assert batch.input_ids is not None
-            out = halves.lower(engine.backbone, layer)(input_ids=batch.input_ids[None], **packed(carried))
+            out = halves.lower(engine.backbone, layer)(input_ids=batch.input_ids[None], **carrying(carried))
         else:
             if layer < done:
                 raise AdapterError(f"the gate reads what enters layer {layer}, but the batch holds what enters layer "
                                    f"{done}: give `pooled` of a packed batch")  # fmt: skip
             part = halves.middle(engine.backbone, done, layer)
-            out = part(inputs_embeds=found[done][None], **packed(carried))
+            out = part(inputs_embeds=found[done][None], **carrying(carried))
         found[layer], done = out.last_hidden_state[0], layer
     return [found[layer] for layer in at]
 
@@ -145,15 +136,13 @@ def answers(engine: Engine, batch: Packed) -> Packed:
     wrapper = engine.active()
     assert wrapper is not None and batch.input_ids is not None
     config, count = wrapper.configs[wrapper.current], len(engine.layers)
-    carried = _bare(engine, batch)
-    carried.recorded = {}
+    recorded: dict[int, Any] = {}
     reads = config.gate_layer if config.reads_ahead and batch.pooled is None else wrapper.index
-    hidden, read, _ = _run(engine, batch, [wrapper.index, reads, count], carried)
+    hidden, read, _ = _run(engine, batch, [wrapper.index, reads, count], recorded)
     starts = batch.starts()
-    segments = carried.segments
-    assert segments is not None
+    segments = Segments(batch.lengths.tolist(), batch.labels.device)
     own = segments.positions >= starts[segments.of]
-    pairs = [carried.recorded[layer] for layer in range(wrapper.index, count)]
+    pairs = [recorded[layer] for layer in range(wrapper.index, count)]
     keys, values = (_before(torch.stack([pair[i][0] for pair in pairs]), segments, starts, own) for i in (0, 1))
     return Packed(
         lengths=batch.lengths - starts.to(batch.lengths.device), labels=batch.labels[own], hidden=hidden[own],
