@@ -11,6 +11,8 @@ from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from adapted import null_of, open_a_null_expert
+from by_hand import Prompts, gate_weights, null_weight
 from by_hand_kv import Seen, logits, pooled
 from smartmops import MoPsConfig
 from tiny_models import LAYERS, VOCABULARY, build, relative
@@ -31,6 +33,10 @@ WAYS = {
     "answers, linear": dict(visible_to="answers", prefix_attention="linear", gate_layer=1),
     "gate above": dict(gate_layer=5),
     "top-k": dict(gate_top_k=2, shared_prompts=1),
+    "null expert": dict(null_expert=True, shared_prompts=1),
+    "null expert, separate": dict(null_expert=True, prefix_attention="separate", shared_prompts=1),
+    "null expert, linear": dict(null_expert=True, prefix_attention="linear"),
+    "null expert, answers, top-k": dict(null_expert=True, visible_to="answers", gate_top_k=2),
     "one gate weight per prompt": dict(gate_granularity="prompt"),
 }
 EVERY = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
@@ -58,6 +64,8 @@ def scramble(model, plain, adapter="default", seed=0):
     seen = pooled(plain, at, inputs["input_ids"], inputs["attention_mask"], inputs["gate_mask"])
     layer.mops_gate_mean[adapter].copy_(seen.mean(0))
     layer.mops_gate_scale[adapter].copy_(seen.std(0) + seen.std() / 4)
+    if config.null_expert:
+        open_a_null_expert(null_of(layer, adapter), layer.standardised(seen, adapter))
 
 
 def question() -> dict:
@@ -77,26 +85,24 @@ def what_is_seen(plain, model, inputs, adapter="default") -> Seen:
     config = layer.configs[adapter]
     own = {name: getattr(layer, f"mops_{name}")[adapter].detach() for name in (
         "keys", "values", "key_size", "value_size", "gate_in", "gate_out", "gate_bias", "gate_mean", "gate_scale")}  # fmt: skip
+    gate = Prompts(None, *(own[f"gate_{name}"] for name in ("in", "out", "mean", "scale")), None,
+                   gate_bias=own["gate_bias"], null=null_of(layer, adapter))  # fmt: skip
     at = layer.index if config.gate_layer is None else config.gate_layer
     a = pooled(plain, at, inputs["input_ids"], inputs["attention_mask"], inputs["gate_mask"])
-    scores = torch.relu(((a - own["gate_mean"]) / own["gate_scale"]) @ own["gate_in"].T) @ own["gate_out"].T
-    weights = (scores + own["gate_bias"]).softmax(-1)
-    if config.gate_top_k:
-        kept = torch.zeros_like(weights).scatter(-1, weights.topk(config.gate_top_k).indices, 1.0)
-        weights = weights * kept / (weights * kept).sum(-1, keepdim=True)
+    weights, left = gate_weights(config, gate, a), 1 - null_weight(config, gate, a)
     bias = (weights * weights.shape[1]).log().clamp(min=-1e30).repeat_interleave(12 // weights.shape[1], -1)
     keys, values = own["keys"], own["values"]
     if config.shared_prompts:
         keys = torch.cat([keys, layer.mops_shared_keys[adapter].detach()])
         values = torch.cat([values, layer.mops_shared_values[adapter].detach()])
-        bias = torch.cat([bias, torch.zeros(len(bias), config.shared_prompts)], -1)
+        bias = torch.cat([bias, left.log().clamp(min=-1e30)[:, None].expand(-1, config.shared_prompts)], -1)
     sees = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     if config.visible_to == "answers":
         sees = torch.arange(sees.shape[1]).expand_as(sees) >= 7
     heads = layer.mops_head_weight[adapter].detach() if config.prefix_attention == "separate" else None
     shape = (None, slice(None), None, None)
     return Seen(layer.index, keys * own["key_size"][shape], values * own["value_size"][shape], bias,
-                config.prefix_attention, torch.ones(len(bias)), sees, heads)  # fmt: skip
+                config.prefix_attention, left, sees, heads)  # fmt: skip
 
 
 @EVERY
@@ -152,7 +158,7 @@ def test_a_closed_gate_is_the_base_bit_for_bit(options):
 @pytest.mark.parametrize("options", [{}, dict(visible_to="answers"), dict(prefix_attention="separate")], ids=str)
 @torch.no_grad()
 def test_rows_left_to_the_base_are_the_bases_own_in_a_batch_with_others(options):
-    plain, model = adapt(null_expert=True, **options)
+    plain, model = adapt(**dict(null_expert=True) | options)
     layer, inputs = model.base_model.layer(), question()
     at = layer.index
     seen = pooled(plain, at, inputs["input_ids"], inputs["attention_mask"], inputs["gate_mask"])
@@ -256,7 +262,7 @@ def test_experts_can_change_places(options):
 @EVERY
 @torch.no_grad()
 def test_what_is_loaded_is_what_was_saved(options, tmp_path):
-    _, model = adapt(null_expert=True, **options)
+    _, model = adapt(**dict(null_expert=True) | options)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build(), tmp_path).eval()
     assert torch.equal(again(**question()).logits, model(**question()).logits)

@@ -16,6 +16,15 @@ from transformers import PreTrainedModel
 HIDE = torch.finfo(torch.float32).min
 
 
+class Null(NamedTuple):
+    """What tells a text unlike all instructions: basis [r, d], centres [c, r], direction [d], cut [3]."""
+
+    basis: Tensor
+    centres: Tensor
+    direction: Tensor
+    cut: Tensor
+
+
 class Prompts(NamedTuple):
     """Everything trained, as plain tensors: experts [E*P, d], gate [d_g, d] and [G, d_g], recovery [R, d]."""
 
@@ -25,6 +34,9 @@ class Prompts(NamedTuple):
     gate_mean: Tensor
     gate_scale: Tensor
     recovery: Tensor
+    shared: Tensor | None = None  # [S, d]
+    gate_bias: Tensor | None = None  # [G]
+    null: Null | None = None
 
 
 class Outcome(NamedTuple):
@@ -65,14 +77,34 @@ def leaving(model: PreTrainedModel, start: int, columns: Tensor, scale: Tensor |
         return model(inputs_embeds=torch.zeros_like(columns), use_cache=False, **inputs).logits
 
 
+def null_weight(config, prompts: Prompts, pooled: Tensor) -> Tensor:
+    """What each row leaves to the base: 1 from the threshold on."""
+    lost = torch.zeros(len(pooled))
+    for row, a in enumerate((pooled - prompts.gate_mean) / prompts.gate_scale):
+        if prompts.null is not None:
+            basis, centres, direction, cut = prompts.null
+            nearest = min(((basis @ a - centre) ** 2).sum() for centre in centres)
+            share = torch.maximum(cut[1] * (nearest.log() - cut[0]), direction @ a - cut[2]).sigmoid()
+            lost[row] = 1.0 if share >= config.null_threshold else share
+    return lost
+
+
 def gate_weights(config, prompts: Prompts, pooled: Tensor) -> Tensor:
+    """Weight of each group in each row, less what goes to the null expert."""
     standard = (pooled - prompts.gate_mean) / prompts.gate_scale
     scores = torch.relu(standard @ prompts.gate_in.T) @ prompts.gate_out.T
+    scores = scores if prompts.gate_bias is None else scores + prompts.gate_bias
     weights = (scores / config.gate_temperature).softmax(-1)
-    if config.gate_top_k is None:
-        return weights
-    kept = torch.zeros_like(weights).scatter(-1, weights.topk(config.gate_top_k).indices, 1.0)
-    return weights * kept / (weights * kept).sum(-1, keepdim=True)
+    if config.gate_top_k is not None:
+        kept = torch.zeros_like(weights).scatter(-1, weights.topk(config.gate_top_k).indices, 1.0)
+        weights = weights * kept / (weights * kept).sum(-1, keepdim=True)
+    return weights * (1 - null_weight(config, prompts, pooled))[:, None]
+
+
+def logs(weights: Tensor) -> Tensor:
+    """What is added to attention logits; its gradient is a number also where a weight is 0."""
+    closed = weights == 0
+    return weights.masked_fill(closed, 1).log().masked_fill(closed, HIDE)
 
 
 def by_hand(
@@ -80,7 +112,8 @@ def by_hand(
 ) -> Outcome:
     """The whole method on a frozen `model`; `config` needs the fields of MoPsConfig only. `gate` overrides the gate."""
     rows, start = len(input_ids), config.injection_layer
-    recovery, experts = (p.expand(rows, -1, -1) for p in (prompts.recovery, prompts.experts))
+    shared = prompts.experts[:0] if prompts.shared is None else prompts.shared
+    recovery, experts, shared = (p.expand(rows, -1, -1) for p in (prompts.recovery, prompts.experts, shared))
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     text = entering(
         model, 0, input_ids=input_ids, attention_mask=attention_mask, position_ids=_usable(model, positions)
@@ -97,19 +130,20 @@ def by_hand(
         recovery, block = recovery[:, :0], block[:0, :0]
     pooled = (text * gate_mask[..., None]).sum(1) / gate_mask.sum(1, keepdim=True)
     gate = gate_weights(config, prompts, pooled) if gate is None else gate
-    # from the injection layer up: recovery prompts, experts, text
+    # from the injection layer up: recovery prompts, experts, shared prompts, text
     weight = gate.repeat_interleave(experts.shape[1] // gate.shape[1], 1)  # one for each prompt
-    closed = weight == 0  # the gradient of log(0) is not a number
-    bias, scale = (weight.masked_fill(closed, 1) * gate.shape[1]).log().masked_fill(closed, HIDE), None
+    bias, scale, lost = logs(weight * gate.shape[1]), None, null_weight(config, prompts, pooled)[:, None]
     if config.gate_target == "hidden_states":
         ones = torch.ones(rows, 1)
-        scale = torch.cat([ones.expand(-1, len(block)), weight, ones.expand(-1, text.shape[1])], 1)[..., None]
-        bias = torch.zeros_like(weight)
+        rest = ones.expand(-1, shared.shape[1] + text.shape[1])
+        scale = torch.cat([ones.expand(-1, len(block)), weight, rest], 1)[..., None]
+        bias = logs((lost < 1).float()).expand_as(weight)
     expert_block, expert_positions = _expert_block(config)
-    at = torch.cat([torch.arange(-len(block), 0), expert_positions])
-    bias = torch.cat([torch.zeros(rows, len(block)), bias], 1)
-    inputs = _inputs(model, _apart(block, expert_block), bias, attention_mask, at, positions)
-    logits = leaving(model, start, torch.cat([recovery, experts, text], 1), scale, **inputs)
+    at = torch.cat([torch.arange(-len(block), 0), expert_positions, torch.arange(-shared.shape[1], 0)])
+    bias = torch.cat([torch.zeros(rows, len(block)), bias, logs(1 - lost).expand(-1, shared.shape[1])], 1)
+    blocks = _apart(block, expert_block, _causal(shared.shape[1]))
+    inputs = _inputs(model, blocks, bias, attention_mask, at, positions)
+    logits = leaving(model, start, torch.cat([recovery, experts, shared, text], 1), scale, **inputs)
     return Outcome(logits[:, -text.shape[1] :], gate, pooled)
 
 
