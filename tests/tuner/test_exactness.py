@@ -70,25 +70,20 @@ def test_full_forward(name, kernel, layer):
 
 
 OPTIONS = {
-    "causal": dict(expert_attention="causal"),
-    "isolated, hidden states scaled": dict(gate_target="hidden_states"),
-    "top-k": dict(gate_top_k=2),
-    "top-k, hidden states scaled": dict(gate_top_k=1, gate_target="hidden_states"),
+    "causal": dict(expert_attention="causal"), "isolated, scaled": dict(gate_target="hidden_states"),
+    "top-k": dict(gate_top_k=2), "top-k, hidden states scaled": dict(gate_top_k=1, gate_target="hidden_states"),
     "temperature": dict(gate_temperature=0.3),
-    "shared": dict(shared_prompts=2),
-    "shared, hidden states scaled": dict(shared_prompts=2, **LITERAL),
-    "null expert": dict(null_expert=True, shared_prompts=2),
-    "null expert, top-k": dict(null_expert=True, gate_top_k=1),
+    "shared": dict(shared_prompts=2), "shared, literal": dict(shared_prompts=2, **LITERAL),
+    "null expert": dict(null_expert=True, shared_prompts=2), "null expert, top-k": dict(null_expert=True, gate_top_k=1),
     "null expert, hidden states scaled": dict(null_expert=True, gate_target="hidden_states"),
     "one gate weight per prompt": dict(gate_granularity="prompt"),
     "one gate weight per prompt, hidden states scaled": dict(gate_granularity="prompt", **LITERAL),
-    "one expert": dict(num_experts=1, prompts_per_expert=12),
-    "recovery": dict(num_recovery_prompts=3),
+    "one expert": dict(num_experts=1, prompts_per_expert=12), "recovery": dict(num_recovery_prompts=3),
     "recovery, literal": dict(num_recovery_prompts=3, keep_recovery_prompts=False, **LITERAL),
     "recovery, dropped": dict(num_recovery_prompts=3, keep_recovery_prompts=False),
     "recovery, injected at 0": dict(num_recovery_prompts=3, injection_layer=0),
     "recovery, hidden states scaled": dict(num_recovery_prompts=3, gate_target="hidden_states"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "smollm3"])

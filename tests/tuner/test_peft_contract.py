@@ -360,7 +360,7 @@ def test_trainer_resumes_bit_for_bit(tmp_path):
     resumed = trainer(tmp_path / "cut")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
-    for got, want, before in zip(*(prompts_of(run.model) for run in (resumed, whole, cut)), strict=True):
+    for got, want, before in zip(*(prompts_of(run.model)[:6] for run in (resumed, whole, cut)), strict=True):
         assert torch.equal(got, want)
         assert not want.requires_grad or not torch.equal(want, before)
 

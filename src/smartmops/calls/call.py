@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,23 @@ from smartmops.checks.errors import AdapterError
 
 # Of the thread that generates, so that calls at once do not meet.
 running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mops_call", default=None)
+
+
+class Told(NamedTuple):
+    """What a caller tells the gate; None: nothing."""
+
+    mask: Any = None  # what it reads
+    embedding: Any = None  # read instead
+    weights: Any = None  # of each expert, instead of its own
+
+    @classmethod
+    def taken(cls, kwargs: dict[str, Any]) -> Told:
+        """Off the keywords of a call."""
+        return cls(*(kwargs.pop(f"gate_{name}", None) for name in cls._fields))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Told:
+        """What there is, changed."""
+        return Told(*(None if given is None else change(given) for given in self))
 
 
 @dataclass
@@ -47,9 +64,7 @@ class Call:
     """What the caller of `generate` gave for the gate, and the texts of the call, the caller's own first."""
 
     engine: Any
-    gate_mask: Tensor | None
-    gate_embedding: Tensor | None
-    gate_weights: Tensor | None
+    told: Told
     attended: Tensor | None  # as the caller gave it: `generate` may turn it into a 4-D mask before we see it
     ids: Tensor | None  # the same, also where embeddings stand for them
     texts: list[Text] = field(default_factory=list)
@@ -59,13 +74,13 @@ class Call:
         self.now = self.texts[0]
 
     @classmethod
-    def of(cls, engine: Any, given: Mapping[str, Any], mask: Any, embedding: Any, weights: Any) -> Call:
+    def of(cls, engine: Any, given: Mapping[str, Any], told: Told) -> Call:
         """By what `generate` was called with, by name, and what the gate is told."""
         ids = next((each for each in (given.get("inputs"), given.get("input_ids")) if isinstance(each, Tensor)), None)
         embeddings, other = given.get("inputs_embeds"), given.get("negative_prompt_ids")
         prompt = next((each for each in (embeddings, ids) if isinstance(each, Tensor) and each.dim() > 1), None)
         texts = [Text(prompt, True)] + ([] if other is None else [Text(other, False)])
-        return cls(engine, mask, embedding, weights, given.get("attention_mask"), ids, texts)
+        return cls(engine, told, given.get("attention_mask"), ids, texts)
 
     def begin(self, inputs: Tensor) -> Text:
         """The text of a pass that has no cache of an earlier one; the first pass is over the caller's own."""

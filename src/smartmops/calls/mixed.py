@@ -7,6 +7,7 @@ contexts and names; knows no tokens, no model.
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from smartmops.attention.context import ForwardContext, Part
 from smartmops.checks.errors import AdapterError, ArgumentTypeError
 from smartmops.experts import gate
+
+from .call import Told
 
 BASE = "__base__"  # PEFT's name for a row that no adapter serves
 # Whose call it is, and an adapter for each row; of the thread that calls.
@@ -102,16 +105,16 @@ def saved_modules(engine: Any, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor, *told: Any) -> ForwardContext:
+def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor, told: Told) -> ForwardContext:
     """What is known of such a batch before its first layer."""
     rows, groups = len(names), 0
     whole = ForwardContext(injection_layer=len(engine.layers), row_adapters=names)
     starts = torch.zeros(rows, dtype=torch.long, device=real.device)
     for adapter in dict.fromkeys(name for name in names if name != BASE):
         at = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=real.device)
-        own = {name: _own(value, at, rows) for name, value in kwargs.items()}
+        own = functools.partial(_own, at=at, rows=rows)
         with asked(engine, [adapter]):
-            part = engine.fresh(adapter, own, real[at], *(_own(each, at, rows) for each in told))
+            part = engine.fresh(adapter, {n: own(value) for n, value in kwargs.items()}, real[at], told.each(own))
         whole.parts.append(Part(at, part))
         whole.injection_layer = min(whole.injection_layer, part.injection_layer)
         groups = max(groups, engine.wrapper_of(adapter).configs[adapter].num_groups)

@@ -25,6 +25,7 @@ from smartmops.attention.context import ForwardContext
 from smartmops.attention.packed import text_positions
 from smartmops.backbone import bases, growing, halves
 from smartmops.calls import call, mixed, packing, prefill, reading, trainers
+from smartmops.calls.call import Told
 from smartmops.checks.errors import AdapterError
 from smartmops.experts import gate
 from smartmops.experts.hidden_states import HiddenStates
@@ -117,13 +118,12 @@ class Engine:
         """The latest pass of text, as long as an adapter is on."""
         return None if self.active() is None else self.last
 
-    def _generate(
-        self, *args: Any, gate_mask: Any = None, gate_embedding: Any = None, gate_weights: Any = None, **kwargs: Any
-    ) -> Any:
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        told = Told.taken(kwargs)
         given = call.named(self.model, args, kwargs)
         if self.active() is not None:
             call.refuse(given, self.model)
-        token = call.running.set(call.Call.of(self, given, gate_mask, gate_embedding, gate_weights))
+        token = call.running.set(call.Call.of(self, given, told))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
         finally:
@@ -133,7 +133,7 @@ class Engine:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         if "packed" in kwargs:
             raise AdapterError("a packed batch reached the base model: make the adapter with task_type='CAUSAL_LM'")
-        told = [kwargs.pop(name, None) for name in ("gate_mask", "gate_embedding", "gate_weights")]
+        told = Told.taken(kwargs)
         self.last = None
         if (wrapper := self.active()) is None:
             return (), kwargs
@@ -158,7 +158,7 @@ class Engine:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
         if new := context is None:
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
-            context = self._begun(names, kwargs, real, *self._given(*told))
+            context = self._begun(names, kwargs, real, told)
         elif context.gate is not None and len(context.gate) != rows:
             raise AdapterError(
                 f"this cache was filled by {len(context.gate)} rows, but {rows} came: run the prompt again"
@@ -173,14 +173,16 @@ class Engine:
                 kwargs = prefill.pack(kwargs, flat.bool(), context)
         return (), kwargs
 
-    def _begun(self, names: list[str], kwargs: dict[str, Any], real: Tensor, *told: Any) -> ForwardContext:
+    def _begun(self, names: list[str], kwargs: dict[str, Any], real: Tensor, told: Told) -> ForwardContext:
         """The context of a text that was not read before, by one adapter or by several."""
         if self.call is not None:
             growing.make_room(kwargs.get("past_key_values"))
+            if self.call.now.own:  # what the pass is not told, `generate` may have been
+                told = Told(*(before if now is None else now for now, before in zip(told, self.call.told, strict=True)))
+        told = told.each(lambda given: _rows(given, len(real)))
         if len(set(names)) == 1 and names[0] != mixed.BASE:
-            return self.fresh(names[0], kwargs, real, *told)
-        each_row = [None if each is None else _rows(each, len(real)) for each in told]
-        return mixed.begin(self, names, kwargs, real, *each_row)
+            return self.fresh(names[0], kwargs, real, told)
+        return mixed.begin(self, names, kwargs, real, told)
 
     def _flat(self, mask: Any, rows: int, length: int) -> Any:
         """[rows, seq]: which tokens are real, from a 2-D, 4-D or per-layer-type mask."""
@@ -206,13 +208,6 @@ class Engine:
                                "same, or an empty cache")  # fmt: skip
         return found
 
-    def _given(self, *told: Any) -> tuple[Any, ...]:
-        """What the caller of the pass told the gate (mask, embedding, weights), else that of `generate`."""
-        if self.call is None or not self.call.now.own:
-            return told
-        own = (self.call.gate_mask, self.call.gate_embedding, self.call.gate_weights)
-        return tuple(call if each is None else each for each, call in zip(told, own, strict=True))
-
     def context(self, adapter: str, always: bool = False) -> ForwardContext:
         """Of an adapter, recovery prompts in front, where they belong to it or (where no gate is read) `always`."""
         wrapper = self.wrapper_of(adapter)
@@ -225,18 +220,16 @@ class Engine:
             found.put(kv, torch.zeros(1, len(prompts), device=prompts.device))
         return found
 
-    def fresh(
-        self, adapter: str, kwargs: dict[str, Any], real: Tensor, mask: Any, embedding: Any, weights: Any
-    ) -> ForwardContext:
+    def fresh(self, adapter: str, kwargs: dict[str, Any], real: Tensor, told: Told) -> ForwardContext:
         """What is known of a text before its first layer: what the gate may read, and who sees experts."""
-        wrapper, rows = self.wrapper_of(adapter), len(real)
+        wrapper, chosen = self.wrapper_of(adapter), told.mask
         config = wrapper.configs[adapter]
         if wrapper.mops_gate_in[adapter].is_meta and not any(p.is_meta for p in wrapper.base_layer.parameters()):
             raise AdapterError(f"adapter {adapter!r} was made with low_cpu_mem_usage=True and its weights were not "
                                "loaded: load them, or leave that unset")  # fmt: skip
-        context, ids = self.context(adapter), self._ids(kwargs, config, mask)
-        if weights is not None:
-            context.gate_weights = gate.checked(_rows(weights, rows), config.num_experts).to(real.device)
+        context, ids = self.context(adapter), self._ids(kwargs, config, chosen)
+        if told.weights is not None:
+            context.gate_weights = gate.checked(told.weights, config.num_experts).to(real.device)
         labels = self._labels(kwargs, real)
         real = self._before_answer(real)
         if labels is not None:
@@ -247,11 +240,10 @@ class Engine:
             if self.call is not None and not self.call.now.own:
                 raise AdapterError(f"guidance_scale compares with another text, whose embedding by {config.embedder!r} "
                                    "this adapter's gate would need: leave it unset")  # fmt: skip
-            context.pooled = _embedding(embedding, config, rows)
+            context.pooled = _embedding(told.embedding, config)
             return context
         context.gate_mask = real
         if config.gate_input == "instruction":
-            chosen = None if mask is None else _rows(mask, rows)
             if chosen is not None and self.call is not None and chosen.shape[1] == self.call.now.length:
                 chosen = F.pad(chosen, (0, real.shape[1] - chosen.shape[1]))
             if chosen is None:
@@ -354,7 +346,7 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor.repeat_interleave(rows // len(tensor), 0)
 
 
-def _embedding(embedding: Tensor | None, config: MoPsConfig, rows: int) -> Tensor:
+def _embedding(embedding: Tensor | None, config: MoPsConfig) -> Tensor:
     if embedding is None:
         raise AdapterError(f"this adapter's gate reads an instruction embedding of width {config.embedding_size} made "
                            f"by {config.embedder!r}: pass gate_embedding=[rows, {config.embedding_size}]")  # fmt: skip
@@ -362,7 +354,7 @@ def _embedding(embedding: Tensor | None, config: MoPsConfig, rows: int) -> Tenso
         raise AdapterError(
             f"gate_embedding has width {embedding.shape[-1]}, but embedding_size={config.embedding_size}"
         )
-    return _rows(embedding, rows)
+    return embedding
 
 
 def _refuse_unread(kwargs: dict[str, Any]) -> None:
