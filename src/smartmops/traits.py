@@ -23,6 +23,8 @@ class Traits:
         rate: Of Adam; None: relative to the size of what is trained.
         federated: What `federate` calls it, and its label there; None where it is not offered.
         compared: What a comparison calls it, and its label there; None where it is as everywhere.
+        colour: In figures; None: any.
+        series: Of the colours of a report, the one that is its own; None: none.
     """
 
     label: str
@@ -31,6 +33,8 @@ class Traits:
     rate: float | None = None
     federated: tuple[str, str] | None = None
     compared: tuple[str, str] | None = None
+    colour: str | None = None
+    series: int | None = None
 
     @property
     def ours(self) -> bool:
@@ -70,23 +74,27 @@ class Traits:
 
 METHODS = {  # in the order in which they stand in tables
     "prompt-tuning": Traits("Prompt tuning", federated=("fedprompt", "FedPrompt"),
-                            compared=("ungated", "Ungated prompts")),
+                            compared=("ungated", "Ungated prompts"), colour="#8a8a8a", series=2),
     "input-prompt-tuning": Traits("Prompts at the input", "prompts", rate=0.03,
                                   compared=("input_prompts", "Prompts at the input")),
-    "ia3": Traits("IA3", "ia3", rate=1e-2),
-    "lora": Traits("LoRA", "lora", rate=2e-3, federated=("fedlora", "FedLoRA")),
+    "ia3": Traits("IA3", "ia3", rate=1e-2, series=6),
+    "lora": Traits("LoRA", "lora", rate=2e-3, federated=("fedlora", "FedLoRA"), colour="#009e73", series=5),
     "uniform-gate": Traits("Even gate", gate="even"),
     "oracle": Traits("Task told", gate="task"),
     "nearest-cluster": Traits("Nearest cluster", gate="nearest"),
     "top-1": Traits("Top-1 gate", gate="highest"),
-    "mops": Traits("MoPs", gate="learned", federated=("mops", "MoPs")),
+    "mops": Traits("MoPs", gate="learned", federated=("mops", "MoPs"), colour="#0072b2", series=3),
 }  # fmt: skip
+PROPOSED = next(name for name, each in METHODS.items() if each.learned)  # what runs and tables are about
+BASELINE = next(name for name, each in METHODS.items() if each.ours and each.gate == "none")  # held against it
 CENTRAL = {each.federated[0]: name for name, each in METHODS.items() if each.federated}  # by what `federate` says
-LABELS = {
-    name: label
+NAMED = [
+    (each, name, label)
     for own, each in METHODS.items()
     for name, label in ((own, each.label), *filter(None, (each.compared, each.federated)))
-}  # by what runs and comparisons call them
+]  # with all that runs and comparisons call them
+LABELS = {name: label for _, name, label in NAMED}
+BY_NAME = {name: each for each, name, _ in NAMED}
 
 
 def compared(method: str) -> str:

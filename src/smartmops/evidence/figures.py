@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from smartmops.checks.errors import MissingExtra
+from smartmops.traits import BY_NAME
 
 from .tables import NAMES
 
-COLOURS = {"fedprompt": "#8a8a8a", "prompt-tuning": "#8a8a8a", "mops": "#0072b2", "mops-expert-weighted": "#d55e00",
-           "fedlora": "#009e73", "lora": "#009e73"}  # fmt: skip
+COLOURS = {name: each.colour for name, each in BY_NAME.items() if each.colour}
+COLOURS["mops-expert-weighted"] = "#d55e00"  # no method, but a way to average one
 
 
 def _pyplot() -> Any:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from smartmops.traits import LABELS
+from smartmops.traits import LABELS, PROPOSED
 
 from .page import Table
 from .paper import printed
@@ -74,7 +74,7 @@ def table(
     """Bases down; frozen, baseline, methods with their gains, and the paper's numbers across."""
     every = (baseline, *methods)
     theirs = [m for m in every if any(printed(name, data, m, base) is not None for base in bases)]
-    both = baseline in theirs and "mops" in theirs
+    both = baseline in theirs and PROPOSED in theirs
     heads = ["base", "frozen", label(baseline)]
     heads += [text for m in methods for text in (label(m), "gain")]
     heads += [f"paper, {label(m)}" for m in theirs] + ["paper's gain, as ours"] * both
@@ -88,7 +88,7 @@ def table(
         paper = {m: printed(name, data, m, base) for m in theirs}
         row += ["–" if value is None else figure(value) for value in paper.values()]
         if both:
-            before, after = paper[baseline], paper["mops"]
+            before, after = paper[baseline], paper[PROPOSED]
             row.append("–" if before is None or after is None else f"{100 * (1 - after / before):+.1f} %")
         rows.append(row)
     return Table(data, heads, rows)

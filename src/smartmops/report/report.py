@@ -15,20 +15,14 @@ from typing import Any
 from smartmops.checks.errors import ConfigError, MissingExtra, RunError
 from smartmops.data.several import names_of
 from smartmops.runs.folder import Run, versions, write_text
+from smartmops.traits import BY_NAME
 
 from . import charts, gates, results
 from .results import Results
 
 SAMPLES_PER_TASK = 3
-SERIES = (
-    "frozen",
-    "four_in_context",
-    "ungated",
-    "mops",
-    "prompt-tuning",
-    "lora",
-    "ia3",
-)  # each with a colour of its own
+COLOURS = 7  # of the template
+SERIES = {"frozen": 0, "four_in_context": 1} | {name: each.series for name, each in BY_NAME.items() if each.series}
 _SHOWN_ELSEWHERE = {
     "perplexity",
     "perplexity_frozen",
@@ -115,7 +109,7 @@ def report(runs: Sequence[Path | str], out: Path | str) -> Path:
 
 def colour(method: str, place: int = 0) -> int:
     """Index of a method's colour: its own throughout the page, or that of its place for one unknown here."""
-    return SERIES.index(method) if method in SERIES else (3 + place) % len(SERIES)
+    return SERIES.get(method, (3 + place) % COLOURS)
 
 
 def visible(text: object) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from smartmops.traits import LABELS
+from smartmops.traits import LABELS, PROPOSED
 
 # How a method is called in tables, and in the order in which they stand.
 NAMES = {"frozen": "Frozen", "four_in_context": "Four in context", **LABELS}
@@ -99,7 +99,7 @@ def read(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Results:
         per_task = {m: part["per_task"] for m, part in parts.items() if part.get("per_task")}
     else:
         overall, per_task = dict(perplexity), dict(metrics.get("per_task") or {})
-        own = "mops" if "mops" in overall else str(config.get("method") or "")
+        own = PROPOSED if PROPOSED in overall else str(config.get("method") or "")
     per_seed = metrics.get("per_seed") or {}
     order = sorted(overall, key=lambda m: list(NAMES).index(m) if m in NAMES else len(NAMES))
     estimates = {m: _estimate(overall[m], per_seed.get(m)) for m in order}

@@ -14,8 +14,10 @@ from smartmops.evidence import figures, tables
 from smartmops.evidence.page import Block, Gates, Page, Picture, Table, Text
 from smartmops.evidence.paper import printed
 from smartmops.evidence.tables import figure, gain, gains, label, perplexities, spread
+from smartmops.traits import BASELINE, BY_NAME, PROPOSED
 
 from .plan import Plan
+from .studies import FEDERATED
 
 Result = dict[str, Any]
 WORDS = ("Perplexity over response tokens of the test split: mean ± standard deviation over seeds. A gain is the "
@@ -63,7 +65,7 @@ def _rates(found: Sequence[Result]) -> Iterator[Text]:
     for each in found:
         s = each["settings"]
         words = "by default" if s["prompt_lr"] is None else f"{s['prompt_lr']:g}"
-        if each["method"].startswith("lora") and s.get("lora_match", "none") != "none":
+        if BY_NAME[s["method"]].adapter == "lora" and s.get("lora_match", "none") != "none":
             words += f" at matched {s['lora_match']}"
         rates.setdefault(label(each["method"]), {})[each["data"]] = words
     several = {name: list(dict.fromkeys(by.values())) for name, by in rates.items()}
@@ -110,16 +112,17 @@ def skew_page(central: Sequence[Result], federated: Sequence[Result]) -> Page:
     inside, outside = perplexities(central), perplexities(federated)
     frozen = [tables.frozen_of(central), tables.frozen_of(federated)]
     rows, more = [], []
+    ungated, gated, weighted_gate = (variant.label for variant in FEDERATED)
     for data, base, method in sorted(inside, key=lambda key: key[0]):
-        if method != "mops" or (data, base, "mops") not in outside:
+        if method != PROPOSED or (data, base, gated) not in outside:
             continue
-        first, other = inside.get((data, base, "prompt-tuning"), {}), outside.get((data, base, "fedprompt"), {})
-        own, theirs = inside[data, base, "mops"], outside[data, base, "mops"]
+        first, other = inside.get((data, base, BASELINE), {}), outside.get((data, base, ungated), {})
+        own, theirs = inside[data, base, PROPOSED], outside[data, base, gated]
         here, there = gains(first, own), gains(other, theirs)
         points = [there[seed] - here[seed] for seed in sorted(here.keys() & there.keys())]
         if points:
             more.append(statistics.mean(points) > 0)
-            weighted = outside.get((data, base, "mops-expert-weighted"), {})
+            weighted = outside.get((data, base, weighted_gate), {})
             deviation = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
             rows.append([data, base, *(figure(each[data, base]) for each in frozen), gain(first, own),
                          gain(other, theirs), gain(other, weighted),
@@ -196,7 +199,7 @@ def _unseen(name: str, plan: Plan, found: Sequence[Result], out: Path) -> Iterat
         rows, lower = [], []
         for task in dict.fromkeys(each["settings"]["hold_out"] for each in found if each["data"] == data):
             ungated, gated = ([each for each in found if _is(each, data, method, hold_out=task)]
-                              for method in ("prompt-tuning", "mops"))  # fmt: skip
+                              for method in (BASELINE, PROPOSED))  # fmt: skip
             before, first, own = _at(ungated or gated, task, "perplexity_frozen"), _at(ungated, task), _at(gated, task)
             lower += [own[seed] < first[seed] for seed in own.keys() & first.keys()]
             gates = [each["metrics"]["gate"][task] for each in gated]
