@@ -151,7 +151,9 @@ def _again(kind: type[nn.Module]) -> nn.Module:
 def _arriving(
     layer: int, mops: Record | Passage, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Algorithm 1 scales prompt columns before every layer; below the injection layer text never records a graph."""
+    """What enters a layer: Algorithm 1 scales prompt columns there, and below the injection layer text has no graph."""
+    if isinstance(mops, Passage) and mops.reading is not None and layer in mops.reading.heard:
+        mops.reading.heard[layer] = args[0] if args else kwargs["hidden_states"]
     scale = mops.scale if isinstance(mops, Record) else None
     below = isinstance(mops, Passage) and layer < mops.first and torch.is_grad_enabled()
     if scale is None and not below:

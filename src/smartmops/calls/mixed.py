@@ -125,7 +125,7 @@ def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor
               for each in engine.wrappers.values() if part.passage.adapter in each.configs]  # fmt: skip
     whole.gate = torch.zeros(rows, max(groups, default=0), device=real.device)
     for part in whole.parts:
-        _take(whole, part)
+        take(whole, part)
     return whole
 
 
@@ -134,7 +134,7 @@ def enter(whole: Passage, wrapper: Any, hidden: Float[Tensor, "rows seq hidden"]
     for part in whole.parts:
         if part.passage.first == wrapper.index and part.passage.gate is None:
             wrapper.read(part.passage, hidden[part.rows.to(hidden.device)])
-            _take(whole, part)
+            take(whole, part)
 
 
 def _own(value: Any, at: Int[Tensor, " own"], rows: int) -> Any:
@@ -149,7 +149,7 @@ def _spread(value: Tensor, at: Int[Tensor, " own"], rows: int, fill: float) -> T
     return own.new_full((rows, *value.shape[1:]), fill).index_copy(0, at.to(value.device), own)
 
 
-def _take(whole: Passage, part: Part) -> None:
+def take(whole: Passage, part: Part) -> None:
     """Move what an adapter has put in front of layers to the whole batch, closed to all rows but its own."""
     own, at = part.passage, part.rows
     assert whole.gate is not None

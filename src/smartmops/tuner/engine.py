@@ -24,10 +24,12 @@ from smartmops.attention import attached
 from smartmops.attention.packed import text_positions
 from smartmops.attention.passage import Passage
 from smartmops.backbone import bases, growing, halves
-from smartmops.calls import call, mixed, packing, prefill, reading, trainers
+from smartmops.calls import call, mixed, packing, reading, trainers
 from smartmops.checks.errors import AdapterError
 from smartmops.experts import gate
 from smartmops.experts import hidden_states as experts
+
+from . import first_pass
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -154,6 +156,9 @@ class Engine:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
         if fresh := passage is None:
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
+            if self.call is not None:
+                growing.make_room(cache)
+                self.call.now.once = first_pass.once(self, wrapper, names, kwargs, real)
             passage = self._begun(wrapper, names, kwargs, real, *self._given(*told))
         elif passage.gate is not None and len(passage.gate) != rows:
             raise AdapterError(
@@ -163,17 +168,13 @@ class Engine:
         self.last = kwargs["mops"] = passage
         if self.call is not None and fresh:
             self.call.now.passage = passage
-            plain = passage.start is None and passage.gate is None
-            if plain and prefill.packable(model, self.names, kwargs, flat):
-                kwargs = prefill.pack(kwargs, flat.bool(), passage)
+            kwargs = first_pass.arranged(self, kwargs, real, passage)
         return (), kwargs
 
     def _begun(
         self, wrapper: Any, names: list[str] | None, kwargs: dict[str, Any], real: Tensor, *told: Any
     ) -> Passage:
         """The passage of a text that was not read before, by one adapter or by several."""
-        if self.call is not None:
-            growing.make_room(kwargs.get("past_key_values"))
         if names is None:
             return self._fresh(wrapper, wrapper.current, kwargs, real, *told)
         if len(set(names)) == 1 and names[0] != mixed.BASE:
@@ -248,6 +249,8 @@ class Engine:
             reading.refuse_sight(kwargs.get("attention_mask"), passage.gate_mask, real, labels)
         if config.num_recovery_prompts and config.null_threshold > 0:
             self.recover(passage, wrapper, config)
+        if self.call is not None and self.call.now.once:
+            return passage
         if config.reads_ahead or (config.visible_to == "answers" and config.embedding_size is None):
             wrapper.enter(passage, self._read_ahead(passage, wrapper.index, kwargs, real, config))
         return passage
@@ -341,7 +344,7 @@ class Engine:
                                "on what they carry; please report the architecture")  # fmt: skip
         if passage is not None and cache is not None:
             cache.mops = passage
-        return output if passage is None or passage.segments is None else prefill.unpack(output, passage)
+        return output if passage is None else first_pass.finished(self, passage, cache, output)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
