@@ -42,7 +42,7 @@ from smartmops.web.server import Server, Site, make_app
 
 HERE = Path(__file__).resolve().parent
 DOLLY = HERE.parents[1] / "shared/data/dolly15k/dolly-15k.jsonl"
-BATCH, REQUESTS, TOKENS, REPEATS, THREADS = 8, 16, 16, 3, 1
+BATCH, REQUESTS, TOKENS, REPEATS, THREADS = 16, 32, 24, 3, 1
 GOALS = {"base": 0.95, "grouped": 3.0}
 NAMES = {
     "bare": "the bare model, `generate` on batches of {batch}",
@@ -257,6 +257,7 @@ def main(run: Path | None, data: Path) -> None:
         found = setting | {"repeats": len(told["bare"]), "sides": {name: summary(each) for name, each in told.items()}}
         for clock, name in (("seconds", "ratios"), ("cpu", "ratios_of_core_seconds")):
             found[name] = {key: ratio(told, *pair, clock) for key, pair in RATIOS.items()}
+        found["clock"] = median(each.seconds / each.cpu for side in told.values() for each in side)
         (HERE / "serving.json").write_text(json.dumps(found, indent=1) + "\n")
         write(found)
 
@@ -288,8 +289,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['repeats']} repeats, and of the ratios within each. Ours is asked over HTTP by clients in the same process, the others "
         "are called directly.",
         "",
-        "The machine was busy with other work, so seconds on the clock say how much of it was left over as much as how fast a side is. "
-        "Seconds of a core are those that the process itself took, clients and server included; goals are judged by them.",
+        f"Seconds of a core are those that the process itself took, clients and server included; goals are judged by them. The clock ran "
+        f"{found['clock']:.1f} times as long, which is how much the machine had to do beside.",
         "",
         "| side | tokens/s | tokens per second of a core | p50 of latency, s | p95, s |",
         "|---|---|---|---|---|",
@@ -299,7 +300,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
         *(f"| {what} | {core[name]:.2f} | {wall[name]:.2f} | {said(name, core)} |" for name, what in whats.items()),
         "",
-        "Tokens are counted up to the end of each answer. `generate` carries rows that have ended along until its batch ends, "
+        "Tokens are counted up to the end of each answer. `generate` computes the padding of shorter prompts, which the server leaves "
+        "out, and carries rows that have ended along until its batch ends, "
         "and a request that waits for the next batch waits for all of this one; the server gives a free place to the next request. "
         "The LoRA adapters (rank 2, query and value) are fresh ones: their time does not depend on their values.",
     ]  # fmt: skip

@@ -132,3 +132,88 @@ def test_an_adapter_underneath_sees_real_tokens_only(monkeypatch):
     assert max(widths) == sum(REAL)
     monkeypatch.setattr(prefill, "PADDING", 1.0)
     assert relative(got, scores(model, **padded())) < 1e-5
+
+
+HEADER = [7, 11]
+SHARED = dict(num_experts=3, prompts_per_expert=4, injection_layer=2, experts="keys_values")
+ANSWERS = {
+    "at the injection layer": dict(visible_to="answers", answer_header=HEADER),
+    "above it": dict(visible_to="answers", answer_header=HEADER, gate_layer=4),
+    "below it": dict(visible_to="answers", answer_header=HEADER, gate_layer=1),
+    "no header": dict(visible_to="answers", gate_layer=4),
+    "a softmax of their own": dict(visible_to="answers", answer_header=HEADER, prefix_attention="separate"),
+    "the first token": dict(visible_to="answers", answer_header=HEADER, gate_layer=0, injection_layer=0),
+}
+
+
+def scattered(model) -> None:
+    """Move every adapter's numbers far from where they start."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mops_" in name:
+                parameter.add_(torch.randn_like(parameter) * (3 if "gate_out" in name else 1))
+
+
+def answering(**options):
+    """A model whose experts answers alone see, and prompts that end in the header of an answer."""
+    model = get_peft_model(build(), MoPsConfig(**SHARED | options)).eval()
+    scattered(model)
+    inputs = padded()
+    inputs["input_ids"][:, -2:] = torch.tensor(HEADER)
+    return model, inputs
+
+
+def twice(monkeypatch) -> None:
+    """Let the gate read in a pass of its own, and the first pass be padded."""
+    monkeypatch.setattr(prefill, "plain", lambda *_: False)
+
+
+@pytest.mark.parametrize("options", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("padding", [True, False])
+def test_where_answers_alone_see_experts_the_prompt_is_read_once(options, padding, monkeypatch):
+    model, inputs = answering(**options)
+    if not padding:
+        inputs = {name: x[-1:].expand(3, -1) for name, x in inputs.items()}
+    with tokens_of_layers(model) as seen:
+        got = scores(model, **inputs)
+    gate, rows = model.base_model.last_gate, len(inputs["input_ids"])
+    again = rows * (len(HEADER) if "answer_header" in options else 1)
+    assert seen[:2] == [int(inputs["attention_mask"].sum()), again]
+    twice(monkeypatch)
+    with tokens_of_layers(model) as seen:
+        want = scores(model, **inputs)
+    assert seen[1 if options.get("gate_layer", 2) else 0] == inputs["input_ids"].numel()
+    assert relative(got, want) < 1e-5 and relative(gate, model.base_model.last_gate) < 1e-5
+    assert gate.std(0).max() > 0.01 or not padding, "every row has the same gate, so this test shows little"
+
+
+@pytest.mark.parametrize("names", [["a", "b", "__base__", "a"], ["b", "b", "__base__", "__base__"], ["__base__"] * 4])
+def test_rows_of_several_adapters_are_read_once_too(names, monkeypatch):
+    model, inputs = answering(**ANSWERS["above it"])
+    model = get_peft_model(build(), MoPsConfig(**SHARED | ANSWERS["above it"]), adapter_name="a")
+    model.add_adapter("b", MoPsConfig(**SHARED | ANSWERS["below it"] | dict(num_experts=5, injection_layer=3)))
+    scattered(model.eval())
+    with tokens_of_layers(model) as seen:
+        got = scores(model, adapter_names=names, **inputs)
+    assert seen[0] == sum(REAL) and (seen[1] == len(REAL) * len(HEADER)) == (set(names) != {"__base__"})
+    twice(monkeypatch)
+    assert relative(got, scores(model, adapter_names=names, **inputs)) < 1e-5
+
+
+def test_a_text_left_to_the_base_has_its_logits_bit_for_bit():
+    model, inputs = answering(**ANSWERS["above it"], null_expert=True)
+    model.base_model.layer().configs["default"].null_threshold = 0.0  # all is left to the base
+    one = {name: x[-1:] for name, x in inputs.items()}
+    got = scores(model, **one)
+    assert float(model.base_model.last_null) == 1
+    with model.disable_adapter():
+        assert torch.equal(got, scores(model, **one))
+
+
+def test_rows_that_are_told_who_answers_are_read_once_too(monkeypatch):
+    model, inputs = answering(**ANSWERS["above it"])
+    told = torch.tensor([[0.0, 1.0, 0.0], [float("nan")] * 3, [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    got = scores(model, gate_weights=told, **inputs)
+    twice(monkeypatch)
+    assert relative(got, scores(model, gate_weights=told, **inputs)) < 1e-5

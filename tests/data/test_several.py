@@ -161,3 +161,18 @@ def test_a_run_of_several_is_trained_evaluated_and_started_again(
     options = tmp_path / "run/config.yaml"
     again = sm.train(config=options, out=tmp_path / "again")["perplexity"]
     assert again == sm.train(config=options, out=tmp_path / "run", resume=True)["perplexity"]
+
+
+def test_a_federation_reads_several_and_shares_out_the_rows_of_each(tmp_path: Path) -> None:
+    names = [lines(tmp_path / f"{word}.jsonl", *({"instruction": f"{word} {i}", "response": word} for i in range(24)))
+             for word in ("red", "blue")]  # fmt: skip
+    done = sm.federate(model="tiny", data=names, out=tmp_path / "run", clients=2, clients_per_round=2, rounds=1,
+                       local_steps=1, batch_size=4, experts=2, prompts_per_expert=2, samples_per_task=0,
+                       dtype="float32")  # fmt: skip
+    assert list(done["perplexity"]["per_task"]) == ["blue", "red"]
+    found = sm.load_run(tmp_path / "run")
+    assert found.experts == ["blue", "red"]
+    assert found.evaluate()["perplexity"] == done["perplexity"]
+    with pytest.raises(sm.DataError, match=r"green\.jsonl"):
+        sm.federate(model="tiny", data=[*names, str(tmp_path / "green.jsonl")], out=tmp_path / "other", clients=2,
+                    clients_per_round=2)  # fmt: skip

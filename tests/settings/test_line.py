@@ -110,3 +110,27 @@ def test_a_run_starts_again_from_the_file_it_left(tmp_path: Path) -> None:
     with pytest.raises(sm.ConfigError, match=r"config\.yaml, line \d+: steps is 'x': give INT"):
         file.write_text(file.read_text().replace("steps: 3", "steps: x", 1))
         sm.train(config=file)
+
+
+SMALL = dict(model="tiny", data="office", limit=84, batch_size=2, experts=7, samples_per_task=0)
+RUNS: dict[str, dict[str, object]] = {
+    "compare": SMALL | dict(methods={"mops": 0.01, "prompt-tuning": 0.01}, steps=2, validation_limit=7),
+    "federate": SMALL | dict(clients=3, clients_per_round=2, rounds=1, local_steps=1),
+    "compress": dict(model="tiny", calibration="office", sparsity=0.5, sequences=4),
+}
+NUMBERS = ("perplexity", "perplexity_frozen", "perplexity_before", "perplexity_after", "sparsity", "per_seed")
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_every_command_that_makes_a_run_starts_again_from_its_file(command: str, tmp_path: Path) -> None:
+    first = getattr(sm, command)(**RUNS[command], out=tmp_path / "first")
+    words = [command, "--config", str(tmp_path / "first" / "config.yaml"), "--out", str(tmp_path / "second")]
+    again = getattr(sm, command)(asked(cli.COMMANDS, words)[1])
+    told = [name for name in NUMBERS if name in first]
+    assert told and all(again[name] == first[name] for name in told)
+
+
+def test_the_package_is_a_program_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "smartmops", "--version"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])})  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("smartmops ")

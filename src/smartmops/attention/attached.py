@@ -150,7 +150,9 @@ def _again(kind: type[nn.Module]) -> nn.Module:
 def _arriving(
     layer: int, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Algorithm 1 scales prompt columns before every layer; below the injection layer text never records a graph."""
+    """What enters a layer: Algorithm 1 scales prompt columns there, and below the injection layer text has no graph."""
+    if context.reading is not None and layer in context.reading.heard:
+        context.reading.heard[layer] = args[0] if args else kwargs["hidden_states"]
     scale = context.scale
     if scale is None and not (layer < context.injection_layer and torch.is_grad_enabled()):
         return args, kwargs

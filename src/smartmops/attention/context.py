@@ -6,6 +6,7 @@ It belongs to one call and goes where the call's cache goes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +120,7 @@ class ForwardContext:
     scale: Float[Tensor, "rows prompts 1"] | None = None  # hidden states are multiplied by this before every layer
     row_adapters: list[str] | None = None  # the adapter of each row, where not all are served by `adapter`
     parts: list[Part] = field(default_factory=list)  # those adapters' rows (see mixed.py)
+    reading: Reading | None = None  # of a pass by the bare base, what gates read as it goes by
 
     def __deepcopy__(self, memo: Any) -> ForwardContext:
         """Of a copied cache: nothing that is held is ever written to, so only the shells are new."""
@@ -155,6 +157,26 @@ class Part:
 
     rows: Int[Tensor, " own"]
     context: ForwardContext
+
+
+@dataclass
+class Reading:
+    """A pass by the bare base over a text whose answer alone sees prompts: gates read what enters their layers."""
+
+    text: ForwardContext  # whose gates are to be read
+    given: Mapping[str, Any]  # what the model was called with, by name
+    real: Bool[Tensor, "rows seq"]
+    heard: dict[int, Tensor | None]  # layer -> what enters it
+
+    def hidden(self, layer: int, segments: Segments | None) -> Float[Tensor, "rows seq hidden"]:
+        """What entered a layer; of a pass without padding, with zeros for it."""
+        found = self.heard[layer]
+        assert found is not None
+        if segments is None:
+            return found
+        padded = found.new_zeros(*self.real.shape, found.shape[-1])
+        padded[self.real.to(found.device)] = found[0]
+        return padded
 
 
 def _features(x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:

@@ -45,6 +45,7 @@ class Text:
     prompt: Tensor | None  # ids or embeddings; what a first pass holds beyond them was guessed, by lookup or a helper
     own: bool  # False: what guidance compares the caller's prompt with
     context: ForwardContext | None = None
+    once: bool = False  # the first pass is the bare base's own, and gates read it as it goes by
 
     @property
     def length(self) -> int | None:

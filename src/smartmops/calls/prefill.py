@@ -1,7 +1,8 @@
-"""The first pass of `generate` over a padded batch, without its padding. Knows tokens, masks, caches; no prompts.
+"""The first pass of `generate`: without padding, and once where answers alone see experts. Tokens, masks and caches.
 
 Linear layers see real tokens only, laid end to end (see packed.py); the cache and whoever asked get what padded rows
-would have left.
+would have left. Where answers alone see experts, the pass is the bare base's own: gates read what goes by, and only the
+tokens from the answer's header on are read again, with experts.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 
-from smartmops.attention.context import ForwardContext
+from smartmops.attention.context import ForwardContext, Reading
 from smartmops.attention.packed import Segments, text_positions
 from smartmops.backbone import growing
 
@@ -22,25 +23,29 @@ KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_
          "mops"}  # fmt: skip
 
 
-def packable(model: nn.Module, names: list[str], kwargs: Mapping[str, Any], real: Any) -> bool:
-    """Whether a first pass is the plain case; `real`, [rows, seq] or None, marks the tokens that are no padding.
+def plain(model: Any, names: list[str], kwargs: Mapping[str, Any], real: Bool[Tensor, "rows seq"]) -> bool:
+    """Whether a first pass is the plain case; `real` marks the tokens that are no padding.
 
     Plain: token ids padded on the left, positions counted over real tokens, only the last token's logits wanted, an
     empty cache that is ours, and one device.
     """
-    if torch.is_grad_enabled() or kwargs.get("input_ids") is None or "position_ids" not in names or real is None:
+    if torch.is_grad_enabled() or kwargs.get("input_ids") is None or "position_ids" not in names:
+        return False
+    if getattr(kwargs.get("attention_mask"), "ndim", 2) != 2:  # it may say more than where padding is
         return False
     given = {name for name, value in kwargs.items() if value is not None and value is not False}
     keep, devices = kwargs.get("logits_to_keep"), getattr(model, "hf_device_map", {})
     if given - KNOWN or type(keep) is not int or keep != 1 or len(set(devices.values())) > 1:
         return False
-    real = real.bool()
     if not growing.has_room(kwargs.get("past_key_values")) or not real[:, -1].all():
         return False
-    if real.float().mean() > 1 - PADDING:
-        return False
-    at = kwargs["position_ids"]  # the engine's, where nobody gave any
-    return bool(at.shape == real.shape) and torch.equal(at[real], text_positions(real)[real])
+    at = kwargs.get("position_ids")  # the engine's, where nobody gave any and there is padding
+    return at is None or (bool(at.shape == real.shape) and torch.equal(at[real], text_positions(real)[real]))
+
+
+def thin(real: Bool[Tensor, "rows seq"]) -> bool:
+    """Whether so much of a batch is padding that to leave it out is worth the trouble."""
+    return bool(real.float().mean() <= 1 - PADDING)
 
 
 def pack(kwargs: Mapping[str, Any], real: Bool[Tensor, "rows seq"], context: ForwardContext) -> dict[str, Any]:
@@ -61,4 +66,25 @@ def unpack(output: Any, context: ForwardContext) -> Any:
     """Logits of each row's last token, a row each. From here on rows are padded, as the cache is."""
     context.segments = None
     output.logits = output.logits.transpose(0, 1)
+    return output
+
+
+def again(model: Any, reading: Reading, output: Any) -> Any:
+    """Read each row from its answer's header on, now with experts; rows that see none keep what the bare base said.
+
+    The cache then holds what it would had experts been there from the start, for tokens before the header see none.
+    """
+    text, given = reading.text, reading.given
+    shut = torch.zeros(len(reading.real), dtype=torch.bool, device=reading.real.device)
+    if text.base_rows is not None:
+        shut = text.base_rows.to(shut.device)
+    left = text.null_weight is not None and bool((text.null_weight >= 1).all())
+    if text.visible_from is None or left or bool(shut.all()):
+        return output
+    first = int(text.visible_from[~shut].min())
+    given["past_key_values"].crop(first - reading.real.shape[1])
+    ends = ("input_ids", "position_ids")
+    rest = {name: given[name][:, first:] for name in ends if given.get(name) is not None}
+    found = model(**{**given, **rest, "return_dict": True})
+    output.logits = torch.where(shut[:, None, None].to(found.logits.device), output.logits, found.logits)
     return output

@@ -24,11 +24,13 @@ from smartmops.attention import attached
 from smartmops.attention.context import ForwardContext
 from smartmops.attention.packed import text_positions
 from smartmops.backbone import bases, growing, halves
-from smartmops.calls import call, mixed, packing, prefill, reading, trainers
+from smartmops.calls import call, mixed, packing, reading, trainers
 from smartmops.calls.call import Told
 from smartmops.checks.errors import AdapterError
 from smartmops.experts import gate
 from smartmops.experts.hidden_states import HiddenStates
+
+from . import first_pass
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -158,6 +160,9 @@ class Engine:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
         if new := context is None:
             real = torch.ones(rows, length, dtype=torch.bool, device=inputs.device) if flat is None else flat.bool()
+            if self.call is not None:
+                growing.make_room(cache)
+                self.call.now.once = first_pass.once(self, names, kwargs, real)
             context = self._begun(names, kwargs, real, told)
         elif context.gate is not None and len(context.gate) != rows:
             raise AdapterError(
@@ -167,18 +172,13 @@ class Engine:
         self.last = kwargs["mops"] = context
         if self.call is not None and new:
             self.call.now.context = context
-            one = None if context.parts else self.wrapper_of(context.adapter)
-            plain = one is not None and context.visible_from is None and not one.configs[context.adapter].reads_ahead
-            if plain and prefill.packable(model, self.names, kwargs, flat):
-                kwargs = prefill.pack(kwargs, flat.bool(), context)
+            kwargs = first_pass.arranged(self, kwargs, real, context)
         return (), kwargs
 
     def _begun(self, names: list[str], kwargs: dict[str, Any], real: Tensor, told: Told) -> ForwardContext:
         """The context of a text that was not read before, by one adapter or by several."""
-        if self.call is not None:
-            growing.make_room(kwargs.get("past_key_values"))
-            if self.call.now.own:  # what the pass is not told, `generate` may have been
-                told = Told(*(before if now is None else now for now, before in zip(told, self.call.told, strict=True)))
+        if self.call is not None and self.call.now.own:  # what the pass is not told, `generate` may have been
+            told = Told(*(before if now is None else now for now, before in zip(told, self.call.told, strict=True)))
         told = told.each(lambda given: _rows(given, len(real)))
         if len(set(names)) == 1 and names[0] != mixed.BASE:
             return self.fresh(names[0], kwargs, real, told)
@@ -251,7 +251,8 @@ class Engine:
             frame = config.gate_frame if config.gate_reads == "own" else None
             context.gate_mask = reading.instruction(ids, real, labels, context.visible_from, frame, chosen)
             reading.refuse_sight(kwargs.get("attention_mask"), context.gate_mask, real, labels)
-        if config.reads_ahead or config.visible_to == "answers":
+        once = self.call is not None and self.call.now.once
+        if not once and (config.reads_ahead or config.visible_to == "answers"):
             context.pooled = self._read_ahead(context, kwargs, real, config)
         return context
 
@@ -334,7 +335,7 @@ class Engine:
                                "on what they carry; please report the architecture")  # fmt: skip
         if context is not None and cache is not None:
             cache.mops = context
-        return output if context is None or context.segments is None else prefill.unpack(output, context)
+        return output if context is None else first_pass.finished(self, context, cache, output)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
