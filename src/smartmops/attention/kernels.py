@@ -48,11 +48,6 @@ class Own:
         """The number of its decoder layer."""
         return self.module.layer_idx  # type: ignore[return-value]
 
-    @property
-    def window(self) -> int | None:
-        """Tokens of a sliding window."""
-        return self.options.get("sliding_window")
-
     def scale(self, query: Tensor) -> float:
         """What logits are multiplied by: the model's own factor, or that of the textbook."""
         return float(self.options.get("scaling") or query.shape[-1] ** -0.5)
@@ -111,17 +106,17 @@ def _over_segments(
     own: Own, query: Tensor, key: Tensor, value: Tensor, prefix: Prefix | None, segments: Segments,
     past: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Float[Tensor, "1 tokens heads width"]:  # fmt: skip
-    long = sum(segments.lengths) >= LONG * len(segments.lengths)
-    plain = past is None and (own.window is None or own.window >= segments.longest)
+    long, window = sum(segments.lengths) >= LONG * len(segments.lengths), own.options.get("sliding_window")
+    plain = past is None and (window is None or window >= segments.longest)
     if plain and long and own.merges(query, value, prefix):
         found = None if prefix is None else (prefix.key, prefix.value, prefix.bias)
         return merged.over_segments(query, key, value, found, segments, own.scale(query)).transpose(1, 2)
-    mask = segments.causal(own.window, query.dtype)
+    mask = segments.causal(window, query.dtype)
     query, key, value = (segments.pad(each) for each in (query, key, value))
     if past is not None:
         keys, values, lengths = past
         key, value = torch.cat([keys.to(key.dtype), key], -2), torch.cat([values.to(value.dtype), value], -2)
-        before = segments.before(lengths, keys.shape[-2], own.window, query.dtype)
+        before = segments.before(lengths, keys.shape[-2], window, query.dtype)
         mask = torch.cat([before, mask.expand(len(before), -1, -1, -1)], -1)
     return segments.unpad(_in_front(own, query, key, value, mask, prefix)[0])
 

@@ -65,14 +65,11 @@ class HiddenStates:
                 use_cache=False,
                 mops=ForwardContext(recorded=kv, scale=None if scale is None else scale.to(dtype).unsqueeze(-1)),
             )
-        return {layer: (_in_a_row(key), _in_a_row(value)) for layer, (key, value) in kv.items()} if apart else kv
 
+        def in_a_row(each: Tensor) -> Tensor:  # one expert after another
+            return each.transpose(0, 1).flatten(1, 2)[None]
 
-def _in_a_row(
-    columns: Float[Tensor, "experts kv_heads per_expert head"],
-) -> Float[Tensor, "1 kv_heads prompts head"]:
-    """The experts' columns one expert after another."""
-    return columns.transpose(0, 1).flatten(1, 2)[None]
+        return {layer: (in_a_row(key), in_a_row(value)) for layer, (key, value) in kv.items()} if apart else kv
 
 
 @contextmanager

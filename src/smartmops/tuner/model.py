@@ -227,7 +227,7 @@ class MoPsModel(BaseTuner):
         if mixed.names_of(Engine.on(self.model)) is not None:
             raise AdapterError("adapter_names with a packed batch: give padded rows, or one adapter at a time")
         hidden, targets = self.predicting(packed)
-        loss = mean_loss(self._head, hidden, targets, self._vocabulary, self._saved)
+        loss = mean_loss(self.logits, hidden, targets, self._vocabulary, self._saved)
         if (items := kwargs.get("num_items_in_batch")) is not None:  # as transformers' own losses take it
             loss = loss * len(targets) / items
         return CausalLMOutputWithPast(loss=loss)
@@ -238,7 +238,7 @@ class MoPsModel(BaseTuner):
         batch = Packed.of(packed)
         at, targets = batch.targets()
         found = torch.zeros(len(batch.labels), device=targets.device)
-        found[at] = each_nats(self._head, self.predicting(batch)[0], targets, self._vocabulary)
+        found[at] = each_nats(self.logits, self.predicting(batch)[0], targets, self._vocabulary)
         return found
 
     def predicting(
@@ -256,7 +256,7 @@ class MoPsModel(BaseTuner):
 
     def logits(self, hidden: Float[Tensor, "some hidden"]) -> Float[Tensor, "some vocabulary"]:
         """Logits of normed last hidden states."""
-        return self._head(hidden)
+        return head.logits(self.model, hidden)
 
     @property
     def _saved(self) -> list[Tensor]:
@@ -267,9 +267,6 @@ class MoPsModel(BaseTuner):
     @property
     def _vocabulary(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
-
-    def _head(self, hidden: Float[Tensor, "some hidden"]) -> Float[Tensor, "some vocabulary"]:
-        return head.logits(self.model, hidden)
 
     @torch.no_grad()
     def lower(
