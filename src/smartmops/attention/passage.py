@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,19 @@ KeyValue = tuple[
     Float[Tensor, "#rows kv_heads prompts key"], Float[Tensor, "#rows kv_heads prompts value"]
 ]  # one row serves all
 
+T = TypeVar("T")
 
+
+def _whole(kind: type[T]) -> type[T]:
+    """A dataclass that torch does not take for one.
+
+    FSDP rebuilds every dataclass among a layer's arguments, and what the layer leaves on such a copy is lost.
+    """
+    del kind.__dataclass_fields__  # type: ignore[attr-defined]
+    return kind
+
+
+@_whole
 @dataclass
 class Record:
     """Carried by the prompts' own pass: every attention module leaves its (rotated) keys and values here."""
@@ -72,6 +84,7 @@ class Past:
     lengths: Int[Tensor, " segments"]
 
 
+@_whole
 @dataclass
 class Passage:
     """Carried by a pass of text: what each layer sees in front of it."""

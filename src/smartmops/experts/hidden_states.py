@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from smartmops.attention.passage import KeyValue, Record
-from smartmops.backbone.halves import upper
+from smartmops.backbone.halves import layers_name, upper
 
 
 def positions(experts: int, per_expert: int, isolated: bool) -> Int[Tensor, prompts]:
@@ -61,9 +63,23 @@ def prefix(
             use_cache=False,
             mops=record,
         )
+    _gather_again(backbone, record.kv)
     if not apart:
         return record.kv
     return {layer: (_in_a_row(key), _in_a_row(value)) for layer, (key, value) in record.kv.items()}
+
+
+def _gather_again(backbone: nn.Module, kv: dict[int, KeyValue]) -> None:
+    """Of a layer that FSDP keeps in parts, gather the weights before gradients come back through what it recorded.
+
+    FSDP's own hooks are on what a layer returns, and keys and values leave it sideways.
+    """
+    layers: Any = getattr(backbone, layers_name(backbone))
+    for number, pair in kv.items():
+        sharded = next((m for m in layers[number].modules() if isinstance(m, FSDPModule)), None)
+        for each in pair if sharded is not None else ():
+            if each.requires_grad:
+                each.register_hook(lambda gradient, sharded=sharded: sharded.unshard())
 
 
 def _in_a_row(
