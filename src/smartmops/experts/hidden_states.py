@@ -79,7 +79,7 @@ def _gather_again(backbone: nn.Module, kv: dict[int, KeyValue]) -> None:
         sharded = next((m for m in layers[number].modules() if isinstance(m, FSDPModule)), None)
         for each in pair if sharded is not None else ():
             if each.requires_grad:
-                each.register_hook(lambda gradient, sharded=sharded: sharded.unshard())
+                each.register_hook(lambda gradient, sharded=sharded: sharded.unshard())  # type: ignore[no-untyped-call]
 
 
 def _in_a_row(
