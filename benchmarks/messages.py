@@ -233,8 +233,11 @@ if __name__ == "__main__":
     elif command in (["measure", "messages"], ["measure", "ray"]):
         known = json.loads(store.read_text()) if store.is_file() else {}
         kind = command[1]
-        made = [apart("one", *p) for p in POINTS] if kind == "messages" else [apart("one-on-ray", *p) for p in RAY]
-        store.write_text(json.dumps(known | {"cores": os.cpu_count(), kind: made}, indent=1) + "\n")
+        word, places = ("one", POINTS) if kind == "messages" else ("one-on-ray", RAY)
+        made: list[dict[str, Any]] = []
+        for place in places:
+            made.append(apart(word, *place))
+            store.write_text(json.dumps(known | {"cores": os.cpu_count(), kind: made}, indent=1) + "\n")
     elif command == ["page"]:
         known = json.loads(store.read_text())
         picture(known["messages"], HERE / "messages.png")
