@@ -21,7 +21,10 @@ from smartmops.settings.line import asked
 COMMANDS = re.compile(r"(?:`|> ?)smartmops ([a-z-]+)")  # in code, or in a drawing
 # Options of other programs that pages name.
 FOREIGN = {"--no-python", "--no_python", "--nproc_per_node", "--multi_gpu", "--num_processes", "--cpu", "--trl", "--check",
-           "--help", "COMMAND", "--replicas"}  # fmt: skip
+           "--help", "COMMAND", "--replicas", "--use_fsdp", "--fsdp_version", "--fsdp_auto_wrap_policy",
+           "--fsdp_transformer_layer_cls_to_wrap", "--fsdp_cpu_ram_efficient_loading", "--nodes", "--ntasks-per-node",
+           "--gpus-per-node", "--cpus-per-task", "--time", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id",
+           "--max-restarts"}  # fmt: skip
 LINES = list(dict.fromkeys(line for _, line in shell()))
 
 

@@ -41,6 +41,14 @@ from smartmops.flow.trainer import TrainConfig, train
 
 settings, ill = json.loads(Path(sys.argv[1]).read_text())
 step = loop.Trainer.training_step
+from smartmops.states.answer_states import AnswerStates
+compute, counts = AnswerStates._compute, []
+
+def counted(self, indices):
+    counts[-1] += len(indices)
+    return compute(self, indices)
+
+AnswerStates._compute = counted
 
 def poisoned(self, *args, **kwargs):
     return step(self, *args, **kwargs) * (float("nan") if self.state.global_step == 4 else 1)
@@ -56,12 +64,14 @@ for number, each in enumerate(settings):
     config = TrainConfig(**each | {"out": Path(each["out"])})
     if ill and (RANK == "1" or number):
         loop.Trainer.training_step = leaves if number else poisoned
+    counts.append(0)
     try:
         found = train(config)
     except (ValueError, FileExistsError) as error:
         found = f"{type(error).__name__}: {error}"
     print("spoken by", RANK)
     (folder / f"{number}-{RANK}.json").write_text(json.dumps(found))
+    (folder / f"computed-{RANK}.json").write_text(json.dumps(counts))
 """
 
 
@@ -118,6 +128,7 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(config: Make, 
         "cached": {"prompt_lr": 0.01},
         "on-disk": {"activations": str(tmp_path / "cache"), "prompt_lr": 0.01, "recovery_prompts": 2},
         "ia3": {"method": "ia3", "prompt_lr": 0.01},
+        "answers": {"expert_kind": "keys_values", "prompt_lr": 0.01},
     }
     taken = [both(f"{name}-two", 3, **each) for name, each in cases.items()]
     done, said = launch(tmp_path / "two", *taken, taken[0], replace(taken[0], resume=True))
@@ -125,6 +136,9 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(config: Make, 
     assert closed(tmp_path / "two") == ["closed"] * 2
     assert [text.split(":")[0] for text in said[-2]] == ["RunExists"] * 2, "the second did not start it again"
     assert said.pop() == said[0] and said.pop(), "taken up again, a finished run is read"
+    own = {"train": 15, "validation": 3}  # half of each part's rows
+    for computed in (json.loads((tmp_path / "two" / f"computed-{rank}.json").read_text()) for rank in range(2)):
+        assert computed[: len(cases)] == [0, 0, 0, sum(own.values())], "each takes its part of the states"
     for (name, each), returned in zip(cases.items(), said, strict=True):
         alone = train(both(f"{name}-one", 6, **each))
         one, two = Run.open(tmp_path / f"{name}-one"), Run.open(tmp_path / f"{name}-two")

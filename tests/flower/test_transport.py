@@ -15,7 +15,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'smartm
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid
 
-from smartmops.clients.messages import Failure, Hello, Lost, pack, unpack
+from smartmops.clients.messages import Failure, Hello, Lost, Made, pack, unpack
 from smartmops.flower import app
 from smartmops.flower.frames import receive, send
 from smartmops.flower.transport import OverFlower, OverSocket
@@ -156,6 +156,15 @@ def test_a_node_that_flower_has_no_message_for_is_told_apart_and_not_waited_for(
     wire.replies = {71: "good", 72: "!gone"}
     found = {node: (blob, wrong) for node, blob, wrong in app.ask(wire, "train", dict.fromkeys(KEYS, b""), None)}
     assert found == {71: (b"good", ""), 72: (b"", "Flower: gone"), 73: (b"", "Flower did not take the message for it")}
+
+
+def test_no_more_messages_are_under_way_than_are_wanted_at_once() -> None:
+    wire = Wire(unknown=[73])
+    wire.replies = {node: "good" for node in KEYS}
+    told, made = app.ask(wire, "train", Made(KEYS, lambda node: b"job"), None, at_once=1), []
+    for node, blob, _ in told:
+        made.append((node, blob, len(wire.pushed)))
+    assert made == [(71, b"good", 1), (72, b"good", 2), (73, b"", 2)]
 
 
 def test_who_is_silent_is_called_once_until_it_answers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 
 from smartmops.experts import keys_values, null
@@ -22,8 +23,9 @@ def parameters(backbone: Any, first: int, config: MoPsConfig) -> tuple[dict[str,
     """
     hidden, width = config.base_hidden_size, config.embedding_size or config.base_hidden_size
     assert hidden is not None and width is not None
-    table = backbone.get_input_embeddings().weight
-    spread = float(table.detach().float().std()) if table.is_floating_point() and not table.is_meta else 0.02
+    with align_module_device(backbone.get_input_embeddings()):
+        table = backbone.get_input_embeddings().weight
+        spread = float(table.detach().float().std()) if table.is_floating_point() and not table.is_meta else 0.02
     made = _keys_values(backbone, first, config) if config.experts == "keys_values" else _hidden_states(config, spread)
     trained, frozen = made
     trained["mops_gate_in"] = torch.randn(config.gate_hidden_size, width) * (2 / width) ** 0.5

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,19 @@ class Past:
     lengths: Int[Tensor, " segments"]
 
 
+T = TypeVar("T")
+
+
+def _whole(kind: type[T]) -> type[T]:
+    """A dataclass that torch does not take for one.
+
+    FSDP rebuilds every dataclass among a layer's arguments, and what the layer leaves on such a copy is lost.
+    """
+    del kind.__dataclass_fields__  # type: ignore[attr-defined]
+    return kind
+
+
+@_whole
 @dataclass
 class ForwardContext:
     """Carried by a pass as the keyword `mops` of every decoder layer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from smartmops.checks.errors import BaseModelError
 
 from . import halves
 
+EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # of the environment, as accelerate and TrainingArguments set it
 NEEDED = "smartmops adapts decoder-only language models of transformers"
 
 
@@ -19,7 +21,8 @@ def check(model: Any) -> None:
     """Whether a model is a causal language model of transformers with a plain list of decoder layers.
 
     Raises:
-        BaseModelError: it is none; the message says what it is instead.
+        BaseModelError: it is none; the message says what it is instead. Or accelerate keeps it empty in all processes
+            but the first.
     """
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -31,6 +34,12 @@ def check(model: Any) -> None:
             f"{kind} has no head that predicts the next token: {NEEDED}, as AutoModelForCausalLM loads them"
         )
     halves.layers_name(halves.backbone_of(model))
+    if os.environ.get(EMPTY, "").lower() in ("1", "true", "yes"):
+        raise BaseModelError(
+            f"{EMPTY}={os.environ[EMPTY]}: all processes but the first hold an empty base, and every process makes its "
+            "adapter from its own: set cpu_ram_efficient_loading of FSDP to false (accelerate launch "
+            "--fsdp_cpu_ram_efficient_loading false)"
+        )
 
 
 class _Seen(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections import OrderedDict
 from typing import Any
 
@@ -31,8 +32,39 @@ def in_its_place(model: Any, backbone: nn.Module) -> nn.Module:
     if backbone_of(model) is model.base_model:
         return backbone
     outer = copy.copy(model.base_model)
+    own_forward(outer)
     outer._modules = {"decoder": backbone}
     return outer  # type: ignore[no-any-return]
+
+
+def own_forward(copied: nn.Module) -> None:
+    """Give a shallow copy of a module a `forward` of its own, where one on the instance is bound to what was copied.
+
+    accelerate's hooks put such a one there; those of the parts of the copy go on bringing weights to where they run.
+    """
+    held = copied.__dict__
+    forward = held.pop("forward", None)
+    forward = held.pop("_old_forward", forward)
+    function = getattr(forward, "__func__", forward)
+    if function is not None and function is not type(copied).forward:
+        held["forward"] = types.MethodType(function, copied)
+
+
+def runs_on(part: nn.Module) -> torch.device | None:
+    """Where accelerate's hooks bring weights to run that wait elsewhere; None: there are no such hooks."""
+    for module in part.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    return None
+
+
+def device_of(backbone: Any) -> torch.device:
+    """Where the backbone takes tokens, also where its embeddings wait elsewhere until they run."""
+    table = backbone.get_input_embeddings()
+    found: torch.device = table.weight.device
+    return (runs_on(table) if table.weight.is_meta else None) or found
 
 
 def hidden_size(backbone: Any) -> int:
@@ -73,6 +105,7 @@ class _NoPositions(nn.Module):
 
 def _view(backbone: Any, first: int, last: int, *, embed: bool, final: bool) -> Any:
     view = copy.copy(backbone)
+    own_forward(view)
     view._forward_pre_hooks, view._forward_hooks = OrderedDict(), OrderedDict()  # they wait for passes of text
     view._modules = dict(backbone._modules)
     config = copy.copy(backbone.config)

@@ -27,6 +27,7 @@ class _Given(nn.Module):
 def logits(model: Any, hidden: Float[Tensor, "some hidden"]) -> Float[Tensor, "some vocabulary"]:
     """Logits of normed hidden states: the model's own `forward` around a backbone that does nothing."""
     head = copy.copy(model)
+    halves.own_forward(head)
     head.__dict__.pop("mops_engine", None)
     head._forward_pre_hooks, head._forward_hooks = OrderedDict(), OrderedDict()
     head._modules = {**model._modules, model.base_model_prefix: halves.in_its_place(model, _Given())}

@@ -6,7 +6,7 @@ Knows bytes. Knows no model, no data and no network: every transport carries the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -120,6 +120,40 @@ class Transport(Protocol):
     def close(self) -> None:
         """Let go of processes and connections."""
         ...
+
+
+class Made(Mapping[int, bytes]):
+    """Blobs by number, each made when it is asked for and then forgotten: there may be as many as there are clients.
+
+    Args:
+        numbers: Of all blobs.
+        make: One of them.
+    """
+
+    def __init__(self, numbers: Iterable[int], make: Callable[[int], bytes]) -> None:
+        self._numbers, self._make = dict.fromkeys(numbers), make
+        self._sizes: dict[int, int] = {}
+
+    def __getitem__(self, number: int) -> bytes:
+        if number not in self._numbers:
+            raise KeyError(number)
+        blob = self._make(number)
+        self._sizes[number] = len(blob)
+        return blob
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def size(self) -> int:
+        """Bytes of those that were made."""
+        return sum(self._sizes.values())
 
 
 def pack(message: Message) -> bytes:

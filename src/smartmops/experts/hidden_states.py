@@ -6,13 +6,15 @@ import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from smartmops.attention.context import ForwardContext, KeyValue
-from smartmops.backbone.halves import upper
+from smartmops.backbone.halves import layers_name, upper
 
 from .opened import Opened
 
@@ -66,10 +68,25 @@ class HiddenStates:
                 mops=ForwardContext(recorded=kv, scale=None if scale is None else scale.to(dtype).unsqueeze(-1)),
             )
 
+        _gather_again(self.backbone, kv)
+
         def in_a_row(each: Tensor) -> Tensor:  # one expert after another
             return each.transpose(0, 1).flatten(1, 2)[None]
 
         return {layer: (in_a_row(key), in_a_row(value)) for layer, (key, value) in kv.items()} if apart else kv
+
+
+def _gather_again(backbone: nn.Module, kv: dict[int, KeyValue]) -> None:
+    """Of a layer that FSDP keeps in parts, gather the weights before gradients come back through what it recorded.
+
+    FSDP's own hooks are on what a layer returns, and keys and values leave it sideways.
+    """
+    layers: Any = getattr(backbone, layers_name(backbone))
+    for number, pair in kv.items():
+        sharded = next((m for m in layers[number].modules() if isinstance(m, FSDPModule)), None)
+        for each in pair if sharded is not None else ():
+            if each.requires_grad:
+                each.register_hook(lambda gradient, sharded=sharded: sharded.unshard())  # type: ignore[no-untyped-call]
 
 
 @contextmanager

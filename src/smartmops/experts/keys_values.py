@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smartmops.attention.context import AddedPrefix, ForwardContext, KeyValue
-from smartmops.backbone.halves import POSITIONS, layers_name
+from smartmops.backbone.halves import POSITIONS, device_of, layers_name
 from smartmops.checks.errors import BaseModelError
 
 from .gate import CLOSED
@@ -122,7 +122,7 @@ def probe(backbone: Any, first: int) -> Columns:
     table = backbone.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(table.shape[0] if table.dim() > 1 else 2, (1, 2 * PROBE), generator=generator)
-    found = observe(backbone, first, ids.to(table.device))
+    found = observe(backbone, first, ids.to(device_of(backbone)))
     return Columns(found.keys[PROBE:], found.values[PROBE:])
 
 

@@ -6,20 +6,24 @@ Knows named tensors and how much each expert was used. Knows no model and no net
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from smartmops.checks.errors import ConfigError, FederationError
 from smartmops.clients.messages import Failure, Reply, unpack
 from smartmops.options.federation import AggregationConfig
 
+from .spool import Spool
+
 BETAS, TAU = (0.9, 0.99), 1e-3  # of FedAdam, as in Reddi et al. 2021
 WORDS = 1 << 20  # bytes that an answer may have beyond its arrays
 REASON = 1000  # characters of a reason that are kept: a client may send any
+COMPARED = 100  # updates that are laid side by side to see how far they are apart
 JUDGES = 3  # updates it takes before one of them can be called too large
 
 
@@ -36,8 +40,8 @@ class Update:
     """One client's admitted update.
 
     Attributes:
-        delta: Float64 differences from what was sent; zero for experts that stayed at home.
-        norm: L2 norm of all of them together.
+        norm: L2 norm of all of `delta` together.
+        read: Makes `delta`.
     """
 
     client: int
@@ -47,7 +51,12 @@ class Update:
     seconds: float
     experts: list[int] | None
     norm: float
-    delta: dict[str, Tensor] = field(repr=False)
+    read: Callable[[], dict[str, Tensor]] = field(repr=False)
+
+    @property
+    def delta(self) -> dict[str, Tensor]:
+        """Float64 differences from what was sent, made anew each time; zero for experts that stayed at home."""
+        return self.read()
 
 
 def check(config: AggregationConfig, layout: Layout) -> None:
@@ -71,7 +80,8 @@ def admit(
 ) -> tuple[list[Update], list[Failure]]:
     """Good updates in the order of their clients, so that no sum depends on the order of arrival; and what was refused.
 
-    Raises nothing, whatever a client sends. A second answer of one client is refused, and the first stands.
+    Raises nothing, whatever a client sends. A second answer of one client is refused, and the first stands. Answers are
+    looked at one by one and then lie in a `Spool`: memory does not grow with them.
 
     Args:
         received: Clients and their packed answers, as they came in.
@@ -81,6 +91,7 @@ def admit(
         config: `norm_limit`.
     """
     good: dict[int, Update] = {}
+    spool = Spool()
     failures: list[Failure] = []
     answered: set[int] = set()
     limit = WORDS + sum(4 * value.numel() for value in sent.values())  # float32 is the most that comes back
@@ -94,7 +105,7 @@ def admit(
             answered.add(client)
             if len(blob) > limit:
                 raise FederationError(f"answered with {len(blob):,} bytes; the limit is {limit:,}")
-            good[client] = _update(blob, client, number, sent, layout)
+            good[client] = _update(blob, client, number, sent, layout, spool)
         except (ValueError, TypeError, RuntimeError) as error:
             failures.append(Failure(number, client, str(error)[:REASON]))
     usual = median(update.norm for update in good.values()) if len(good) >= JUDGES else math.inf
@@ -107,7 +118,7 @@ def admit(
     return [good[client] for client in sorted(good)], sorted(failures, key=lambda failure: failure.client)
 
 
-def _update(blob: bytes, client: int, number: int, sent: Mapping[str, Tensor], layout: Layout) -> Update:
+def _update(blob: bytes, client: int, number: int, sent: Mapping[str, Tensor], layout: Layout, spool: Spool) -> Update:
     reply = unpack(blob)
     if isinstance(reply, Failure):
         raise FederationError(reply.reason)
@@ -126,9 +137,19 @@ def _update(blob: bytes, client: int, number: int, sent: Mapping[str, Tensor], l
     _check_experts(reply.experts, layout)
     if odd := sorted(sent.keys() ^ reply.arrays.keys()):
         raise FederationError(f"array {odd[0]!r} is " + ("missing" if odd[0] in sent else "unknown"))
-    delta = {name: _delta(name, reply, sent[name], layout) for name in sorted(sent)}
-    norm = math.sqrt(sum(float(value.square().sum()) for value in delta.values()))
-    return Update(client, reply.examples, reply.mass, reply.loss, reply.seconds, reply.experts, norm, delta)
+    norm = math.sqrt(sum(float(value.square().sum()) for value in _deltas(reply, sent, layout).values()))
+    at = spool.put(blob)
+
+    def read() -> dict[str, Tensor]:
+        again = unpack(spool.get(at))
+        assert isinstance(again, Reply)
+        return _deltas(again, sent, layout)
+
+    return Update(client, reply.examples, reply.mass, reply.loss, reply.seconds, reply.experts, norm, read)
+
+
+def _deltas(reply: Reply, sent: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    return {name: _delta(name, reply, sent[name], layout) for name in sorted(sent)}
 
 
 def _whole(value: object) -> bool:
@@ -207,50 +228,67 @@ class Aggregator:
         Every expert is combined over the clients that sent it; one that nobody sent stays as it is. One client alone
         gives exactly its own arrays under all but FedAdam.
         """
-        return (
-            {name: self._next(name, value, updates).float() for name, value in arrays.items()}
-            if updates
-            else dict(arrays)
-        )
+        if not updates:
+            return dict(arrays)
+        whole = self.config.aggregation in ("trimmed-mean", "median")
+        moved = self._number_by_number(arrays, updates) if whole else self._by_weight(arrays, updates)
+        return {
+            name: (value.double() + self._through_adam(name, moved[name])).float() for name, value in arrays.items()
+        }
 
-    def _next(self, name: str, value: Tensor, updates: Sequence[Update]) -> Tensor:
-        if name not in self.layout.by_expert:
-            return value.double() + self._moved(
-                name, [u.delta[name] for u in updates], [float(u.examples) for u in updates]
-            )
-        rows = _experts(value.double(), self.layout.experts)
-        moved = torch.zeros_like(rows)
-        for expert in range(self.layout.experts):
-            there = [u for u in updates if u.experts is None or expert in u.experts]
-            weights = [float(u.examples) for u in there]
-            if self.config.aggregation == "expert-weighted":
-                weights = [w * (u.mass or [])[expert] for w, u in zip(weights, there, strict=True)]
-            if sum(weights) > 0:
-                deltas = [_experts(u.delta[name], self.layout.experts)[expert] for u in there]
-                moved[expert] = self._combined(deltas, weights)
-        return value.double() + self._through_adam(name, moved.flatten(0, 1))
+    def _by_weight(self, arrays: Mapping[str, Tensor], updates: Sequence[Update]) -> dict[str, Tensor]:
+        """Sums by weight that run over the updates, one in memory at a time.
 
-    def _moved(self, name: str, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        return self._through_adam(name, self._combined(deltas, weights))
-
-    def _combined(self, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """One update of several: by weight, or number by number.
-
-        fedavg (McMahan et al. 2017): sum_k n_k delta_k / sum_k n_k. trimmed-mean, median: Yin et al. 2018.
+        fedavg (McMahan et al. 2017): sum_k n_k delta_k / sum_k n_k.
         """
-        kind = self.config.aggregation
-        if kind in ("trimmed-mean", "median"):
-            stacked = torch.stack(list(deltas)).sort(0).values
-            count = len(deltas)
-            cut = (count - 1) // 2 if kind == "median" else int(self.config.trim * count)
-            return stacked[cut : count - cut].mean(0)
-        if kind == "uniform":
-            weights = [1.0] * len(deltas)
-        total = math.fsum(weights)
-        found = torch.zeros_like(deltas[0])
-        for delta, weight in zip(deltas, weights, strict=True):
-            found += delta * (weight / total)
+        plain = torch.tensor([self._weight(update) for update in updates], dtype=torch.float64)
+        each = torch.stack([self._weights(update) for update in updates])
+        shares = plain / math.fsum(plain.tolist())
+        totals = torch.tensor([math.fsum(column) for column in each.T.tolist()], dtype=torch.float64)
+        own = torch.where(totals > 0, each / totals, 0.0)
+        found = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in arrays.items()}
+        for update, share, by_expert in zip(updates, shares, own, strict=True):
+            for name, delta in update.delta.items():
+                if name in self.layout.by_expert:
+                    rows = _experts(delta, self.layout.experts)
+                    found[name] += (rows * by_expert.view(-1, *[1] * (rows.dim() - 1))).flatten(0, 1)
+                else:
+                    found[name] += delta * share
         return found
+
+    def _weight(self, update: Update) -> float:
+        return 1.0 if self.config.aggregation == "uniform" else float(update.examples)
+
+    def _weights(self, update: Update) -> Float[Tensor, " experts"]:
+        """Of the update's experts; 0 for those that it does not have."""
+        weight, there = self._weight(update), update.experts
+        mass = update.mass if self.config.aggregation == "expert-weighted" else None
+        return torch.tensor([
+            0.0 if there is not None and expert not in there else weight * (1.0 if mass is None else mass[expert])
+            for expert in range(self.layout.experts)
+        ], dtype=torch.float64)  # fmt: skip
+
+    def _number_by_number(self, arrays: Mapping[str, Tensor], updates: Sequence[Update]) -> dict[str, Tensor]:
+        """trimmed-mean, median (Yin et al. 2018), which need an array of all clients at once."""
+        found = {}
+        for name, value in arrays.items():
+            deltas = torch.stack([update.delta[name] for update in updates])
+            if name not in self.layout.by_expert:
+                found[name] = self._middle(deltas)
+                continue
+            moved = torch.zeros_like(_experts(value, self.layout.experts), dtype=torch.float64)
+            rows = deltas.reshape(len(updates), *moved.shape)
+            for expert in range(self.layout.experts):
+                there = [k for k, u in enumerate(updates) if u.experts is None or expert in u.experts]
+                if there:
+                    moved[expert] = self._middle(rows[there, expert])
+            found[name] = moved.flatten(0, 1)
+        return found
+
+    def _middle(self, deltas: Float[Tensor, "clients ..."]) -> Float[Tensor, ...]:
+        count = len(deltas)
+        cut = (count - 1) // 2 if self.config.aggregation == "median" else int(self.config.trim * count)
+        return deltas.sort(0).values[cut : count - cut].mean(0)
 
     def _through_adam(self, name: str, delta: Tensor) -> Tensor:
         """FedAdam (Reddi et al. 2021, algorithm 2): the averaged update is what Adam takes for a gradient."""
@@ -265,9 +303,13 @@ class Aggregator:
 
 
 def drift(updates: Sequence[Update]) -> dict[str, float]:
-    """How far the clients of a round go, and how far apart: means of norm, and over pairs of cosine and L2 distance."""
+    """How far the clients of a round go, and how far apart: means of norm, and over pairs of cosine and L2 distance.
+
+    Of more than `COMPARED` clients, of so many of them, evenly spread over their numbers.
+    """
     if not updates:
         return {}
+    updates = [updates[len(updates) * i // COMPARED] for i in range(COMPARED)] if len(updates) > COMPARED else updates
     flat = torch.stack([torch.cat([value.flatten() for value in u.delta.values()]) for u in updates])
     gram = flat @ flat.T
     norms = gram.diagonal().clamp(min=0).sqrt()

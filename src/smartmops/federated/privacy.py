@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -62,7 +62,7 @@ class Private:
         draw = secrets.SystemRandom()
         return [client for client in range(self.clients) if draw.random() < self.rate]
 
-    def average(self, deltas: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def average(self, deltas: Iterable[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(sum_k clip(delta_k) + N(0, (noise_multiplier clip_norm)^2)) / (rate clients), and one round on the account.
 
         Args:

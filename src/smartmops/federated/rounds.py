@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smartmops.checks.errors import DiskError, QuorumLost, RunError
-from smartmops.clients.messages import Failure, Job, Local, Lost, Transport, pack
+from smartmops.clients.messages import Failure, Job, Local, Lost, Made, Transport, pack
 from smartmops.clients.roster import Roster, listed, short
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.options.federation import AggregationConfig, RoundsConfig
@@ -109,6 +109,25 @@ class Outcome:
     left_out: list[dict[str, Any]]
     bytes_down: int
     bytes_up: int
+
+
+class Answers(Iterable[tuple[int, bytes]]):
+    """What comes back of a round, to be gone through once: who answered, how much, and who was lost on the way."""
+
+    def __init__(self, found: Iterable[tuple[int, bytes | Lost]]) -> None:
+        self._found = found
+        self.came: list[int] = []
+        self.lost: dict[int, str] = {}
+        self.size = 0  # bytes
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        for client, answer in self._found:
+            if isinstance(answer, Lost):
+                self.lost[client] = answer.reason
+            else:
+                self.came.append(client)
+                self.size += len(answer)
+                yield client, answer
 
 
 @dataclass
@@ -212,16 +231,15 @@ class Server:
     def _combined(self, arrays: dict[str, Tensor], updates: list[Update]) -> dict[str, Tensor]:
         if self.private is None:
             return self.aggregator.step(arrays, updates)
-        moved = self.private.average([update.delta for update in updates], arrays)
+        moved = self.private.average((update.delta for update in updates), arrays)
         return {name: value + moved[name] for name, value in arrays.items()}
 
     def _attempt(self, arrays: dict[str, Tensor], number: int, attempt: int) -> Outcome:
         asked, left_out = self._drawn(number, attempt), self.roster.rows()
         half = self.config.payload == "float16"
         sent = {name: value.half() if half else value for name, value in arrays.items()}
-        jobs = {client: self._job(sent, number, client) for client in asked}
-        found = list(self.transport.exchange(jobs, self.config.timeout)) if jobs else []
-        answers = [(client, answer) for client, answer in found if not isinstance(answer, Lost)]
+        jobs = Made(asked, lambda client: self._job(sent, number, client))
+        answers = Answers(self.transport.exchange(jobs, self.config.timeout) if jobs else ())
         received = {name: value.float() for name, value in sent.items()}
         limits = self.aggregator.config
         if self.private is not None:  # whether one client's update counts must not depend on the others'
@@ -229,19 +247,19 @@ class Server:
         updates, failures = admit(answers, received, dict.fromkeys(asked, number), self.layout, limits)
         within = "" if self.config.timeout is None else f" within {self.config.timeout:g} s"
         silent = dict.fromkeys(asked, f"no answer{within}")
-        silent |= {client: answer.reason for client, answer in found if isinstance(answer, Lost)}
-        for client, _ in answers:
+        silent |= answers.lost
+        for client in answers.came:
             silent.pop(client, None)
         failures += [Failure(number, client, reason) for client, reason in silent.items()]
-        self._heard(client for client, _ in answers)
+        self._heard(answers.came)
         for line in self.roster.missed(number, silent):
             _say(f"round {number}: {line}")
         return Outcome(
             updates,
             failures,
             [row for row in left_out if row["client"] not in jobs],
-            sum(map(len, jobs.values())),
-            sum(len(blob) for _, blob in answers),
+            jobs.size,
+            answers.size,
         )
 
     def _drawn(self, number: int, attempt: int) -> list[int]:

@@ -27,6 +27,7 @@ from smartmops.reading.task import Task
 from smartmops.runs import ranks
 from smartmops.runs.folder import Run
 from smartmops.runs.progress import Phases
+from smartmops.states.answer_states import AnswerStates
 from smartmops.tokens.batches import Encoded
 
 
@@ -120,7 +121,11 @@ def fitted(
     start = state_of(model)
     look = partial(measured, task, model, task.validation) if marks else None
     schedule = replace(config, eval_every=spacing(config, len(task.validation), ranks.world()))
-    kept: Kept = fit(model, config, schedule, *task.feed(model), folder, write, look, checkpoint, halfway)
+    rows, collate = task.feed(model)
+    seen = config.steps * config.batch_size * ranks.world()
+    if isinstance(collate, AnswerStates) and ranks.world() > 1 and seen >= len(rows):
+        collate.together()
+    kept: Kept = fit(model, config, schedule, rows, collate, folder, write, look, checkpoint, halfway)
     return settle(model, kept, start, marks.overall, len(task.validation)) if marks else {}
 
 

@@ -20,16 +20,25 @@ server = ServerApp()  # two statements: Flower looks for each by its own
 client = ClientApp()
 
 
-def ask(grid: Grid, kind: str, blobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes, str]]:
-    """Node, answer, and what went wrong ("" if nothing), as they come in; the silent are missing."""
+def ask(
+    grid: Grid, kind: str, blobs: Mapping[int, bytes], timeout: float | None, at_once: int | None = None
+) -> Iterator[tuple[int, bytes, str]]:
+    """Node, answer, and what went wrong ("" if nothing), as they come in; the silent are missing.
+
+    With `at_once`, Flower never holds more messages than that: the next goes out as an answer comes in.
+    """
     asked: dict[str, int] = {}
-    for node, blob in blobs.items():
-        if handed := _push(grid, kind, node, blob):
-            asked[handed] = node
-        else:
-            yield node, b"", "Flower did not take the message for it"
-    end = time.monotonic() + (timeout or 0)
-    while asked and (timeout is None or time.monotonic() < end):
+    waiting, more, end = iter(blobs.items()), True, 0.0
+    while True:
+        while more and (at_once is None or len(asked) < at_once):
+            if (more := (pair := next(waiting, None)) is not None) and pair is not None:
+                if handed := _push(grid, kind, *pair):
+                    asked[handed] = pair[0]
+                else:
+                    yield pair[0], b"", "Flower did not take the message for it"
+        end = end or time.monotonic() + (timeout or 0)
+        if not asked or (timeout is not None and time.monotonic() >= end):
+            return
         yield from _pull(grid, asked)
         time.sleep(0.05)
 

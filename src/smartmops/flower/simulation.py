@@ -28,6 +28,7 @@ QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }  # fmt: skip
+AT_ONCE = 64  # messages that Flower and Ray hold: more than there are actors, fewer than there may be clients
 PATIENCE = 300.0  # seconds that virtual nodes are waited for
 
 _workers: dict[str, Worker] = {}  # of this process, by config: an actor answers many clients with one model
@@ -54,7 +55,7 @@ class GridNodes:
         """Node, answer, and what went wrong, as they come in."""
         from .app import ask
 
-        yield from ask(self.grid, kind, blobs, timeout)
+        yield from ask(self.grid, kind, blobs, timeout, AT_ONCE)
 
 
 def simulate(config: FederateConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from smartmops.checks.errors import FederationError, FederationTimeout
 from smartmops.clients.admission import greeting
-from smartmops.clients.messages import Hello, Lost, pack
+from smartmops.clients.messages import Hello, Lost, Made, pack
 from smartmops.clients.roster import listed
 from smartmops.progress.bars import console
 
@@ -129,7 +129,7 @@ class OverFlower:
     def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes | Lost]]:
         """Client and packed reply, as they come in; what Flower itself reports wrong comes as `Lost`."""
         client_of = {self._node_of[client]: client for client in jobs}
-        blobs = {self._node_of[client]: blob for client, blob in jobs.items()}
+        blobs = Made(client_of, lambda node: jobs[client_of[node]])
         for node, blob, wrong in self.nodes.ask("train", blobs, timeout):
             yield client_of[node], Lost(wrong) if wrong else blob
 

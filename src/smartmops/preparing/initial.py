@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smartmops.attention.packed import IGNORED
+from smartmops.backbone import halves
 from smartmops.evaluation.perplexity import batch_for
 from smartmops.experts import keys_values
 from smartmops.tokens.batches import Collator, Encoded
@@ -82,7 +83,7 @@ def _columns(
 ) -> keys_values.Columns:
     """Keys and values of `count` tokens, as consecutive as the instructions of `own` allow."""
     backbone, found = layer.engine.backbone, list[keys_values.Columns]()
-    device = backbone.get_input_embeddings().weight.device
+    device = halves.device_of(backbone)
     while (missing := count - sum(len(part.keys) for part in found)) > 0:
         row = rows[own[int(torch.randint(len(own), (1,), generator=generator))]]
         first, last = _own_text(row)

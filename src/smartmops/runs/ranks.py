@@ -17,7 +17,11 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from smartmops.checks.errors import ConfigError
+
 PATIENCE = timedelta(hours=2)  # the others wait while one fills a cache or writes sample answers
+
+SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # what accelerate launch sets
 
 T = TypeVar("T")
 
@@ -41,7 +45,15 @@ def join() -> None:
     """Meet the other processes, if there are any. From here on only the first one speaks; errors all do.
 
     A process that made the group itself leaves it as it ends, by an error too: one that just goes can abort others.
+
+    Raises:
+        ConfigError: the launcher says that the base is to be sharded.
     """
+    for name, kind in SHARDING.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ConfigError(f"{name}={os.environ[name]}: {kind} is to shard the base, but this command measures and "
+                              "prepares with all of it in every process: launch it with torchrun or accelerate launch "
+                              "--multi_gpu, or shard it under your own Trainer (docs/scale.md)")  # fmt: skip
     if launched() > 1 and not dist.is_initialized():
         PartialState(cpu=on_cpu(), timeout=PATIENCE)
         atexit.register(leave)

@@ -6,17 +6,19 @@ is a collator, and its indices are the data set, as with `ActivationCache`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smartmops.runs import ranks
 from smartmops.tokens.batches import Encoded, by_budget, pack
 
 from .activations import evaluating, free_memory
 
+BLOCK = 16  # rows of each process whose states travel at once
 SHARE = 0.4  # of the free memory that may be filled; of a GPU's memory, what must stay free
 
 
@@ -31,7 +33,7 @@ class AnswerStates:
     def __init__(self, model: Any, rows: Sequence[Encoded], room: int | None = None, budget: int = 1024) -> None:
         self.model, self.rows, self.budget = model, rows, budget
         free = free_memory()
-        self.room = room if room is not None else None if free is None else int(SHARE * free)
+        self.room = room if room is not None else None if free is None else int(SHARE * free / ranks.on_this_machine())
         self.kept = 0
         self._found: dict[int, dict[str, Tensor]] = {}
         self._read: dict[int, int | None] = {}  # the layer whose hidden states `pooled` of a kept row is the mean of
@@ -84,6 +86,17 @@ class AnswerStates:
         """What the gate reads of these examples, before standardisation."""
         fresh = self._instructions([i for i in indices if i not in self._found or self._read[i] != self._layer()])
         return torch.stack([(fresh[i] if i in fresh else self._found[i]["pooled"]).cpu() for i in indices])
+
+    def together(self) -> None:
+        """Of several processes that train on the same rows: each computes its part, and all keep all that fit."""
+        for first in range(0, len(self), BLOCK * ranks.world()):
+            block = range(first, min(first + BLOCK * ranks.world(), len(self)))
+            made = self._compute([i for i in ranks.part(block) if i not in self._found])
+            for theirs in ranks.all_of({i: _on(made.get(i, self._found.get(i)), "cpu") for i in ranks.part(block)}):
+                for i in theirs.keys() - self._found.keys():
+                    self._keep(i, _on(theirs[i], self._device()))
+            if all(ranks.all_of(any(i not in self._found for i in block))):
+                return
 
     def _layer(self) -> int | None:
         """The layer that the gate of the model reads; None where a single expert leaves a gate nothing to choose."""
@@ -146,6 +159,11 @@ class AnswerStates:
     def _device(self) -> torch.device:
         found: torch.device = next(self.model.parameters()).device
         return found
+
+
+def _on(part: Mapping[str, Tensor] | None, device: torch.device | str) -> dict[str, Tensor]:
+    assert part is not None
+    return {name: value.to(device) for name, value in part.items()}
 
 
 def _has_room(device: torch.device, size: int) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smartmops.adapter import fresh
 from smartmops.adapter.config import MoPsConfig
 from smartmops.attention.context import ForwardContext
+from smartmops.backbone import halves
 from smartmops.calls import mixed
 from smartmops.checks.errors import AdapterError
 from smartmops.experts import gate, null, routes
@@ -97,7 +98,7 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         weight = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
         if weight is None:
             return None, None
-        return (_runs_on(base_layer) if weight.is_meta else None) or weight.device, weight.dtype
+        return (halves.runs_on(base_layer) if weight.is_meta else None) or weight.device, weight.dtype
 
     @property
     def current(self) -> str | None:
@@ -233,13 +234,3 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
         self.warned.add(adapter)
         warnings.warn(f"the experts of adapter {adapter!r} are random: call smartmops.prepare(model, tokenizer, "
                       "examples) to start them from text, or choose init='random'", stacklevel=2)  # fmt: skip
-
-
-def _runs_on(layer: nn.Module) -> torch.device | None:
-    """Where accelerate's hooks bring a layer to run whose weights wait elsewhere; None: there are no such hooks."""
-    for module in layer.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", [hook]):
-            if getattr(each, "execution_device", None) is not None:
-                return torch.device(each.execution_device)
-    return None
