@@ -3,6 +3,7 @@
     python benchmarks/messages.py measure messages   each number of clients in a process of its own -> messages.json
     python benchmarks/messages.py measure ray        some once more with real training in Flower's simulation on Ray
     python benchmarks/messages.py measure small      fewer clients, in seconds, to see that it works
+    (points that messages.json has already stay as they are)
     python benchmarks/messages.py page               messages.md and messages.png from messages.json
 
 Messages alone: nobody trains. A client unpacks its job, adds noise of its own to the arrays, and answers with a packed
@@ -23,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 POINTS = [*((n, "fedavg") for n in (10, 100, 1_000, 10_000)), *((n, "trimmed-mean") for n in (10, 100, 1_000))]
-RAY = [(10, 10), (100, 100), (1_000, 10), (1_000, 1_000)]  # clients, and those that act in a round
+RAY = [(10, 10), (100, 100), (1_000, 1_000), (1_000, 10)]  # clients, and those that act in a round
 SMALL, ROUNDS, RAY_ROUNDS, RAY_EXAMPLES = (10, 100), 3, 3, 4_000
 EXPERTS, PROMPTS, WIDTH, INNER = 7, 10, 512, 64  # the arrays of an adapter of hidden states
 
@@ -198,6 +199,11 @@ def _of_ray(points: list[dict[str, Any]]) -> Iterator[str]:
         each = ", ".join(f"{mib:.0f}" for mib in p["resident_mib"])
         yield (f"| {p['clients']:,} | {p['acting']:,} | {1 / p['seconds_per_round']:.3f} | {p['seconds_per_round']:.1f} | {each} | "
                f"{p['peak_mib']:.0f} | {p['load'][0]:.1f} |")  # fmt: skip
+    measured = [(p["clients"], p["acting"]) for p in points]
+    if missing := [
+        f"{acting:,} of {clients:,} clients" for clients, acting in RAY if (clients, acting) not in measured
+    ]:
+        yield f"\n**Not measured:** rounds of {' and of '.join(missing)}; `python benchmarks/messages.py measure ray` does."
 
 
 def picture(points: list[dict[str, Any]], file: Path) -> None:
@@ -234,8 +240,8 @@ if __name__ == "__main__":
         known = json.loads(store.read_text()) if store.is_file() else {}
         kind = command[1]
         word, places = ("one", POINTS) if kind == "messages" else ("one-on-ray", RAY)
-        made: list[dict[str, Any]] = []
-        for place in places:
+        made = list(known.get(kind, []))
+        for place in places[len(made) :]:
             made.append(apart(word, *place))
             store.write_text(json.dumps(known | {"cores": os.cpu_count(), kind: made}, indent=1) + "\n")
     elif command == ["page"]:

@@ -140,7 +140,8 @@ def picture() -> None:
 if __name__ == "__main__":
     words = sys.argv[1:]
     if words == ["page"]:
-        picture()
+        if any(file.exists() for *_, file in cells("short")):
+            picture()
         (HERE / "README.md").write_text("\n".join(lines()) + "\n")
     elif words[:1] and words[0] in SIZES and set(words[1:]) <= set(PARTITIONS):
         run(words[0], words[1:] or list(PARTITIONS))
