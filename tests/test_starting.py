@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from smartmops.starting import ALLOCATING, GENERATING, WAITING
+from smartmops.starting import GENERATING, WAITING
 
 
 def said(code: str, **given: str) -> str:
-    clean = {name: value for name, value in os.environ.items() if name not in WAITING + ALLOCATING}
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
     done = subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -40,12 +40,3 @@ def test_nothing_is_said_of_waiting_once_torch_is_loaded() -> None:
 
 def test_importing_the_library_sets_nothing() -> None:
     assert said("import os; before = dict(os.environ); import smartmops; print(before == dict(os.environ))") == "True"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for page faults, and glibc alone is told")
-@pytest.mark.parametrize(("call", "kept"), [("keep_memory()", True), ("None", False)])
-def test_freed_memory_is_kept_for_the_next_step(call: str, kept: bool) -> None:
-    code = (f"import resource, torch; from smartmops.starting import keep_memory; {call}\n"
-            "def faults(): torch.ones(2**25); return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "faults(); before = faults(); print(faults() - before)")  # fmt: skip
-    assert (int(said(code)) < 100) == kept
