@@ -1,8 +1,9 @@
 """Speed and memory side by side, from what `smartmops bench` measured.
 
-python benchmarks/speed.py DIR      copies DIR/metrics.json, writes speed.md and growth.png beside itself
+python benchmarks/speed.py DIR [NOTE]    copies DIR/metrics.json, writes speed.md and growth.png beside itself
 
-Of a random Llama the numbers go to speed.json, of a base that was named to speed_MODEL_DATA.json; the page has them all.
+Of a random Llama the numbers go to speed.json, of a base that was named to speed_MODEL_DATA.json; the page has them
+all. NOTE says what else there is to know of the measurement.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import matplotlib
 
 HERE = Path(__file__).parent
 NAMES = {"mops": "MoPs, cached and packed", "padded": "MoPs, padded and uncached", "prompt_tuning": "PEFT prompt tuning",
-         "lora": "PEFT LoRA, r=2, query and value", "fill": "filling the cache"}  # fmt: skip
+         "lora": "PEFT LoRA, r=2, query and value", "prefix_tuning": "PEFT prefix tuning", "fill": "filling the cache"}  # fmt: skip
 
 
-def main(folder: Path, out: Path = HERE) -> None:
+BASE = {"mops": "MoPs, states cached"}  # where a base was named
+
+
+def main(folder: Path, out: Path = HERE, note: str = "") -> None:
     """Write all three files; the picture only where growth was measured."""
     found = json.loads((folder / "metrics.json").read_text())
     named = found["setting"].get("model")
+    found |= {"note": note} if note else {}
     name = "speed" if named is None else f"speed_{Path(named).stem}_{Path(found['setting']['data']).stem}"
     (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     if "growth" in found:
@@ -50,17 +55,18 @@ def named(found: dict[str, Any]) -> Iterator[str]:
         f"`smartmops bench {s['model']} --data {s['data']}`: {examples['count']} examples of at most {s['max_length']} tokens in "
         f"batches of {s['batch_size']}, {examples['tokens']} tokens, {examples['predicted_tokens']} of them answers; {s['experts']} experts of "
         f"{s['prompts_per_expert']} prompts, keys and values seen by answers, states cached. {machine['cores']} cores, "
-        f"{machine['threads']} threads, torch {machine['torch']}. Sides take turns in one process; medians of {s['repeats']} repeats or "
+        f"{machine['threads']} threads, torch {machine['torch']}. Threads sleep where they wait for each other, as "
+        f"`train` has it. Sides take turns in one process; medians of {s['repeats']} repeats or "
         "more after a warm-up.\n"
     )
     yield from targets(found)
-    yield f"\nOn a GPU: {found['gpu']}."
+    yield f"\n{found['note']} On a GPU: {found['gpu']}." if "note" in found else f"\nOn a GPU: {found['gpu']}."
     groups = {name: raw for name, raw in found["raw"].items() if name.startswith("train")}
     if groups:
         sides = list(next(iter(groups.values()))["median_seconds"])
         yield (
             "\n| rows | tokens an example | answers | "
-            + " | ".join(f"{SIDES.get(side, side)}, examples/s" for side in sides)
+            + " | ".join(f"{BASE.get(side) or NAMES[side]}, examples/s" for side in sides)
             + " |"
         )
         yield "|---|---|---|" + "---|" * len(sides)
@@ -155,7 +161,7 @@ def arithmetic(raw: dict[str, Any]) -> Iterator[str]:
     yield inspect.cleandoc(raw["formula"])
 
 
-SIDES = {"prompt_tuning": "PEFT prompt tuning", "prefix_tuning": "PEFT prefix tuning", "bare": "bare model", "bare_in_place": "bare, cache in place", "mops": "MoPs", "lora": "PEFT LoRA for each row",
+SIDES = {"bare": "bare model", "bare_in_place": "bare, cache in place", "mops": "MoPs", "lora": "PEFT LoRA for each row",
          "lora_in_place": "the same, cache in place"}  # fmt: skip
 
 
@@ -260,4 +266,4 @@ def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), note=" ".join(sys.argv[2:]))
