@@ -1,6 +1,9 @@
 """Speed and memory side by side, from what `smartmops bench` measured.
 
-python benchmarks/speed.py DIR      copies DIR/metrics.json to speed.json, writes speed.md and growth.png beside itself
+python benchmarks/speed.py DIR [NOTE]    copies DIR/metrics.json, writes speed.md and growth.png beside itself
+
+Of a random Llama the numbers go to speed.json, of a base that was named to speed_MODEL_DATA.json; the page has them
+all. NOTE says what else there is to know of the measurement.
 """
 
 from __future__ import annotations
@@ -16,29 +19,85 @@ import matplotlib
 
 HERE = Path(__file__).parent
 NAMES = {"mops": "MoPs, cached and packed", "padded": "MoPs, padded and uncached", "prompt_tuning": "PEFT prompt tuning",
-         "lora": "PEFT LoRA, r=2, query and value", "fill": "filling the cache"}  # fmt: skip
+         "lora": "PEFT LoRA, r=2, query and value", "prefix_tuning": "PEFT prefix tuning", "fill": "filling the cache"}  # fmt: skip
 
 
-def main(folder: Path, out: Path = HERE) -> None:
+BASE = {"mops": "MoPs, states cached"}  # where a base was named
+
+
+def main(folder: Path, out: Path = HERE, note: str = "") -> None:
     """Write all three files; the picture only where growth was measured."""
     found = json.loads((folder / "metrics.json").read_text())
-    (out / "speed.json").write_text(json.dumps(found, indent=2) + "\n")
-    (out / "speed.md").write_text("\n".join(lines(found)) + "\n")
+    named = found["setting"].get("model")
+    found |= {"note": note} if note else {}
+    name = "speed" if named is None else f"speed_{Path(named).stem}_{Path(found['setting']['data']).stem}"
+    (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     if "growth" in found:
         picture(found["growth"], out / "growth.png")
+    (out / "speed.md").write_text("\n".join(page(out)) + "\n")
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
-    """The page."""
+def page(out: Path) -> Iterator[str]:
+    """Every base that was named, and the random Llama."""
     yield "# Speed and memory\n"
-    yield "Written by `python benchmarks/speed.py DIR` from `speed.json`, which `smartmops bench --out DIR` measured.\n"
-    yield from setting(found)
+    yield "Written by `python benchmarks/speed.py DIR` from `speed*.json`, which `smartmops bench` measured.\n"
+    for file in sorted(out.glob("speed_*.json")):
+        yield from named(json.loads(file.read_text()))
+    if (file := out / "speed.json").is_file():
+        yield from lines(json.loads(file.read_text()))
+
+
+def named(found: dict[str, Any]) -> Iterator[str]:
+    """A base that was named: its targets, and the seconds that the ratios are made of."""
+    s, machine, examples = found["setting"], found["machine"], found["examples"]
+    yield f"## {s['model']} on {Path(s['data']).stem}\n"
+    yield (
+        f"`smartmops bench {s['model']} --data {s['data']}`: {examples['count']} examples of at most {s['max_length']} tokens in "
+        f"batches of {s['batch_size']}, {examples['tokens']} tokens, {examples['predicted_tokens']} of them answers; {s['experts']} experts of "
+        f"{s['prompts_per_expert']} prompts, keys and values seen by answers, states cached. {machine['cores']} cores, "
+        f"{machine['threads']} threads, torch {machine['torch']}. Threads sleep where they wait for each other, as "
+        f"`train` has it. Sides take turns in one process; medians of {s['repeats']} repeats or "
+        "more after a warm-up.\n"
+    )
+    yield from targets(found)
+    yield f"\n{found['note']} On a GPU: {found['gpu']}." if "note" in found else f"\nOn a GPU: {found['gpu']}."
+    groups = {name: raw for name, raw in found["raw"].items() if name.startswith("train")}
+    if groups:
+        sides = list(next(iter(groups.values()))["median_seconds"])
+        yield (
+            "\n| rows | tokens an example | answers | "
+            + " | ".join(f"{BASE.get(side) or NAMES[side]}, examples/s" for side in sides)
+            + " |"
+        )
+        yield "|---|---|---|" + "---|" * len(sides)
+        for name, raw in groups.items():
+            rates = " | ".join(f"{raw['examples_per_second'][side]:.2f}" for side in sides)
+            tokens, answers = (raw[key] / raw["examples"] for key in ("tokens", "predicted_tokens"))
+            yield f"| {name.removeprefix('train').strip('_') or 'as drawn'} | {tokens:.0f} | {answers:.0f} | {rates} |"
+    if slow := found["raw"].get("busy_neighbour"):
+        times = slow["times_slower"]
+        yield (f"\nBeside a process that takes one core a step takes {times['mops']:.2f} times as long, LoRA's {times['lora']:.2f} "
+               "times.")  # fmt: skip
+    yield ""
+
+
+def targets(found: dict[str, Any]) -> Iterator[str]:
+    """Each ratio, and whether it is what it should be."""
     yield "| ratio | what | measured | target | |"
     yield "|---|---|---|---|---|"
     for name, target in found["targets"].items():
-        value, met = found["ratios"][name], {True: "met", False: "**not reached**", None: "not measured"}[target["met"]]
-        bound = f"{'at least' if target['at_least'] else 'at most'} {target['value']:g}"
+        value, bound = found["ratios"][name], ""
+        met = {True: "met", False: "**not reached**", None: "" if value is not None else "not measured"}[target["met"]]
+        if target["value"] is not None:
+            bound = f"{'at least' if target['at_least'] else 'at most'} {target['value']:g}"
         yield f"| {name} | {target['what']} | {'' if value is None else f'{value:.3g}'} | {bound} | {met} |"
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """The random Llama."""
+    yield "## A random Llama\n"
+    yield from setting(found)
+    yield from targets(found)
     yield f"\nOn a GPU: {found['gpu']}."
     raw = found["raw"]
     for name, section in (("training", training), ("memory", memory), ("matrix_peak", arithmetic)):
@@ -64,7 +123,7 @@ def setting(found: dict[str, Any]) -> Iterator[str]:
 
 
 def training(raw: dict[str, Any]) -> Iterator[str]:
-    yield "\n## Training\n"
+    yield "\n### Training\n"
     yield "Under Hugging Face's `Trainer`, the same batches in the same order; tokens without padding.\n"
     yield "| side | seconds for all examples | examples/s | tokens/s |"
     yield "|---|---|---|---|"
@@ -75,7 +134,7 @@ def training(raw: dict[str, Any]) -> Iterator[str]:
 
 
 def memory(raw: dict[str, Any]) -> Iterator[str]:
-    yield "\n## Memory\n"
+    yield "\n### Memory\n"
     yield "Resident memory in MiB (2^20 bytes), each side in fresh processes; the model's weights count, the libraries do not.\n"
     yield "| side | before the model | at the peak | taken |"
     yield "|---|---|---|---|"
@@ -91,7 +150,7 @@ def span(values: list[int]) -> str:
 
 def arithmetic(raw: dict[str, Any]) -> Iterator[str]:
     parts, total = raw["flops_per_epoch"], sum(raw["flops_per_epoch"].values())
-    yield "\n## Arithmetic\n"
+    yield "\n### Arithmetic\n"
     yield (
         f"All batches once take {total / 1e9:.0f} GFLOP ({', '.join(f'{name} {value / 1e9:.0f}' for name, value in parts.items())}) "
         f"and {raw['seconds_per_epoch']:.2f} s: {total / raw['seconds_per_epoch'] / 1e9:.0f} GFLOP/s, Trainer included. The best "
@@ -107,7 +166,7 @@ SIDES = {"bare": "bare model", "bare_in_place": "bare, cache in place", "mops": 
 
 
 def inference(name: str, raw: dict[str, Any]) -> Iterator[str]:
-    yield f"\n## {name.replace('_', ' ').capitalize()}\n"
+    yield f"\n### {name.replace('_', ' ').capitalize()}\n"
     sections = raw if name == "inference" else {name: raw}
     sides = list(dict.fromkeys(side for values in sections.values() for side in values["tokens_per_second"]))
     yield f"| tokens/s | {' | '.join(SIDES[side] for side in sides)} |"
@@ -147,7 +206,7 @@ def mixed(raw: dict[str, Any]) -> Iterator[str]:
 
 
 def growth(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    yield "\n## Growth\n"
+    yield "\n### Growth\n"
     yield "![Step time and memory over experts, length and data](growth.png)\n"
     yield "A step is forward and backward of one batch from cached activations; memory is what resident memory rises by.\n"
     yield "| experts | prompts of each | ms a step | MiB |"
@@ -207,4 +266,4 @@ def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), note=" ".join(sys.argv[2:]))

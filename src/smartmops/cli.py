@@ -30,6 +30,7 @@ from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
 from smartmops.progress.bars import console
 from smartmops.settings.line import asked
+from smartmops.starting import start
 
 # Adam's rates for so short a budget, tuned on a tenth of the training split: experiments/office/tuning.json.
 QUICKSTART_RATES: dict[Method, float | None] = {"prompt-tuning": 3.0, "mops": 3.0}
@@ -152,9 +153,9 @@ def reproduce_command(config: ReproduceConfig) -> dict[str, Any]:
 
 
 def bench_command(config: BenchConfig) -> dict[str, Any]:
-    """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run."""
+    """Measure speed and memory on a base, or on a random Llama, against PEFT and the bare model, all in one run."""
     _ready(config)
-    from smartmops.bench.ratios import bench
+    from smartmops.bench.run import bench
 
     return bench(config)
 
@@ -348,6 +349,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def main() -> None:
     """Entry point; an error that the user can mend is a line for each fault on stderr, and exit status 2."""
+    start(next(iter(sys.argv[1:]), None))
     logging.basicConfig(format="%(message)s")
     # Which form the data have, and what was left out of them.
     logging.getLogger("smartmops.data").setLevel(logging.INFO)

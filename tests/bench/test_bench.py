@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smartmops.bench import ratios as command
 from smartmops.bench import sides
-from smartmops.bench.ratios import TARGETS, bench
+from smartmops.bench.ratios import TARGETS
+from smartmops.bench.run import bench
 from smartmops.bench.sides import BenchConfig, Lab, Side, alternate, rise, step_flops
 
 SMALL = dict(
@@ -58,7 +59,8 @@ def test_every_ratio_is_measured_and_stored(run: Path) -> None:
     assert [point["examples"] for point in growth["data"]] == [16, 32]
     assert all(point["seconds"] > 0 for point in growth["experts"] + growth["length"])
     assert growth["data"][1]["bytes"] == 2 * growth["data"][0]["bytes"]
-    assert sorted(item.name for item in run.iterdir()) == ["checkpoints", "config.json", "config.yaml", "metrics.json"]
+    assert sorted(item.name for item in run.iterdir()) == ["checkpoints", "config.json", "config.yaml", "metrics.json",
+                                                           "sections.json"]  # fmt: skip
 
 
 @pytest.mark.slow

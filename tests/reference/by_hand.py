@@ -80,12 +80,13 @@ def leaving(model: PreTrainedModel, start: int, columns: Tensor, scale: Tensor |
 def null_weight(config, prompts: Prompts, pooled: Tensor) -> Tensor:
     """What each row leaves to the base: 1 from the threshold on."""
     lost = torch.zeros(len(pooled))
+    if prompts.null is None:
+        return lost
     for row, a in enumerate((pooled - prompts.gate_mean) / prompts.gate_scale):
-        if prompts.null is not None:
-            basis, centres, direction, cut = prompts.null
-            nearest = min(((basis @ a - centre) ** 2).sum() for centre in centres)
-            share = torch.maximum(cut[1] * (nearest.log() - cut[0]), direction @ a - cut[2]).sigmoid()
-            lost[row] = 1.0 if share >= config.null_threshold else share
+        basis, centres, direction, cut = prompts.null
+        nearest = min(((basis @ a - centre) ** 2).sum() for centre in centres)
+        share = torch.maximum(cut[1] * (nearest.log() - cut[0]), direction @ a - cut[2]).sigmoid()
+        lost[row] = 1.0 if share >= config.null_threshold else share
     return lost
 
 

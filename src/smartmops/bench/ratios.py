@@ -1,52 +1,43 @@
-"""`smartmops bench`: ratios of speed and memory, each with its target, from sides that took turns in one run.
+"""Ratios on a random Llama, each with its target.
 
 Every section takes the laboratory and the ratios wanted of it, and returns those with the numbers they are made of.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.filesize import decimal
-from rich.table import Column, Table
 
 from smartmops.attention.packed import IGNORED
-from smartmops.checks.limits import check
-from smartmops.options.bench import POSITIONS, BenchConfig
+from smartmops.options.bench import POSITIONS
 from smartmops.options.method import GatePretraining
 from smartmops.preparing.pretrain import pretrain_gate, standardise
 from smartmops.progress.bars import console
-from smartmops.runs.folder import Run
 from smartmops.states.activations import ActivationCache, free_memory
 from smartmops.tokens.batches import Encoded
 
-from .sides import Lab, alternate, clocked, generate, in_place, matmul_rate, prefill, rise, step_flops, train_apart
-
-
-class Target(NamedTuple):
-    """What a ratio should reach."""
-
-    value: float
-    at_least: bool
-    what: str
-
-    def met(self, found: float) -> bool:
-        """Whether it does."""
-        return found >= self.value if self.at_least else found <= self.value
-
-    def __str__(self) -> str:
-        return f"{'at least' if self.at_least else 'at most'} {self.value:g}"
-
+from .sides import (
+    Lab,
+    alternate,
+    clocked,
+    generate,
+    in_place,
+    matmul_rate,
+    prefill,
+    rise,
+    slowed,
+    step_flops,
+    train_apart,
+)
+from .targets import Found, Section, Target
 
 TARGETS = {
     "train_vs_prompt_tuning": Target(4, True, "examples/s from the second epoch on, against PEFT prompt tuning"),
@@ -61,90 +52,12 @@ TARGETS = {
     "matrix_peak_share": Target(0.6, True, "arithmetic of training, as a share of the machine's float32 peak"),
     "experts_70_vs_7": Target(2, False, "seconds of a training step, 70 experts against 7"),
     "gate_pretraining_seconds": Target(20, False, "seconds of gate pretraining on 4,500 examples from a filled cache"),
+    "busy_neighbour": Target(2.2, False, "seconds of training beside a process that takes one core, against none"),
 }
-Found = tuple[dict[str, float | None], dict[str, Any]]  # ratios (None: not measurable here), what they are made of
 
 
-def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run.
-
-    Raises:
-        RunExists: `out` holds something already.
-        ConfigError: `only` names no ratio, or the data has too few examples; the message names the way out.
-    """
-    check(config)
-    run = Run.create(config.out, {"command": "bench", "arguments": asdict(config), "seed": 0, "base": "random Llama",
-                                  "data": config.data})  # fmt: skip
-    wanted = config.only or tuple(TARGETS)
-    with _settings(config.threads):
-        lab = Lab(config)
-        machine = {"cores": os.cpu_count(), "threads": config.threads, "torch": torch.__version__}
-        metrics: dict[str, Any] = {"setting": _setting(config), "machine": machine, "gpu": "not measured",
-                                   "examples": _examples(lab), "ratios": {}, "raw": {}}  # fmt: skip
-        if config.growth:  # first, while the memory is all there
-            metrics["growth"] = {"length": _length_growth(lab), "experts": _experts_growth(lab),
-                                 "data": _data_growth(lab)}  # fmt: skip
-        for section in SECTIONS:
-            if names := [name for name in wanted if name in section.ratios]:
-                ratios, raw = section.measure(lab, names)
-                metrics["ratios"] |= {name: ratios[name] for name in names}
-                metrics["raw"][section.name] = raw
-                console.print(", ".join(f"{name} {_shown(ratios[name])}" for name in names))
-    metrics["targets"] = {
-        name: {"value": t.value, "at_least": t.at_least, "what": t.what, "met": _met(name, metrics["ratios"][name])}
-        for name, t in TARGETS.items()
-        if name in metrics["ratios"]
-    }
-    _print(metrics["ratios"])
-    run.write_metrics(metrics)
-    return metrics
-
-
-@contextmanager
-def _settings(threads: int) -> Iterator[None]:
-    """So many threads, and the CPU for HF's Trainer too, as long as it lasts."""
-    before, name = torch.get_num_threads(), "ACCELERATE_USE_CPU"
-    stood = os.environ.get(name)
-    torch.set_num_threads(threads)
-    os.environ[name] = "true"
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        os.environ.pop(name)
-        if stood is not None:
-            os.environ[name] = stood
-
-
-def _setting(config: BenchConfig) -> dict[str, Any]:
-    """What was asked for, of the folders no more than the data's name."""
-    return asdict(config) | {"data": Path(config.data).name, "out": config.out.name}
-
-
-def _examples(lab: Lab) -> dict[str, Any]:
-    size = lab.config.batch_size
-    padded = [max(lab.lengths[i : i + size]) * size for i in range(0, len(lab.lengths), size)]
-    return {"count": len(lab.rows), "tokens": sum(lab.lengths), "predicted_tokens": sum(lab.predicted),
-            "longest": max(lab.lengths), "padded_tokens": sum(padded)}  # fmt: skip
-
-
-def _met(name: str, found: float | None) -> bool | None:
-    return None if found is None else TARGETS[name].met(found)
-
-
-def _shown(found: float | None) -> str:
-    return "not measured" if found is None else f"{found:.3g}"
-
-
-def _print(ratios: dict[str, float | None]) -> None:
-    table = Table(Column("ratio", no_wrap=True), "what", "measured", "target", "", caption="on a GPU: not measured")
-    for name, found in ratios.items():
-        met = {True: "[green]met[/green]", False: "[red]not reached[/red]", None: ""}[_met(name, found)]
-        table.add_row(name, TARGETS[name].what, _shown(found), str(TARGETS[name]), met)
-    console.print(table)
-
-
-def _medians(turns: dict[str, list[float]]) -> dict[str, float]:
+def medians(turns: dict[str, list[float]]) -> dict[str, float]:
+    """Of each side."""
     return {name: median(values) for name, values in turns.items()}
 
 
@@ -160,7 +73,7 @@ def _training(lab: Lab, names: Sequence[str]) -> Found:
     if "first_epoch_vs_prompt_tuning" in names:
         calls["fill"] = lambda: clocked(lambda: lab.fill(sides["mops"].model))
     turns = alternate(calls, lab.config.repeats)
-    seconds = _medians(turns)
+    seconds = medians(turns)
     ratios: dict[str, float | None] = {
         name: seconds[rival[name]] / (seconds["mops"] + (seconds["fill"] if name.startswith("first") else 0))
         for name in names
@@ -220,7 +133,7 @@ def _experts(lab: Lab, names: Sequence[str]) -> Found:
         {name: lambda side=side: lab.train(side)[0] for name, side in sides.items()},  # type: ignore[misc]
         lab.config.repeats,
     )
-    few, many = _medians(turns).values()
+    few, many = medians(turns).values()
     return {names[0]: many / few}, {"seconds_per_epoch": turns}
 
 
@@ -237,6 +150,16 @@ def _gate(lab: Lab, names: Sequence[str]) -> Found:
         lab.config.repeats,
     )
     return {names[0]: median(turns["seconds"])}, turns | {"examples": count}
+
+
+def beside_a_neighbour(lab: Lab, names: Sequence[str]) -> Found:
+    """The same epoch on quiet cores and with one of them taken, of MoPs and of LoRA."""
+    sides = {name: lab.side(name) for name in ("mops", "lora")}
+    turns = slowed({name: lambda side=side: lab.train(side)[0] for name, side in sides.items()},  # type: ignore[misc]
+                   min(lab.config.repeats, 3))  # fmt: skip
+    quiet, busy = medians(turns["quiet"]), medians(turns["busy"])
+    times = {name: busy[name] / quiet[name] for name in sides}
+    return {names[0]: times["mops"]}, turns | {"times_slower": times}
 
 
 # ----------------------------------------------------------------------------------------------------------- inference
@@ -259,7 +182,7 @@ def _inference(lab: Lab, names: Sequence[str]) -> Found:
             sides = {"bare": lambda b=batch: clocked(lambda: prefill(bare, b)),
                      "mops": lambda b=batch: clocked(lambda: prefill(mops, b))}  # fmt: skip
         turns = alternate(sides, 4 * lab.config.repeats)
-        found = _medians(turns)
+        found = medians(turns)
         tokens = lab.config.prompt_tokens if name == "prefill_vs_bare" else len(batch["input_ids"])
         ratios[name] = found["mops"] / found["bare"]
         raw[name] = {"seconds": turns, "tokens_per_second": {side: tokens / value for side, value in found.items()}}
@@ -280,19 +203,10 @@ def _mixed(lab: Lab, names: Sequence[str]) -> Found:
          "lora_in_place": lambda: whole(lora, adapter_names=adapters, **in_place(bare))},
         lab.config.repeats,
     )  # fmt: skip
-    rates = {name: len(adapters) * tokens / value for name, value in _medians(turns).items()}
+    rates = {name: len(adapters) * tokens / value for name, value in medians(turns).items()}
     lengths = batch["attention_mask"].sum(-1).tolist()
     found = {"seconds": turns, "tokens_per_second": rates, "instruction_tokens": lengths}
     return {names[0]: rates["mops"] / rates["lora"]}, found
-
-
-@dataclass(frozen=True)
-class Section:
-    """Ratios that share their sides."""
-
-    name: str
-    ratios: tuple[str, ...]
-    measure: Callable[[Lab, Sequence[str]], Found]
 
 
 _NAMES = tuple(TARGETS)
@@ -303,11 +217,17 @@ SECTIONS = (
     Section("mixed_batch", _NAMES[8:9], _mixed),
     Section("matrix_peak", _NAMES[9:10], _peak),
     Section("experts", _NAMES[10:11], _experts),
-    Section("gate_pretraining", _NAMES[11:], _gate),
+    Section("gate_pretraining", _NAMES[11:12], _gate),
+    Section("busy_neighbour", _NAMES[12:], beside_a_neighbour),
 )
 
 
 # -------------------------------------------------------------------------------------------------------------- growth
+def growth(lab: Lab) -> dict[str, Any]:
+    """Over sequence length, experts and size of the data."""
+    return {"length": _length_growth(lab), "experts": _experts_growth(lab), "data": _data_growth(lab)}
+
+
 def _step(model: Any, batch: dict[str, torch.Tensor]) -> None:
     model(packed=batch).loss.backward()
     model.zero_grad()

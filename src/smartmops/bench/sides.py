@@ -11,7 +11,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -92,10 +93,13 @@ class Lab:
     def adapted(self, method: MethodConfig) -> Any:
         """The random base with a fresh adapter. LoRA goes without dropout, which would only slow it down."""
         if method.traits.adapter != "lora":
-            return build(self.base(), method)
+            return self._built(method)
         config: Any = peft_config(method)
         config.lora_dropout = 0.0
         return get_peft_model(self.base(), config)
+
+    def _built(self, method: MethodConfig, words: dict[str, Any] | None = None) -> Any:
+        return build(self.base(), method, words=words)
 
     def loras(self, names: Sequence[str]) -> Any:
         """The random base with a LoRA for each name."""
@@ -182,6 +186,27 @@ def clocked(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+@contextmanager
+def neighbour() -> Iterator[None]:
+    """Meanwhile another process computes on one thread, on the last core that this one may use where one can choose."""
+    code = ("import os\nif hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\n"
+            "print(flush=True)\nwhile True: pass")  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield
+        finally:
+            process.kill()
+
+
+def slowed(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """`alternate` without and with a `neighbour`."""
+    quiet = alternate(sides, repeats)
+    with neighbour():
+        return {"quiet": quiet, "busy": alternate(sides, repeats)}
+
+
 class _Clock(StoppingCriteria):
     """Never stops anything; notes when each token was there."""
 
@@ -258,8 +283,15 @@ def _train_here(name: str, arguments: str) -> None:
         **{field.name: given[field.name] for field in fields(BenchConfig)} | {"out": Path(given["out"])}
     )
     torch.set_num_threads(config.threads)
-    lab = Lab(config)
+    lab = laboratory(config)
     print(json.dumps(rise(lambda: lab.train(lab.side(name)))))
+
+
+def laboratory(config: BenchConfig) -> Lab:
+    """Of the base that is named, or of random Llamas."""
+    from .base import BaseLab  # which stands on this file
+
+    return Lab(config) if config.model is None else BaseLab(config)
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -12,15 +12,18 @@ from smartmops.checks.errors import RunError
 from smartmops.checks.folders import OutFolder, refused
 from smartmops.checks.limits import Count, Number, OneOf, Options, Several, Whole
 
-from .training import Columns, Data
+from .training import Columns, Data, Model
 
 RATIOS = (
     "train_vs_prompt_tuning", "train_vs_lora", "train_vs_padded", "first_epoch_vs_prompt_tuning",
     "train_memory_vs_prompt_tuning", "prefill_vs_bare", "decode_vs_bare_batch_1", "decode_vs_bare_batch_8",
-    "mixed_batch_vs_lora", "matrix_peak_share", "experts_70_vs_7", "gate_pretraining_seconds",
+    "mixed_batch_vs_lora", "matrix_peak_share", "experts_70_vs_7", "gate_pretraining_seconds", "busy_neighbour",
 )  # fmt: skip
+# Of a base that is named, `smartmops bench MODEL`.
+ROWS = ("train", "train_short", "train_middle", "train_long", "memory", "preparing", "quality", "prefill", "decode_1",
+        "decode_16", "mixed", "start_up", "busy_neighbour")  # fmt: skip
 POSITIONS = 4096  # of the random model
-Ratio = Annotated[str, OneOf(RATIOS)]
+Ratio = Annotated[str, OneOf(tuple(dict.fromkeys(RATIOS + ROWS)))]
 Positions = Annotated[int, Number(f"1 to {POSITIONS}, the positions of the model", 1, POSITIONS)]
 Threads = Annotated[int, Number("1 to 1024", 1, 1024)]
 Words = Annotated[int, Number("4 or more", 4, 2**31 - 1)]
@@ -34,9 +37,14 @@ class Measuring:
     ABOUT: ClassVar[str] = "measuring"
 
     out: OutFolder  # run folder
+    model: Annotated[Model | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
+    """base to measure on, as `train` takes it; by default a random Llama, shaped by the options below"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """type of MODEL's weights; auto: bfloat16 where the processor computes faster in it"""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # keep what `out` has, and measure the rest
     data: Data = "office"  # whose examples give the lengths: office, dolly, superni, a JSONL file, a folder or a hub id
     columns: Columns = ()  # FIELD=COLUMN where columns of the data have names of their own: response=answer
-    only: Annotated[tuple[Ratio, ...], tyro.conf.arg(metavar="NAME...")] = ()  # ratios to measure; by default all
+    only: Annotated[tuple[Ratio, ...], tyro.conf.arg(metavar="NAME...")] = ()  # what to measure; by default all
     repeats: Count = 5  # measurements of each side, which take turns; the median counts
     threads: Threads = 2  # threads of torch
     batches: Count = 8  # number of different batches, the same for every side
@@ -44,6 +52,7 @@ class Measuring:
     max_length: Positions = 512  # tokens of an example at most
     prompt_tokens: Positions = 200  # tokens of an instruction, for prefill and decode
     new_tokens: Positions = 32  # tokens that are generated
+    quality_steps: Count = 20  # steps of LoRA whose validation loss the experts are to reach
     gate_examples: Count = 4500  # examples of gate pretraining
     peak_sizes: Annotated[Sizes, Several("1024")] = (
         1024,
@@ -97,7 +106,7 @@ class Growth:
 
 @dataclass
 class BenchConfig(Growth, MeasuredModel, Measuring, Options):
-    """Measure speed and memory on a random-weight Llama against PEFT and the bare model, all in one run."""
+    """Measure speed and memory on a base, or on a random Llama, against PEFT and the bare model, all in one run."""
 
     @property
     def width(self) -> int:
@@ -105,7 +114,14 @@ class BenchConfig(Growth, MeasuredModel, Measuring, Options):
         return self.experts * self.prompts_per_expert
 
     def problems(self) -> Iterator[str]:
-        """Whether the shape is one."""
+        """Whether the shape is one, and what is named can be measured on it."""
+        known = RATIOS if self.model is None else ROWS
+        for name in self.only:
+            if name not in known:
+                what = "the random Llama" if self.model is None else f"{self.model}, a base that is named"
+                yield f"--only {name} is not measured on {what}: choose {', '.join(known)}"
+        if self.model is not None and self.growth:
+            yield f"--growth is measured on the random Llama, not on {self.model}: leave {self.model} or --growth away"
         if self.injection_layer >= self.layers:
             yield (f"--injection-layer {self.injection_layer}, but the model is given --layers {self.layers}: choose 0 "
                    f"to {self.layers - 1}")  # fmt: skip
@@ -118,4 +134,4 @@ class BenchConfig(Growth, MeasuredModel, Measuring, Options):
 
     def taken(self) -> RunError | None:
         """As `Options`."""
-        return refused(self.out, False)
+        return refused(self.out, self.resume)

@@ -46,7 +46,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "smartmops reproduce table2 --out runs/table2",
         "smartmops reproduce all --model smollm2 --budget 60 --out runs/paper",
     ),
-    "bench": ("smartmops bench --out runs/bench", "smartmops bench --only train_vs_lora --out runs/lora"),
+    "bench": ("smartmops bench smollm2 --out runs/smollm2", "smartmops bench --only train_vs_lora --out runs/lora"),
     "export": (
         "smartmops export runs/mine --format kv --out exports/kv",
         "smartmops export runs/mine --format router --out exports/router",
