@@ -117,7 +117,7 @@ def _preparing(lab: Lab, names: Sequence[str]) -> Found:
     gained = turns["lora"][0] - turns["mops"][0]
     found = {
         "preparing_seconds": prepared, "states_seconds": filled, "states_bytes_per_example": states.kept / len(states),
-        "epochs_until_preparing_paid": math.ceil((prepared + filled) / gained) if gained > 0 else None,
+        "epochs_until_preparing_paid": float(math.ceil((prepared + filled) / gained)) if gained > 0 else None,
     }  # fmt: skip
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
