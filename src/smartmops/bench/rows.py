@@ -29,7 +29,7 @@ from smartmops.tuner.engine import Engine
 
 from .base import BaseLab
 from .ratios import beside_a_neighbour, medians
-from .sides import Lab, Side, alternate, clocked, generate, prefill, train_apart
+from .sides import Lab, Side, alternate, clocked, generate, train_apart
 from .targets import Found, Section, Target
 
 RIVALS = ("lora", "prompt_tuning", "prefix_tuning")
@@ -201,8 +201,8 @@ def _prefill(lab: Lab, names: Sequence[str]) -> Found:
     assert isinstance(lab, BaseLab)
     bare, mops, batch = lab.base(), lab.adapted(lab.method("mops")).eval(), _asked(lab, 1)
     spent = _on_the_gate(mops)
-    turns = alternate({"bare": lambda: clocked(lambda: prefill(bare, batch)),
-                       "mops": lambda: clocked(lambda: prefill(mops, batch))}, 4 * lab.config.repeats)  # fmt: skip
+    turns = alternate({"bare": lambda: clocked(lambda: _first_token(bare, batch)),
+                       "mops": lambda: clocked(lambda: _first_token(mops, batch))}, 4 * lab.config.repeats)  # fmt: skip
     found, gate = medians(turns), median(spent[1:])
     ratios: dict[str, float | None] = {
         "prefill_vs_bare": found["mops"] / found["bare"], "gate_read_share": gate / found["mops"],
@@ -210,25 +210,27 @@ def _prefill(lab: Lab, names: Sequence[str]) -> Found:
     return {name: ratios[name] for name in names}, {"seconds": turns, "gate_seconds": spent, "tokens": _shape(batch)}
 
 
-def _on_the_gate(mops: Any) -> list[float]:
-    """Seconds of each reading of the gate from now on: the pass up to its layer, and its own arithmetic."""
-    engine, wrapper, spent = Engine.on(mops.base_model.model), mops.base_model.layer(), list[float]()
-    ahead, enter = engine._read_ahead, wrapper.enter
+def _first_token(model: Any, batch: dict[str, Tensor]) -> None:
+    model.generate(**batch, min_new_tokens=1, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
-    def read(*args: Any) -> Any:
+
+def _on_the_gate(mops: Any) -> list[float]:
+    """Seconds of each reading of the gate from now on: a pass of its own, where it needs one, and its arithmetic."""
+    engine: Any = Engine.on(mops.base_model.model)
+    wrapper = mops.base_model.layer()
+    ahead, read, spent, before = engine._read_ahead, wrapper.read, list[float](), [0.0]
+
+    def reading_ahead(*args: Any) -> Any:
         started = time.perf_counter()
         found = ahead(*args)
-        spent.append(time.perf_counter() - started)
+        before[0] = time.perf_counter() - started
         return found
 
-    def entered(*args: Any) -> None:
-        seconds = clocked(lambda: enter(*args))
-        if spent:
-            spent[-1] += seconds
-        else:
-            spent.append(seconds)
+    def reading(*args: Any) -> None:
+        spent.append(clocked(lambda: read(*args)) + before[0])
+        before[0] = 0.0
 
-    engine.__dict__["_read_ahead"], wrapper.__dict__["enter"] = read, entered
+    engine._read_ahead, wrapper.read = reading_ahead, reading
     return spent
 
 
