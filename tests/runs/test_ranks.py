@@ -16,6 +16,8 @@ def test_a_launcher_that_would_shard_the_base_is_refused(
     name: str, config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "true")
+    ranks.join()  # of one process nothing is sharded
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=f"{name}=true: .* launch it with torchrun"):
         train(config(model=str(tmp_path / "none"), out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()

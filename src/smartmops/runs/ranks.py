@@ -50,7 +50,8 @@ def join() -> None:
         ConfigError: the launcher says that the base is to be sharded.
     """
     for name, kind in SHARDING.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+        # In one process nothing is sharded, and a `TrainingArguments` made before may have left these set.
+        if launched() > 1 and os.environ.get(name, "").lower() in ("1", "true", "yes"):
             raise ConfigError(f"{name}={os.environ[name]}: {kind} is to shard the base, but this command measures and "
                               "prepares with all of it in every process: launch it with torchrun or accelerate launch "
                               "--multi_gpu, or shard it under your own Trainer (docs/scale.md)")  # fmt: skip
