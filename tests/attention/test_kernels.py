@@ -64,6 +64,44 @@ def test_text_and_prompts_merged_are_one_softmax_in_output_and_gradients(closed)
         torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5 * float(right.abs().max()), msg=name)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_came_before_a_segment_is_part_of_its_softmax(closed):
+    """Two query heads share a key head; one segment has nothing before it."""
+    segments, before = Segments(LENGTHS, torch.device("cpu")), torch.tensor([5, 0, *[3] * (len(LENGTHS) - 2)])
+    query, key, value, prompt_key, prompt_value, bias = tensors(sum(LENGTHS), closed=closed)
+    inputs = [query.repeat(1, 2, 1, 1) + 0.1, key, value, prompt_key, prompt_value, bias]
+    past = [torch.randn(len(LENGTHS), HEADS, 5, WIDTH) for _ in range(2)]
+    hidden = (torch.arange(5) >= before[:, None])[segments.of].flatten()  # of every token's row of past columns
+
+    def together(query, key, value, prompt_key, prompt_value, bias):
+        earlier = [each.double()[segments.of].permute(1, 0, 2, 3).flatten(1, 2)[None] for each in past]
+        mine = torch.arange(segments.of.numel()).repeat_interleave(5)[None] == torch.arange(len(segments.of))[:, None]
+        logits = (query @ earlier[0].repeat_interleave(2, 1).transpose(-1, -2) * SCALE).masked_fill(
+            ~mine | hidden, -torch.inf
+        )
+        key, value, prompt_key, prompt_value = (
+            x.repeat_interleave(2, 1) for x in (key, value, prompt_key, prompt_value)
+        )
+        prompts = query @ prompt_key.transpose(-1, -2) * SCALE + bias[segments.of]
+        at = torch.arange(len(segments.of))
+        seen = (segments.of[:, None] == segments.of[None]) & (at[None] <= at[:, None])
+        own = (query @ key.transpose(-1, -2) * SCALE).masked_fill(~seen, -torch.inf)
+        values = torch.cat([earlier[1].repeat_interleave(2, 1), prompt_value, value], -2)
+        return torch.cat([logits, prompts, own], -1).softmax(-1) @ values
+
+    def merging(*x):
+        return merged.over_segments(*x[:3], x[3:], segments, SCALE, (*past, before))
+
+    want, want_grads = gradients(together, [each.double() for each in inputs])
+    got, got_grads = gradients(merging, inputs)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    for name, mine, right in zip(
+        ("query", "key", "value", "prompt key", "prompt value", "bias"), got_grads, want_grads, strict=True
+    ):
+        assert right.abs().max() > 0, name
+        torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5 * float(right.abs().max()), msg=name)
+
+
 @pytest.mark.parametrize("queries", [1, 7])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("closed", [False, True])

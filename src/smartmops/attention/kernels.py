@@ -107,10 +107,11 @@ def _over_segments(
     past: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Float[Tensor, "1 tokens heads width"]:  # fmt: skip
     long, window = sum(segments.lengths) >= LONG * len(segments.lengths), own.options.get("sliding_window")
-    plain = past is None and (window is None or window >= segments.longest)
-    if plain and long and own.merges(query, value, prefix):
+    longest = segments.longest + (0 if past is None else past[0].shape[-2])
+    serves = long if past is None else prefix is not None
+    if serves and (window is None or window >= longest) and own.merges(query, value, prefix):
         found = None if prefix is None else (prefix.key, prefix.value, prefix.bias)
-        return merged.over_segments(query, key, value, found, segments, own.scale(query)).transpose(1, 2)
+        return merged.over_segments(query, key, value, found, segments, own.scale(query), past).transpose(1, 2)
     mask = segments.causal(window, query.dtype)
     query, key, value = (segments.pad(each) for each in (query, key, value))
     if past is not None:
