@@ -2,6 +2,8 @@
 
 python benchmarks/speed.py DIR [NOTE]    copies DIR/metrics.json, writes speed.md and growth.png beside itself
 
+Of a base that was named, training is measured as `smartmops bench` starts, and generating with OMP_WAIT_POLICY=active.
+
 Of a random Llama the numbers go to speed.json, of a base that was named to speed_MODEL_DATA.json; the page has them
 all. NOTE says what else there is to know of the measurement.
 """
@@ -30,7 +32,8 @@ def main(folder: Path, out: Path = HERE, note: str = "") -> None:
     found = json.loads((folder / "metrics.json").read_text())
     named = found["setting"].get("model")
     found |= {"note": note} if note else {}
-    name = "speed" if named is None else f"speed_{Path(named).stem}_{Path(found['setting']['data']).stem}"
+    spins = "_spinning" if found["machine"].get("waiting") == "active" else ""
+    name = "speed" if named is None else f"speed_{Path(named).stem}_{Path(found['setting']['data']).stem}{spins}"
     (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     if "growth" in found:
         picture(found["growth"], out / "growth.png")
@@ -50,13 +53,18 @@ def page(out: Path) -> Iterator[str]:
 def named(found: dict[str, Any]) -> Iterator[str]:
     """A base that was named: its targets, and the seconds that the ratios are made of."""
     s, machine, examples = found["setting"], found["machine"], found["examples"]
-    yield f"## {s['model']} on {Path(s['data']).stem}\n"
+    spins = machine.get("waiting") == "active"
+    waits = (
+        "spin where they wait for each other, as `generate` and `serve` have it"
+        if spins
+        else "soon sleep where they wait for each other, as `train` has it"
+    )
+    yield f"## {s['model']} on {Path(s['data']).stem}{', generating' if spins else ''}\n"
     yield (
         f"`smartmops bench {s['model']} --data {s['data']}`: {examples['count']} examples of at most {s['max_length']} tokens in "
         f"batches of {s['batch_size']}, {examples['tokens']} tokens, {examples['predicted_tokens']} of them answers; {s['experts']} experts of "
         f"{s['prompts_per_expert']} prompts, keys and values seen by answers, states cached. {machine['cores']} cores, "
-        f"{machine['threads']} threads, torch {machine['torch']}. Threads sleep where they wait for each other, as "
-        f"`train` has it. Sides take turns in one process; medians of {s['repeats']} repeats or "
+        f"{machine['threads']} threads, torch {machine['torch']}. Threads {waits}. Sides take turns in one process; medians of {s['repeats']} repeats or "
         "more after a warm-up.\n"
     )
     yield from targets(found)

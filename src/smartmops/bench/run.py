@@ -42,7 +42,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
                      config.resume)  # fmt: skip
     with _settings(config.threads):
         lab = laboratory(config)
-        machine = {"cores": os.cpu_count(), "threads": config.threads, "torch": torch.__version__}
+        machine = {"cores": os.cpu_count(), "threads": config.threads, "torch": torch.__version__,
+                   "waiting": os.environ.get("OMP_WAIT_POLICY", "active").lower()}  # fmt: skip
         about = {"setting": _setting(config), "machine": machine, "gpu": "not measured", "examples": _examples(lab)}
         if config.growth:  # first, while the memory is all there
             about["growth"] = ratios.growth(lab)
