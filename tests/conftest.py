@@ -10,7 +10,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _cache = tempfile.mkdtemp(prefix="smartmops-tests-")
@@ -62,6 +62,14 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(1 if request.path.parent.name in TINY else THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher() -> Iterator[None]:
+    """What a test's `TrainingArguments(fsdp=...)` sets for the process goes with it, and reaches no launcher after it."""
+    yield
+    for name in [each for each in os.environ if each.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
 
 
 @pytest.fixture(autouse=True)
