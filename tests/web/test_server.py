@@ -340,3 +340,9 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.delitem(sys.modules, "smartmops.web.server")
     with pytest.raises(ImportError, match=r'pip install "smartmops\[serve\]"'):
         import smartmops.web.server  # noqa: F401
+
+
+def test_an_answer_that_was_broken_off_may_stand_empty_in_a_conversation(real: Served) -> None:
+    turns = [*APPLE, {"role": "assistant", "content": ""}, *APPLE]
+    found = httpx.post(f"{real.url}/v1/chat/completions", json={"model": "auto", "messages": turns}, timeout=60)
+    assert found.status_code == 200 and found.json()["usage"]["completion_tokens"] > 0

@@ -58,6 +58,10 @@ def conversation(messages: Sequence[Mapping[str, str]], category: str = "", sour
     if question is not None:
         raise DataError(f"the conversation of {len(messages)} messages ends with the user ({question[:40]!r}), so "
                         "its last turn has nothing to learn: add the assistant's answer or leave it out")  # fmt: skip
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise DataError(f"message {number} is an empty turn of the assistant, so nothing to learn: write one "
+                            "or leave the turn out")  # fmt: skip
     return [Example(user, "", answer, category, source, system, history[:number])
             for number, (user, answer) in enumerate(history)]  # fmt: skip
 
@@ -65,8 +69,10 @@ def conversation(messages: Sequence[Mapping[str, str]], category: str = "", sour
 def opened(messages: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[tuple[str, str], ...], str | None]:
     """The system's text, finished turns, and what the user said last where nobody answered it yet.
 
+    Turns of the assistant may be empty: an answer that was broken off is a part of the conversation too.
+
     Raises:
-        DataError: as `conversation`, but for the end.
+        DataError: as `conversation`, but for the end and empty turns.
     """
     system, history, question = "", list[tuple[str, str]](), None
     for number, message in enumerate(messages, 1):
@@ -86,9 +92,6 @@ def opened(messages: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[tuple[str,
         elif role == "user":
             question = content
         elif question is not None:
-            if not content.strip():
-                raise DataError(f"message {number} is an empty turn of the assistant, so nothing to learn: write one "
-                                "or leave the turn out")  # fmt: skip
             history, question = [*history, (question, content)], None
     if question is None and not history:
         raise DataError(f"{len(messages)} messages, and none of a user: give at least one")
