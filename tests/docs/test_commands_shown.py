@@ -109,9 +109,11 @@ def run(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_the_lines_of_a_page_run_one_after_the_other(page: str, run: Run, desk: Path) -> None:
     if not (desk / "runs/mine").exists():  # what pages call runs/mine was made on another page
         run("smartmops train smollm2 --data yours.jsonl --steps 150 --batch-size 4 --out runs/mine")
-    for block, line in shell():
-        if block.page == page and line.startswith("smartmops ") and not elsewhere(line):
-            run(line)
+    lines = [line for block, line in shell()
+             if block.page == page and line.startswith("smartmops ") and not elsewhere(line)]  # fmt: skip
+    for line in lines:
+        run(line)
+    assert {shlex.join(small(line)) for line in lines} <= set((desk / "done.txt").read_text().splitlines())
 
 
 def test_every_option_and_command_that_is_named_is_there() -> None:

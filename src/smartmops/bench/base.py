@@ -47,9 +47,7 @@ class BaseLab(Lab):
         examples = list(splits(config.data, columns=config.columns)[0])
         random.Random(0).shuffle(examples)
         count = config.batches * config.batch_size
-        started = time.perf_counter()
         self.frozen, self.tokenizer = load_base(config.model, config.dtype)
-        self.seconds_to_open = time.perf_counter() - started
         self.task = Task.of(self.frozen, self.tokenizer, examples[: DRAWN * count + 100], [], self.settings)
         kept = [i for i, row in enumerate(self.task.train) if not row.tokens_cut]
         self.task = replace(self.task, train=[self.task.train[i] for i in kept],
@@ -119,9 +117,6 @@ class BaseLab(Lab):
         return model, time.perf_counter() - started
 
     def settled(self, name: str) -> Side:
-        """A side as `train` trains it by default, with its own rates and the experts prepared."""
-        if name == "mops":
-            model, _ = self.prepared()
-            return Side(model, self.settings, AnswerStates(model, self.rows))
+        """One of PEFT's sides as `train` trains it by default, with its own rates."""
         method = MethodConfig(method=METHODS[name])
         return Side(self.adapted(method), method, self._padded)

@@ -126,7 +126,7 @@ def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor
     whole.attended = not whole.parts
     whole.gate = torch.zeros(rows, groups, device=real.device)
     for part in whole.parts:
-        take(whole, part)
+        _take(whole, part)
     return whole
 
 
@@ -134,8 +134,13 @@ def read(whole: ForwardContext, wrapper: Any, hidden: Float[Tensor, "rows seq hi
     """Let the adapters of a wrapper's layer, those whose gate is unread, read theirs from their own rows."""
     for part in whole.parts:
         if part.context.injection_layer == wrapper.index and part.context.gate is None:
-            wrapper.read(part.context, hidden[part.rows.to(hidden.device)])
-            take(whole, part)
+            read_part(whole, part, wrapper, hidden)
+
+
+def read_part(whole: ForwardContext, part: Part, wrapper: Any, hidden: Float[Tensor, "rows seq hidden"]) -> None:
+    """Let one adapter read its gate from its own rows, and put its experts in front of the whole batch."""
+    wrapper.read(part.context, hidden[part.rows.to(hidden.device)])
+    _take(whole, part)
 
 
 def _own(value: Any, at: Int[Tensor, " own"], rows: int) -> Any:
@@ -150,7 +155,7 @@ def _spread(value: Tensor, at: Int[Tensor, " own"], rows: int, fill: float) -> T
     return own.new_full((rows, *value.shape[1:]), fill).index_copy(0, at.to(value.device), own)
 
 
-def take(whole: ForwardContext, part: Part) -> None:
+def _take(whole: ForwardContext, part: Part) -> None:
     """Move what an adapter has put in front of layers to the whole batch, closed to all rows but its own."""
     own, at = part.context, part.rows
     assert whole.gate is not None

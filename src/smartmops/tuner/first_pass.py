@@ -15,7 +15,6 @@ from torch import Tensor
 from smartmops.attention.context import ForwardContext, Reading
 from smartmops.attention.packed import Segments
 from smartmops.calls import mixed, prefill
-from smartmops.experts import gate
 
 
 def once(engine: Any, names: list[str], kwargs: dict[str, Any], real: Bool[Tensor, "rows seq"]) -> bool:
@@ -34,16 +33,16 @@ def arranged(
     engine: Any, kwargs: dict[str, Any], real: Bool[Tensor, "rows seq"], context: ForwardContext
 ) -> dict[str, Any]:
     """What the model is called with in the first pass over a text."""
-    carried = context
     if engine.call.now.once:
         own = [part.context for part in context.parts] or [context][: not context.row_adapters]
         carried = ForwardContext(injection_layer=len(engine.layers), attended=True)
         carried.reading = Reading(context, dict(kwargs), real, {_gate_layer(engine, each): None for each in own})
         kwargs["mops"] = carried
-    elif context.row_adapters or context.visible_from is not None or _config(engine, context).reads_ahead:
+        return prefill.pack(kwargs, real, carried) if prefill.thin(real) else kwargs
+    if context.row_adapters or context.visible_from is not None or _config(engine, context).reads_ahead:
         return kwargs
     packs = prefill.thin(real) and prefill.plain(engine.model, engine.names, kwargs, real)
-    return prefill.pack(kwargs, real, carried) if packs else kwargs
+    return prefill.pack(kwargs, real, context) if packs else kwargs
 
 
 def finished(engine: Any, context: ForwardContext, cache: Any, output: Any) -> Any:
@@ -62,16 +61,9 @@ def _read(engine: Any, reading: Reading, segments: Segments | None) -> None:
     text = reading.text
     for part in text.parts:
         hidden = reading.hidden(_gate_layer(engine, part.context), segments)
-        _enter(engine, part.context, hidden[part.rows.to(hidden.device)])
-        mixed.take(text, part)
+        mixed.read_part(text, part, engine.wrapper_of(part.context.adapter), hidden)
     if not text.row_adapters:
-        _enter(engine, text, reading.hidden(_gate_layer(engine, text), segments))
-
-
-def _enter(engine: Any, context: ForwardContext, hidden: Tensor) -> None:
-    assert context.gate_mask is not None
-    context.pooled = gate.pool(hidden, context.gate_mask.to(hidden.device))
-    engine.wrapper_of(context.adapter).read(context, hidden)
+        engine.wrapper_of(text.adapter).read(text, reading.hidden(_gate_layer(engine, text), segments))
 
 
 def _config(engine: Any, context: ForwardContext) -> Any:
