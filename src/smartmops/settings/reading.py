@@ -50,7 +50,8 @@ def options_of(file: str | Path, kind: type) -> dict[str, Any]:
         raise ConfigError(f"{file} cannot be read ({reason}): give a YAML file of options") from error
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        where, why = f", line {mark.line + 1}" if mark else "", getattr(error, "problem", None) or "too deep"
+        why = getattr(error, "problem", None) or getattr(error, "reason", None) or "too deep"
+        where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{file}{where}: no YAML ({why}): mend the line") from error
     try:
         return dict(_options(root, {each.name: each for each in described(kind)})) if root is not None else {}
