@@ -188,6 +188,36 @@ def test_where_answers_alone_see_experts_the_prompt_is_read_once(options, paddin
     assert gate.std(0).max() > 0.01 or not padding, "every row has the same gate, so this test shows little"
 
 
+ALONE = ANSWERS | {
+    "linear": dict(visible_to="answers", answer_header=HEADER, gate_layer=4, prefix_attention="linear"),
+}
+
+
+@pytest.mark.parametrize("options", ALONE.values(), ids=ALONE)
+def test_one_prompt_goes_again_only_through_layers_between_experts_and_gate(options, monkeypatch):
+    model, inputs = answering(**options)
+    one, header = {name: x[-1:] for name, x in inputs.items()}, len(HEADER) if "answer_header" in options else 1
+    experts, gate = (options.get(name, 2) for name in ("injection_layer", "gate_layer"))
+    for layer in (0, 2, 3, 4, 5):
+        with tokens_of_layers(model, layer) as seen:
+            got = scores(model, **one)
+        assert seen == [REAL[-1], header, 1][:: 1 if experts <= layer < gate else 2]
+    twice(monkeypatch)
+    assert relative(got, scores(model, **one)) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "kernel"), KERNELS)
+def test_one_prompt_of_every_architecture(name, kernel, monkeypatch):
+    model = get_peft_model(build(name, kernel), MoPsConfig(**SHARED | ANSWERS["above it"])).eval()
+    scattered(model)
+    ids = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(5))
+    ids[:, -2:] = torch.tensor(HEADER)
+    one = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    got = scores(model, **one)
+    twice(monkeypatch)
+    assert relative(got, scores(model, **one)) < 1e-5
+
+
 @pytest.mark.parametrize("names", [["a", "b", "__base__", "a"], ["b", "b", "__base__", "__base__"], ["__base__"] * 4])
 def test_rows_of_several_adapters_are_read_once_too(names, monkeypatch):
     model, inputs = answering(**ANSWERS["above it"])

@@ -151,8 +151,8 @@ def _arriving(
     layer: int, context: ForwardContext, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What enters a layer: Algorithm 1 scales prompt columns there, and below the injection layer text has no graph."""
-    if context.reading is not None and layer in context.reading.heard:
-        context.reading.heard[layer] = args[0] if args else kwargs["hidden_states"]
+    if context.reading is not None:
+        args, kwargs = context.reading.arriving(layer, (args, kwargs))
     scale = context.scale
     if scale is None and not (layer < context.injection_layer and torch.is_grad_enabled()):
         return args, kwargs

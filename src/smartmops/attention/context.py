@@ -6,7 +6,7 @@ It belongs to one call and goes where the call's cache goes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -92,6 +92,7 @@ class Past:
     lengths: Int[Tensor, " segments"]
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional arguments, and those by keyword
 T = TypeVar("T")
 
 
@@ -180,6 +181,21 @@ class Reading:
     given: Mapping[str, Any]  # what the model was called with, by name
     real: Bool[Tensor, "rows seq"]
     heard: dict[int, Tensor | None]  # layer -> what enters it
+    calls: dict[int, Call | None] = field(default_factory=dict)  # what layers are called with, of those to be kept
+    turn: tuple[int, Callable[[Call], Call | None]] | None = None  # the layer before which prompts may come in, and how
+    turned: bool = False  # whether they did, so that this pass has read the answer's header too
+
+    def arriving(self, layer: int, call: Call) -> Call:
+        """What a layer is to be called with, given what it was called with."""
+        if layer in self.heard:
+            self.heard[layer] = call[0][0] if call[0] else call[1]["hidden_states"]
+        if layer in self.calls:
+            self.calls[layer] = call
+        if self.turn is not None and self.turn[0] == layer:
+            found = self.turn[1](call)
+            self.turned = found is not None
+            return found or call
+        return call
 
     def hidden(self, layer: int, segments: Segments | None) -> Float[Tensor, "rows seq hidden"]:
         """What entered a layer; of a pass without padding, with zeros for it."""
