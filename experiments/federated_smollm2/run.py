@@ -3,7 +3,7 @@
     python experiments/federated_smollm2/run.py SIZE [PARTITION ...]   run cells that have no result yet
     python experiments/federated_smollm2/run.py page                   write README.md and curves.png from results
 
-SIZE is short (minutes a cell on two cores) or long. 20 clients, of which 5 act in a round; seven tasks of
+SIZE is short (a quarter of an hour a cell or more) or long. 20 clients, of which 5 act in a round; seven tasks of
 Super-NaturalInstructions (`../shared/data/superni/paper7`). A cell is a size, a partition, a method and a seed, and one file
 in results/. All cells of a size share base, examples, draws of clients, batch size and local steps; rates are each
 method's default.
@@ -24,7 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[2] / "shared" / "data" / "superni" / "paper7"
 SIZES: dict[str, dict[str, Any]] = {
-    "short": {"rounds": 6, "local_steps": 4, "batch_size": 2, "limit": 350, "test_share": 0.2, "max_length": 192, "eval_every": 2},
+    "short": {"rounds": 8, "local_steps": 6, "batch_size": 2, "limit": 350, "test_share": 0.2, "max_length": 300, "eval_every": 2},
     "long": {"rounds": 40, "local_steps": 20, "batch_size": 4, "limit": 2800, "test_share": 0.1, "max_length": 256,
              "eval_every": 4},
 }  # fmt: skip

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smartmops.checks.errors import FederationError
+from smartmops.clients import admission
 from smartmops.clients.messages import Failure, Hello, Job, Local, Reply, pack, unpack
 
 LOCAL = Local(steps=3, batch_size=2, prompt_lr=0.1, gate_lr=1e-3, seed=7)
@@ -62,3 +64,28 @@ def damaged(kind: str) -> bytes:
 def test_what_is_no_message_is_refused(kind: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         unpack(damaged(kind))
+
+
+LONG = "two\nlines\x1b[2J" * 500
+HOSTILE = {
+    "version": {"kind": "Failure", "version": LONG, "words": {}},
+    "kind": {"kind": LONG, "version": 1, "words": {}},
+    "a kind that is a list": {"kind": [LONG], "version": 1, "words": {}},
+    "a word": {"kind": "Failure", "version": 1, "words": {"round": 1, "client": 0, "reason": "no", LONG: 1}},
+    "a value": {"kind": "Failure", "version": 1, "words": {"round": LONG, "client": 0, "reason": "no"}},
+}
+
+
+@pytest.mark.parametrize("header", HOSTILE.values(), ids=HOSTILE)
+def test_whatever_a_stranger_writes_is_said_on_one_short_line(header: dict[str, object]) -> None:
+    body = json.dumps({"__metadata__": {"message": json.dumps(header)}}).encode()
+    with pytest.raises(FederationError) as caught:
+        unpack(struct.pack("<Q", len(body)) + body)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("message", [Failure(0, 0, LONG), Hello("a", 3, ["a"], "f", {"messages": LONG})])
+def test_so_is_what_a_client_says_that_cannot_take_part(message: Failure | Hello) -> None:
+    with pytest.raises(FederationError) as caught:
+        admission._check_versions(admission.greeting(pack(message), "a client"), allow=False)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600

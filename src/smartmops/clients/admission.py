@@ -9,6 +9,7 @@ from smartmops.checks.errors import FederationError
 from smartmops.runs.folder import versions
 
 from .messages import VERSION, Failure, Hello, unpack
+from .roster import short
 
 DECIDING = ("torch", "transformers", "peft", "smartmops")  # packages whose versions decide the numbers
 
@@ -56,7 +57,7 @@ def greeting(blob: bytes, who: str) -> Hello:
     except ValueError as error:
         raise FederationError(f"{who} cannot take part: it sent {error}") from error
     if isinstance(hello, Failure):
-        raise FederationError(f"{who} cannot take part: {hello.reason}")
+        raise FederationError(f"{who} cannot take part: {short(hello.reason)}")
     if not isinstance(hello, Hello) or not _typed(hello):
         raise FederationError(
             f"{who} cannot take part: it sent no greeting of this version, but a {type(hello).__name__}"
@@ -81,5 +82,6 @@ def _check_versions(hello: Hello, allow: bool) -> None:
         if theirs != here[name] and (name == "messages" or not allow):
             way_out = "" if name == "messages" else ", or accept it with --allow-other-versions"
             raise FederationError(
-                f"client {hello.name!r} runs {name} {theirs}, the server {here[name]}: install the same" + way_out
+                f"client {hello.name!r} runs {name} {short(str(theirs))}, the server {here[name]}: install the same"
+                + way_out
             )

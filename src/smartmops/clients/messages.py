@@ -18,6 +18,8 @@ from torch import Tensor
 from smartmops.adapter import typed
 from smartmops.checks.errors import FederationError
 
+from .roster import short
+
 VERSION = 1  # of these messages; both sides must speak the same
 
 
@@ -191,12 +193,13 @@ def unpack(blob: bytes) -> Message:
         arrays = {name: value for name, value in load(blob).items() if name}
         kind, words = header["kind"], dict(header["words"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FederationError(f"a message of {len(blob)} bytes is damaged ({type(error).__name__}: {error})") from error
-    if header.get("version") != VERSION:
-        raise FederationError(f"a message of version {header.get('version')}, but this side speaks version {VERSION}: "
+        why = short(f"{type(error).__name__}: {error}")
+        raise FederationError(f"a message of {len(blob)} bytes is damaged ({why})") from error
+    if (version := header.get("version")) != VERSION:
+        raise FederationError(f"a message of version {short(str(version))}, but this side speaks version {VERSION}: "
                               "install the same smartmops on server and clients")  # fmt: skip
-    if kind not in KINDS:
-        raise FederationError(f"a message of kind {kind!r}: choose {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise FederationError(f"a message of kind {short(repr(kind))}: choose {', '.join(KINDS)}")
     try:
         if kind == "Job":
             words["local"] = _of(Local, words["local"])
@@ -205,4 +208,5 @@ def unpack(blob: bytes) -> Message:
         made: Message = _of(KINDS[kind], words)
         return made
     except (TypeError, KeyError, RecursionError) as error:
-        raise FederationError(f"a {kind} does not have the fields of version {VERSION} ({error})") from error
+        why = short(str(error))
+        raise FederationError(f"a {kind} does not have the fields of version {VERSION} ({why})") from error

@@ -27,9 +27,10 @@ from .transport import OverFlower
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # 15 unless set: beside any other work actors would hardly run at all
 }  # fmt: skip
 AT_ONCE = 64  # messages that Flower and Ray hold: more than there are actors, fewer than there may be clients
-PATIENCE = 300.0  # seconds that virtual nodes are waited for
+PATIENCE = 3600.0  # seconds that virtual nodes are waited for: none goes away, but a busy machine is slow
 
 _workers: dict[str, Worker] = {}  # of this process, by config: an actor answers many clients with one model
 

@@ -88,8 +88,8 @@ def _turns(engine: Any, carried: ForwardContext) -> None:
 def _turned(engine: Any, carried: ForwardContext, call: Call) -> Call | None:
     """Read the gate, and the header with experts up to this layer; from here on the pass is the text's own.
 
-    The header's tokens are entered again where experts begin, so their keys and values there are written anew; whatever
-    stands before them sees no experts and is as it was. None: these layers take what cannot be cut, so nothing was done.
+    The header's tokens enter again where experts begin, so their keys and values there are written anew; what stands
+    before them sees no experts and is as it was. None: these layers take what cannot be cut, and nothing is done.
     """
     reading = carried.reading
     assert reading is not None
@@ -136,7 +136,8 @@ def _once_more(
     if mask is None:
         mask = torch.ones(1, 1, own, tokens, dtype=torch.bool, device=hidden.device).tril(tokens - own)
     found = layer(hidden, **given | {"attention_mask": mask[..., -own:, :]}, mops=context)
-    return found[0] if isinstance(found, tuple) else found
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return out
 
 
 def _last(given: Any, own: int, at: int) -> Any:

@@ -8,7 +8,9 @@ Ray's proxy listens and shares requests out. Limits on a connection are the prox
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from smartmops.serving.batching import Batcher
 
 from .bodies import Limits
 from .server import Site, make_app
+
+MINUTES = 10  # that a proxy may take to start
 
 
 def routes(config: ServeConfig) -> FastAPI:
@@ -53,6 +57,30 @@ def application(config: ServeConfig, replicas: int, cpus: float = 1.0) -> Any:
     return deployed.bind()
 
 
+def start(deployed: Any, host: str, port: int) -> None:
+    """Start Ray's proxy and all replicas of what `application` gave, none of them behind other work of the machine.
+
+    Raises:
+        TimeoutError: Ray's proxy was not there after `MINUTES`.
+    """
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 unless set
+    from ray import serve
+
+    _patiently(lambda: serve.start(http_options={"host": host, "port": port}))
+    _patiently(lambda: serve.run(deployed, route_prefix="/"))
+
+
+def _patiently(call: Callable[[], Any]) -> None:
+    """Call again what Ray gives up after a minute: what it has begun goes on, and a busy machine needs longer."""
+    for left in reversed(range(MINUTES)):
+        try:
+            call()
+            return
+        except TimeoutError:
+            if not left:
+                raise
+
+
 def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m smartmops.web.replicas", description="replicas under Ray Serve")
@@ -67,8 +95,7 @@ def main() -> None:
     deployed = application(config, given.replicas)
     from ray import serve
 
-    serve.start(http_options={"host": given.host, "port": given.port})
-    serve.run(deployed, route_prefix="/")
+    start(deployed, given.host, given.port)
     print(f"http://{given.host}:{given.port}/v1 serves {given.replicas} replicas", flush=True)
     try:
         signal.sigwait({signal.SIGTERM, signal.SIGINT})
