@@ -121,6 +121,36 @@ def inference(model: Any, shape: dict[str, Any], device: torch.device) -> dict[s
     return found
 
 
+def serving(model: Any, shape: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Seconds of reading the gate within a prefill, and of 16 rows whose gate is one expert's, or an expert's each."""
+    ids = torch.randint(3, shape["vocab_size"], (16, shape["length"]), device=device)
+    wrapper, spent = model.base_model.layer(), list[float]()
+    read = wrapper.read
+
+    def reading(*args: Any) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        read(*args)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - started)
+
+    def new(count: int, rows: int = 16, **gate: Any) -> None:
+        own = {"input_ids": ids[:rows], "attention_mask": torch.ones_like(ids[:rows]), "pad_token_id": 0, "do_sample": False}
+        model.generate(**own, **gate, min_new_tokens=count, max_new_tokens=count)
+
+    wrapper.read = reading
+    timed(lambda: new(1, rows=1), device)
+    wrapper.read = read
+    experts = torch.arange(16, device=device) % EXPERTS
+    given = {name: torch.nn.functional.one_hot(each, EXPERTS).float()
+             for name, each in (("one", torch.zeros_like(experts)), ("mixed", experts))}  # fmt: skip
+    return {"gate_read": median(spent[1:])} | {
+        name: timed(lambda gate=gate: new(NEW, gate_weights=gate), device) for name, gate in given.items()
+    }
+
+
 def useful(shape: dict[str, Any], encoded: list[Encoded]) -> float:
     """Arithmetic that training all tokens of frozen weights needs at least: 2 forward and 2 backward a weight."""
     d, layers = shape["hidden_size"], shape["num_hidden_layers"]
@@ -145,6 +175,8 @@ def measure(shapes: dict[str, dict[str, Any]], out: Path) -> dict[str, Any]:
                 row["training"][said] = training(model, side, encoded, device) | {"flops": useful(shape, encoded)}
             if side in ("mops", "bare"):
                 row["inference"] = inference(model, shape, device)
+            if side == "mops":
+                row["serving"] = serving(model, shape, device)
             found["rows"].append(row)
             (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
             del model
@@ -178,6 +210,13 @@ def page(out: Path) -> list[str]:
                 lines.append(
                     f"| {shape} | {what.replace('_', ', batch ')} | {1e3 * bare:.2f} | {1e3 * ours:.2f} | {ours / bare:.2f} |"
                 )
+    lines.append("")
+    for row in found["rows"]:
+        if "serving" in row:
+            each, prefill = row["serving"], row["inference"]["prefill_1"]
+            lines.append(f"{row['shape']}: reading the gate takes {each['gate_read'] / prefill:.1%} of a prefill of one row; 16 "
+                         f"rows that need different experts are answered at {each['one'] / each['mixed']:.2f} of the speed of "
+                         "16 rows of one expert.\n")  # fmt: skip
     return lines
 
 

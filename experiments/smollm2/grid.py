@@ -26,26 +26,34 @@ HERE = Path(__file__).resolve().parent
 SEEDS = (1, 2)
 MAIN = ("mixture", "paper7", "dolly")
 DECIDING = ("mops", "ungated", "mops shared half", "lora rate 0.003", "mops separate shared half from the first layer",
-            "activated lora", "one lora for each task", "oracle")  # fmt: skip
+            "activated lora", "one lora for each task", "oracle", "mops seen by all", "ungated seen by all",
+            "mops separate seen by all from the first layer", "ungated separate seen by all from the first layer",
+            "one lora for each task behind our gate", "ia3 rate 0.01", "lora in all layers")  # fmt: skip
 FIRST = (
     "mops", "ungated", "lora rate 0.003", "activated lora", "mops seen by all", "mops from the first layer",
     "mops separate from the first layer", "mops separate seen by all", "mops seen by all from the first layer",
     "mops separate seen by all from the first layer", "mops separate shared half from the first layer",
+    "ungated separate seen by all from the first layer", "one lora for each task behind our gate",
     "mops 30 columns", "oracle", "one lora for each task", "mops top-1", "mops linear", "mops hidden states",
     "mops gate by gradient", "mops without null", "uniform gate", "ungated seen by all", "ungated from the first layer",
     "prefix tuning rate 0.01", "ia3 rate 0.01", "input prompts rate 0.03", "nearest cluster", "mops by clusters",
     "paper's literal", "ungated separate", "mops first column frozen", "lora in all layers", "mops separate",
     "mops shared half",
 )  # fmt: skip
+COMPRESSED = ("mops", "ungated", "lora rate 0.003")
+ASKED = ("mops", "ungated", "lora rate 0.003", "activated lora", "one lora for each task", "mops seen by all",
+         "mops shared half")  # fmt: skip
 LABELS = ("wrong-10", "wrong-30", "split")  # whose labels alone differ from the mixture's
 GROWTH = ("mops top-2", "ungated 20 columns", "lora as 20 columns", "mops", "ungated", "lora rate 0.003")
 
 
 def cells(data: str) -> Iterator[tuple[str, int]]:
     """In order; what stands behind some of seed 0 depends on the results that are there when it is asked for."""
-    from run import VARIANTS
+    from cells import FROZEN, SETS, VARIANTS
 
-    if data not in LABELS:
+    if data in MAIN or "answers" in SETS[data]:
+        yield from ((variant, 0) for variant in FROZEN)
+    elif data not in LABELS:
         yield "frozen", 0
     if data in MAIN:
         yield from ((variant, 0) for variant in FIRST)
@@ -56,14 +64,14 @@ def cells(data: str) -> Iterator[tuple[str, int]]:
     if data in LABELS:
         yield from ((variant, seed) for seed in (0, *SEEDS) for variant in ("mops", "one lora for each task"))
         return
-    asked = GROWTH if data.startswith("growth") else ("mops", "ungated", "lora rate 0.003")
+    asked = GROWTH if data.startswith("growth") else ASKED if "answers" in SETS[data] else COMPRESSED
     yield from ((variant, seed) for seed in (0, *SEEDS) for variant in asked)
 
 
 def by_validation(data: str) -> list[str]:
     """Variants with a result of seed 0, best first."""
     found = [json.loads(file.read_text()) for file in (HERE / "results" / data).glob("*-0.json")]
-    found = [one for one in found if one["variant"] != "frozen"]
+    found = [one for one in found if not one["variant"].startswith("frozen")]
     return [one["variant"] for one in sorted(found, key=lambda one: one["measured"]["validation"]["overall"])]
 
 

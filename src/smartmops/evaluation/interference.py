@@ -36,6 +36,7 @@ from .perplexity import BUDGET
 
 ROUNDING = 1e-6  # of a cosine between float32 gradients
 HIDDEN_STATES, KEYS_VALUES = ("mops_prompts",), ("mops_keys", "mops_values")  # parameters that hold the prompts
+SHARED = ("mops_shared_keys", "mops_shared_values")  # and those of keys and values that every row sees
 
 
 def interference(task: Task, model: Any, count: int) -> dict[str, Any]:
@@ -53,24 +54,27 @@ def interference(task: Task, model: Any, count: int) -> dict[str, Any]:
     return agreement(gradients(task, model, count))
 
 
-def gradients(task: Task, model: Any, count: int) -> dict[str, Float[Tensor, "K numbers"]]:
+def gradients(
+    task: Task, model: Any, count: int, names: Sequence[str] | None = None
+) -> dict[str, Float[Tensor, "K numbers"]]:
     """g_t of each training task, tasks in order, over its first `count` examples or as many as it has.
 
-    On the CPU, in float32; no `.grad` is touched, and no dropout is drawn.
+    On the CPU, in float32; no `.grad` is touched, and no dropout is drawn. Of the experts' prompts, or of the
+    parameters called `names`, such as `SHARED`.
     """
     chosen: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(task.train):
         if len(chosen[row.category]) < count:
             chosen[row.category].append(i)
-    with evaluating(model), torch.enable_grad():
-        return {name: _gradient(task, model, chosen[name]).cpu() for name in sorted(chosen)}
-
-
-def _gradient(task: Task, model: Any, chosen: Sequence[int]) -> Float[Tensor, "K numbers"]:
-    rows, collate = task.feed(model)
     layer = model.base_model.layer()
-    keys_values = layer.configs["default"].experts == "keys_values"
-    prompts = [getattr(layer, name)["default"] for name in (KEYS_VALUES if keys_values else HIDDEN_STATES)]
+    own = KEYS_VALUES if layer.configs["default"].experts == "keys_values" else HIDDEN_STATES
+    prompts = [getattr(layer, name)["default"] for name in names or own]
+    with evaluating(model), torch.enable_grad():
+        return {name: _gradient(task, model, prompts, chosen[name]).cpu() for name in sorted(chosen)}
+
+
+def _gradient(task: Task, model: Any, prompts: Sequence[Tensor], chosen: Sequence[int]) -> Float[Tensor, "K numbers"]:
+    rows, collate = task.feed(model)
     total, tokens = torch.zeros(len(prompts[0]), sum(each[0].numel() for each in prompts), device=model.device), 0
     for group in by_budget([len(task.train[i].input_ids) for i in chosen], BUDGET):
         given = collate([rows[chosen[i]] for i in group])["packed"]
