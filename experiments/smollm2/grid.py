@@ -1,6 +1,6 @@
 """Every cell of the ablation and of the questions that has no result yet, by several processes at once. Resumable.
 
-    python experiments/smollm2/grid.py [--workers 14] [--minutes 60] [--base smollm2] [--sets mixture paper7 dolly]
+    python experiments/smollm2/grid.py [--workers 14] [--minutes 60] [--base smollm2] [--deciding] [--sets mixture ...]
 
 What decides comes first; then further seeds of the default and of what it is compared with; then seed 0 of all others,
 and their seeds in the order of their perplexity on validation data. A process begins with one of the sets in turn (a set
@@ -38,7 +38,8 @@ FIRST = (
     "mops gate by gradient", "mops without null", "uniform gate", "ungated seen by all", "ungated from the first layer",
     "prefix tuning rate 0.01", "ia3 rate 0.01", "input prompts rate 0.03", "nearest cluster", "mops by clusters",
     "paper's literal", "ungated separate", "mops first column frozen", "lora in all layers", "mops separate",
-    "mops shared half",
+    "mops shared half", "mops separate seen by all from the first layer rate 0.01",
+    "mops separate seen by all from the first layer rate 0.06",
 )  # fmt: skip
 COMPRESSED = ("mops", "ungated", "lora rate 0.003")
 ASKED = ("mops", "ungated", "lora rate 0.003", "activated lora", "one lora for each task", "mops seen by all",
@@ -47,8 +48,11 @@ LABELS = ("wrong-10", "wrong-30", "split")  # whose labels alone differ from the
 GROWTH = ("mops top-2", "ungated 20 columns", "lora as 20 columns", "mops", "ungated", "lora rate 0.003")
 
 
-def cells(data: str) -> Iterator[tuple[str, int]]:
-    """In order; what stands behind some of seed 0 depends on the results that are there when it is asked for."""
+def cells(data: str, deciding: bool = False) -> Iterator[tuple[str, int]]:
+    """In order; what stands behind some of seed 0 depends on the results that are there when it is asked for.
+
+    With `deciding`, without the variants that no page shows, and one seed of compressed bases and of answers.
+    """
     from cells import FROZEN, SETS, VARIANTS
 
     if data in MAIN or "answers" in SETS[data]:
@@ -58,6 +62,8 @@ def cells(data: str) -> Iterator[tuple[str, int]]:
     if data in MAIN:
         yield from ((variant, 0) for variant in FIRST)
         yield from ((variant, seed) for variant in DECIDING for seed in SEEDS)
+        if deciding:
+            return
         yield from ((variant, 0) for variant in VARIANTS if "top-2" not in variant and " 20 columns" not in variant)
         yield from ((variant, seed) for variant in by_validation(data) for seed in SEEDS)
         return
@@ -65,7 +71,8 @@ def cells(data: str) -> Iterator[tuple[str, int]]:
         yield from ((variant, seed) for seed in (0, *SEEDS) for variant in ("mops", "one lora for each task"))
         return
     asked = GROWTH if data.startswith("growth") else ASKED if "answers" in SETS[data] else COMPRESSED
-    yield from ((variant, seed) for seed in (0, *SEEDS) for variant in asked)
+    seeds = (0,) if deciding and {"base", "answers"} & SETS[data].keys() else (0, *SEEDS)
+    yield from ((variant, seed) for seed in seeds for variant in asked)
 
 
 def by_validation(data: str) -> list[str]:
@@ -86,13 +93,18 @@ def claimed(data: str, variant: str, seed: int) -> bool:
     return True
 
 
-def work(sets: Sequence[str], base: str, until: float) -> None:
+def work(sets: Sequence[str], base: str, until: float, deciding: bool) -> None:
     """Cells that nobody else has begun, of one data set after another."""
+    from run import base_of
+
     for data in sets:
-        work_on(data, base, until)
+        if isinstance(own := base_of(data, base), Path) and not own.exists():
+            print(f"{data}: there is no {own}; `run.py bases TEXT` makes it", flush=True)
+            continue
+        work_on(data, base, until, deciding)
 
 
-def work_on(data: str, base: str, until: float) -> None:
+def work_on(data: str, base: str, until: float, deciding: bool) -> None:
     """Cells of one data set that nobody else has begun, as long as another one will probably end in time."""
     import torch
     from run import Bench, file_of, run
@@ -100,7 +112,7 @@ def work_on(data: str, base: str, until: float) -> None:
     torch.set_num_threads(1)
     bench, longest = None, 0.0
     while (
-        cell := next((c for c in cells(data) if not file_of(data, *c).exists() and claimed(data, *c)), None)
+        cell := next((c for c in cells(data, deciding) if not file_of(data, *c).exists() and claimed(data, *c)), None)
     ) is not None:
         if time.time() + longest > until:
             return
@@ -120,12 +132,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--base", default="smollm2")
     parser.add_argument("--sets", nargs="*", default=["mixture", "paper7", "dolly"])
+    parser.add_argument("--deciding", action="store_true", help="leave out what no page shows")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
         first = chosen.sets.index(chosen.worker)
-        work([*chosen.sets[first:], *chosen.sets[:first]], chosen.base, chosen.until)
+        work([*chosen.sets[first:], *chosen.sets[:first]], chosen.base, chosen.until, chosen.deciding)
         return
     shutil.rmtree(HERE / "checkpoints" / "claims", ignore_errors=True)
     until = time.time() + 60 * chosen.minutes
@@ -136,6 +149,7 @@ def main() -> None:
         chosen.base,
         "--until",
         str(until),
+        *(["--deciding"] if chosen.deciding else []),
         "--sets",
         *dict.fromkeys(chosen.sets),
     ]
