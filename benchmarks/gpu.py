@@ -90,7 +90,7 @@ def training(model: Any, name: str, encoded: list[Encoded], device: torch.device
     model.train()
     if name == "mops":
         states = AnswerStates(model, encoded)
-        batch: dict[str, Any] = states(range(len(encoded)))
+        batch: dict[str, Any] = _on(states(range(len(encoded))), device)
     else:
         batch = {"input_ids": torch.tensor([row.input_ids for row in encoded], device=device),
                  "labels": torch.tensor([row.labels for row in encoded], device=device)}  # fmt: skip
@@ -103,6 +103,10 @@ def training(model: Any, name: str, encoded: list[Encoded], device: torch.device
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(step, device)
     return {"seconds": seconds, "bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0}
+
+
+def _on(values: Any, device: torch.device) -> Any:
+    return {k: _on(v, device) for k, v in values.items()} if isinstance(values, dict) else values.to(device)
 
 
 def inference(model: Any, shape: dict[str, Any], device: torch.device) -> dict[str, float]:
