@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from cells import FROZEN
+
 SETS = {
     "mixture": "Mixture of conflicting tasks (SAPT's Super-NaturalInstructions tasks)",
     "paper7": "The paper's Super-NaturalInstructions tasks (six of seven: examples of the other are longer than 260 tokens)",
@@ -43,7 +45,7 @@ def rows(found: Found) -> Iterator[str]:
     shown = [part for part in parts if overall(found["frozen"], part)]
     yield "| variant | seeds | " + " | ".join(shown) + " | tasks below frozen | trained numbers | training, s |"
     yield "|---|---|" + "---|" * (len(shown) + 3)
-    names = sorted(found, key=lambda name: (name != "frozen", mean(overall(found[name], "validation"))))
+    names = sorted(found, key=lambda name: (name not in FROZEN, mean(overall(found[name], "validation"))))
     base = found["frozen"][0]["measured"]["test"]["per_task"]
     for name in names:
         runs = found[name]
@@ -51,7 +53,7 @@ def rows(found: Found) -> Iterator[str]:
         below = [sum(v < base[t] for t, v in run["measured"]["test"]["per_task"].items()) for run in runs.values()]
         first = next(iter(runs.values()))
         count = f"{first['parameters']:,}" if "parameters" in first else ""
-        seconds = f"{mean(r['seconds']['train'] for r in runs.values()):.0f}" if name != "frozen" else ""
+        seconds = f"{mean(r['seconds']['train'] for r in runs.values()):.0f}" if name not in FROZEN else ""
         tasks = "" if name == "frozen" else f"{min(below)} of {len(base)}"
         yield f"| {name} | {len(runs)} | " + " | ".join(values) + f" | {tasks} | {count} | {seconds} |"
 
