@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(
     last = said.splitlines()[-1]
     assert all(f"{name} {version}" in last for name, version in versions().items()), last
     assert not is_full(error) and "close other programs" in lower(None, MemoryError())
+
+
+def test_a_bug_of_an_uninstalled_copy_is_reported_as_well(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(_: str) -> None:
+        raise PackageNotFoundError("smartmops")
+
+    monkeypatch.setattr("importlib.metadata.metadata", absent)
+    status, said = ended(config, raises(ValueError("a bug of ours")), capsys)
+    assert status == 1 and "Please report it (its issue tracker)" in said
 
 
 @pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type)],

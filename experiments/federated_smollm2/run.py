@@ -79,8 +79,20 @@ def run(size: str, partitions: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
+def ends(size: str) -> str:
+    """The last perplexity of every method, by partition, best first."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for partition, method, _, file in cells(size):
+        if file.exists():
+            found.setdefault(partition, []).append((json.loads(file.read_text())["perplexity"], method))
+    return "; ".join(f"{partition}: " + ", ".join(f"{method} {value:.2f}" for value, method in sorted(own))
+                     for partition, own in found.items())  # fmt: skip
+
+
 def lines() -> Iterator[str]:
     yield "# Federated training on SmolLM2-135M-Instruct\n"
+    if told := ends("short"):
+        yield f"Perplexity after the short runs, best first (one seed): {told}.\n"
     yield "Written by `python experiments/federated_smollm2/run.py page` from `results/`.\n"
     yield ("20 clients, of which 5 act in a round; seven tasks of Super-NaturalInstructions, dealt out by Dirichlet over tasks or "
            "skewed as in the paper; perplexity on the server's test split. Each method at its own default rate, none tuned "
@@ -112,12 +124,14 @@ def picture() -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
 
-    figure, panels = plt.subplots(1, len(PARTITIONS), figsize=(11, 3.2), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, len(PARTITIONS), figsize=(11, 3.2), sharex=True, sharey=True, layout="constrained")
     colours = dict(zip(METHODS, ("#8a8a8a", "#009e73", "#0072b2", "#d55e00"), strict=True))
     for panel, partition in zip(panels, PARTITIONS, strict=True):
         panel.set(title=partition, xlabel="megabytes sent", xscale="log")
         panel.spines[["top", "right"]].set_visible(False)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for name, method, _, file in cells("short"):
             if name == partition and file.exists():
                 rows = json.loads(file.read_text())["rounds"]

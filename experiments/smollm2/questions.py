@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
+from cells import FROZEN
 from page import SETS, Found, devices, overall, spread
 
 HARM = 0.005  # share by which the perplexity of text of no task may rise and still count as unharmed
 LABELS = {
     "frozen": "frozen base",
+    "frozen with a system prompt": "frozen base, a system prompt written by hand",
+    "frozen with 4 examples": "frozen base, 4 examples of the task in front",
     "mops": "MoPs, the defaults",
     "mops shared half": "MoPs, half of the columns shared by all tasks",
     "mops seen by all": "MoPs, seen by instructions too",
@@ -26,10 +29,12 @@ LABELS = {
     "paper's literal": "MoPs as the paper writes them",
     "ungated": "ungated columns",
     "ungated seen by all": "ungated columns, seen by instructions too",
+    "ungated separate seen by all from the first layer": "ungated columns, a softmax of their own, seen by all, from the first layer",
     "lora rate 0.003": "LoRA",
     "lora in all layers": "LoRA in all layers",
     "activated lora": "LoRA seen by answers alone (activated LoRA)",
     "one lora for each task": "a LoRA for each task, told the task",
+    "one lora for each task behind our gate": "a LoRA for each task, chosen by our gate",
     "ia3 rate 0.01": "IA3",
     "input prompts rate 0.03": "prompt tuning (PEFT)",
     "prefix tuning rate 0.03": "prefix tuning (PEFT)",
@@ -38,6 +43,14 @@ LABELS = {
     "lora as 20 columns": "LoRA of as many numbers as 20 columns",
 }
 GROWTH = {"mops top-2": "C0", "ungated 20 columns": "C7", "lora as 20 columns": "C1"}
+BASES = {
+    "": "dense",
+    "50": "half of the weights",
+    "75": "a quarter of the weights",
+    "2-4": "2:4",
+    "4-8": "4:8",
+    "int8": "int8",
+}
 TOTAL = {"mops": "C0", "ungated": "C7", "lora rate 0.003": "C1"}
 Runs = dict[str, Found]
 
@@ -82,7 +95,7 @@ def names(variants: Sequence[str]) -> str:
 def best(found: Runs, data: str, kept: Callable[[str], bool] = lambda _: True) -> str:
     """The variant with the lowest perplexity on validation data, of those that are shown and kept."""
     asked = [
-        v for v in LABELS if v in found[data] and v != "frozen" and kept(v) and value(found, data, v, "validation")
+        v for v in LABELS if v in found[data] and v not in FROZEN and kept(v) and value(found, data, v, "validation")
     ]
     return min(asked, key=lambda v: value(found, data, v, "validation") or 0.0)
 
@@ -128,6 +141,14 @@ def forgetting(found: Runs) -> Iterator[str]:
     columns = [(data, part, f"{data}, {part}") for data in main for part in ("unrelated", "unseen")
                if value(found, data, "frozen", part)]  # fmt: skip
     yield "\n".join(table(found, columns, list(LABELS))) + "\n"
+    gated = "one lora for each task behind our gate"
+    nearest = [(data, "unseen, nearest", data) for data in main if value(found, data, gated, "unseen, nearest")]
+    if nearest:
+        yield (
+            "## Tasks nobody trained on, and the nearest LoRA\n\nWhere no text may be left to the base, a text of an unseen task "
+            "is answered by the LoRA whose task the gate finds nearest:\n"
+        )
+        yield "\n".join(table(found, nearest, [gated])) + "\n"
 
 
 def growth(found: Runs) -> Iterator[str]:
@@ -180,6 +201,85 @@ def _moved(found: Runs, data: str, variant: str) -> str:
     return f"{abs(now / right - 1):.1%} {'below' if now < right else 'above'}"
 
 
+def answers(found: Runs) -> Iterator[str]:
+    sets = [data for data in ("mixture", "paper7") if found.get(f"{data}-answers")]
+    yield "# How good are the answers themselves?\n"
+    said = "; ".join(
+        f"{data}: MoPs {_marks(found, data, 'mops', 'exact_match')} and {_marks(found, data, 'mops', 'rouge_l')}, seen by "
+        f"instructions too {_marks(found, data, 'mops seen by all', 'exact_match')} and "
+        f"{_marks(found, data, 'mops seen by all', 'rouge_l')}, LoRA {_marks(found, data, 'lora rate 0.003', 'exact_match')} "
+        f"and {_marks(found, data, 'lora rate 0.003', 'rouge_l')}" for data in sets
+    )  # fmt: skip
+    yield f"Share of exact greedy answers and mean ROUGE-L to the first 15 test examples of each task: {said}.\n"
+    yield (
+        "Greedy answers of at most 48 tokens. Exact means the same once lowered and without punctuation; ROUGE-L is F1 over the "
+        "longest common subsequence of words. Mean ± spread over seeds (number of seeds).\n"
+    )
+    yield "| | " + " | ".join(f"{data}, exact | {data}, ROUGE-L | {data}, perplexity" for data in sets) + " |"
+    yield "|---|" + "---|---|---|" * len(sets)
+    for variant, label in LABELS.items():
+        if any("answers" in run for data in sets for run in found[f"{data}-answers"].get(variant, {}).values()):
+            shown = (f"{_marks(found, data, variant, 'exact_match')} | {_marks(found, data, variant, 'rouge_l')} | "
+                     f"{cell(found, f'{data}-answers', variant)}" for data in sets)  # fmt: skip
+            yield f"| {label} | " + " | ".join(shown) + " |"
+    yield "\n## Do the tasks want the same of the columns?\n"
+    yield (
+        "Cosine between the gradients of two tasks after training, from 8 training examples a task: its mean over all pairs, and "
+        "the mean of its size without its sign. 0 means that tasks move different columns, or move them independently; what is "
+        "below 0 is in conflict. Mean ± spread over seeds (number of seeds).\n"
+    )
+    yield "| | columns | " + " | ".join(f"{data}, cosine | {data}, size" for data in sets) + " |"
+    yield "|---|---|" + "---|---|" * len(sets)
+    for variant, label in LABELS.items():
+        for part in ("routed", "shared"):
+            runs = [[list(run["cosines"][part]["cosines"].values())
+                     for run in found[f"{data}-answers"].get(variant, {}).values()
+                     if part in run.get("cosines", {})] for data in sets]  # fmt: skip
+            if any(runs):
+                named = "all" if variant.startswith("ungated") else part
+                yield f"| {label} | {named} | " + " | ".join(_sizes(own) for own in runs) + " |"
+
+
+def _sizes(runs: Sequence[Sequence[float]]) -> str:
+    """Two cells: mean cosine, and mean size."""
+    if not runs:
+        return "not run | not run"
+    each = ([mean(run) for run in runs], [mean(abs(value) for value in run) for run in runs])
+    return " | ".join(f"{mean(own):.3f} ± {stdev(own) if len(own) > 1 else 0:.3f} ({len(own)})" for own in each)
+
+
+def _marks(found: Runs, data: str, variant: str, what: str) -> str:
+    runs = found.get(f"{data}-answers", {}).get(variant, {}).values()
+    values = [run["answers"][what]["overall"] for run in runs if "answers" in run]
+    return f"{spread(values)} ({len(values)})" if values else "not run"
+
+
+def bases(found: Runs) -> Iterator[str]:
+    yield "# Does it hold on a compressed base?\n"
+    there = {
+        data: [base for base in BASES if "frozen" in found.get(_on(data, base), {})] for data in ("mixture", "paper7")
+    }
+    said = [f"{data}, {BASES[base]}: MoPs {against(found, _on(data, base), 'mops', 'ungated')} ungated columns and "
+            f"{against(found, _on(data, base), 'mops', 'lora rate 0.003')} LoRA"
+            for data, own in there.items() for base in own
+            if base and all(v in found[_on(data, base)] for v in ("mops", "ungated", "lora rate 0.003"))]  # fmt: skip
+    yield ("; ".join(said) or "Only the frozen bases are measured so far") + ".\n"
+    yield (
+        "SparseGPT on 128 sequences of 512 tokens of encyclopedic text; int8 is LLM.int8(). The same settings as on the dense "
+        "base, rates chosen on that one. Test perplexity, mean ± spread over seeds (number of seeds).\n"
+    )
+    for data, own in there.items():
+        columns = [(_on(data, base), "test", BASES[base]) for base in own]
+        if len(columns) > 1:
+            yield f"## {data}\n\n" + "\n".join(table(found, columns, ["frozen", *TOTAL])) + "\n"
+        else:
+            yield f"## {data}\n\nNot run on a compressed base.\n"
+
+
+def _on(data: str, base: str) -> str:
+    return f"{data}-{base}" if base else data
+
+
 def draw_growth(found: Runs, file: Path) -> None:
     from matplotlib import pyplot
 
@@ -213,7 +313,7 @@ def draw_choices(found: Runs, file: Path) -> None:
     main = [data for data in SETS if data in found]
     figure, axes = pyplot.subplots(1, len(main), figsize=(5 * len(main), 4.6), squeeze=False)
     marks = {"mops": "o", "ungated": "s", "lora": "^"}
-    shown = [v for v in LABELS if v not in ("frozen", "paper's literal", "prefix tuning rate 0.03")
+    shown = [v for v in LABELS if v not in (*FROZEN, "paper's literal", "prefix tuning rate 0.03")
              and any(value(found, data, v, "unrelated") for data in main)]  # fmt: skip
     for axis, data in zip(axes[0], main, strict=True):
         base = value(found, data, "frozen", "unrelated") or 1.0
@@ -243,12 +343,13 @@ def how(found: Runs) -> str:
     return (
         "\n---\nSmolLM2-135M-Instruct, float32, chat template; cells that are not run say so. Written by `python "
         "experiments/smollm2/run.py page`; cells run with `python experiments/smollm2/grid.py --sets mixture paper7 dolly "
-        f"growth-2 growth-4 growth-8 growth-16 growth-32 few-8 few-32 few-128 wrong-10 wrong-30 split`. All cells: {devices(found)}.\n"
+        f"growth-2 growth-4 growth-8 growth-16 growth-32 few-8 few-32 few-128 wrong-10 wrong-30 split mixture-answers paper7-answers mixture-50 paper7-50`, and so on for 75, 2-4, 4-8 and int8. All cells: {devices(found)}.\n"
     )
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:
     draw_choices(found, folder / "choices.png")
     draw_growth(found, folder / "growth.png")
-    for name, lines in (("choices", choices), ("forgetting", forgetting), ("growth", growth), ("examples", examples)):
+    for name, lines in (("choices", choices), ("forgetting", forgetting), ("growth", growth), ("examples", examples),
+                        ("answers", answers), ("bases", bases)):  # fmt: skip
         (folder / f"{name}.md").write_text("\n".join(lines(found)) + how(found))

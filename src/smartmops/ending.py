@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -68,13 +68,15 @@ def ending(config: Any = None) -> Iterator[None]:
 
 def _ask_for_report(error: Exception) -> None:
     """The traceback, and what to send with it."""
-    from importlib.metadata import metadata
+    from importlib.metadata import PackageNotFoundError, metadata
     from platform import platform
 
     from smartmops.runs.folder import versions
 
     traceback.print_exception(error)
-    where = (metadata("smartmops").get_all("Project-URL") or ["its issue tracker"])[-1].rpartition(", ")[2]
+    where = "its issue tracker"
+    with suppress(PackageNotFoundError):  # run from its source
+        where = (metadata("smartmops").get_all("Project-URL") or [where])[-1].rpartition(", ")[2]
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"\nThis is a bug in smartmops. Please report it ({where}) with the command, the lines above, and this "
           f"one:\n{found}; {platform()}", file=sys.stderr)  # fmt: skip

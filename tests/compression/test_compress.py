@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,19 @@ def test_card_and_records_say_the_same(whole: Path, prose: Path) -> None:
 def test_what_is_returned_is_what_is_written(configured: Any, tmp_path: Path) -> None:
     metrics = compress(configured(tmp_path / "out", method="magnitude", sparsity=0.3))
     assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+def test_a_copy_that_is_not_installed_compresses_and_says_so(
+    configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(package: str) -> str:
+        if package == "smartmops":
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr("smartmops.runs.folder.version", absent)
+    compress(configured(tmp_path / "out"))
+    assert record(tmp_path / "out")["versions"]["smartmops"] == "absent"
 
 
 def test_data_are_calibrated_on_and_held_out_as_training_has_them(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import sys
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
 from smartmops.progress.bars import counted
+from smartmops.runs.folder import versions
 from smartmops.settings.writing import NAME, resolved
 
 from . import calibration, layerwise
@@ -276,9 +275,7 @@ def _cost(folder: Path, size: int, started: float, device: torch.device) -> dict
 
 def _versions(quantisation: Quantisation | None) -> dict[str, str]:
     engine = {None: [], "int8-torchao": ["torchao"]}.get(quantisation, ["bitsandbytes"])
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("smartmops", "torch", "transformers", *engine)
-    }
+    return versions(("smartmops", "torch", "transformers", *engine))
 
 
 def _publish(partial: Path, config: CompressConfig, record: dict[str, Any]) -> None:

@@ -35,10 +35,10 @@ _TEMPORARY = ".tmp"  # ending of everything half-written; a resumed run sweeps t
 _REPLACED = ".adapter.replaced"  # the former adapter, for the instant between the two renames of a swap
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers; a missing package reads `absent`."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers; one that is not installed reads `absent`."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from functools import partial, wraps
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
@@ -40,7 +40,7 @@ def asked(commands: Mapping[str, Callable[..., Any]], words: Sequence[str]) -> t
     if name in ("-h", "--help"):
         _shown(overview({key: _said(command) for key, command in commands.items()}, EXAMPLES))
     if name == "--version":
-        _shown(f"smartmops {version('smartmops')}")
+        _shown(f"smartmops {_version()}")
     if name not in commands:
         close = get_close_matches(name, commands, 1)
         way_out = f"perhaps {close[0]} is meant" if close else f"choose {', '.join(commands)}"
@@ -56,6 +56,13 @@ def asked(commands: Mapping[str, Callable[..., Any]], words: Sequence[str]) -> t
         return call, None
     config = _config(kind, name, rest)
     return partial(command, config), config
+
+
+def _version() -> str:
+    try:
+        return version("smartmops")
+    except PackageNotFoundError:
+        return "of no version: it runs from its source, uninstalled"
 
 
 def _config(kind: type, name: str, words: list[str]) -> Any:
