@@ -141,7 +141,12 @@ def serving(model: Any, shape: dict[str, Any], device: torch.device) -> dict[str
         spent.append(time.perf_counter() - started)
 
     def new(count: int, rows: int = 16, **gate: Any) -> None:
-        own = {"input_ids": ids[:rows], "attention_mask": torch.ones_like(ids[:rows]), "pad_token_id": 0, "do_sample": False}
+        own = {
+            "input_ids": ids[:rows],
+            "attention_mask": torch.ones_like(ids[:rows]),
+            "pad_token_id": 0,
+            "do_sample": False,
+        }
         model.generate(**own, **gate, min_new_tokens=count, max_new_tokens=count)
 
     wrapper.read = reading
@@ -189,6 +194,20 @@ def measure(shapes: dict[str, dict[str, Any]], out: Path) -> dict[str, Any]:
     return found
 
 
+def _against_lora(found: dict[str, Any]) -> list[str]:
+    """What a step of MoPs takes of LoRA's, in a sentence for each shape."""
+    of = {(row["shape"], row["side"]): row["training"] for row in found["rows"]}
+    said = []
+    for shape in found["shapes"]:
+        if {(shape, "mops"), (shape, "lora")} <= of.keys():
+            ours, lora = of[shape, "mops"], of[shape, "lora"]
+            each = (f"{ours[share]['seconds'] / lora[share]['seconds']:.2f} of the time and "
+                    f"{ours[share]['bytes'] / max(lora[share]['bytes'], 1):.2f} of the memory where answers are {share} of a row"
+                    for share in ours)  # fmt: skip
+            said += [f"At {shape}'s shape a step of MoPs takes {' and '.join(each)}, against LoRA's.", ""]
+    return said
+
+
 def page(out: Path) -> list[str]:
     """The page."""
     head = ["# On a GPU", "", "Written by `python benchmarks/gpu.py` from `gpu.json`."]
@@ -197,7 +216,7 @@ def page(out: Path) -> list[str]:
                 "a training step, prefill and decoding in bfloat16 beside PEFT and the bare model, MFU and peak memory, on "
                 f"random Llamas of the shapes of {' and '.join(SHAPES)} at 512 tokens."]  # fmt: skip
     found = json.loads((out / "gpu.json").read_text())
-    lines = [*head, "", f"{found['device']}, torch {found['torch']}, bfloat16, random weights. MFU counts the arithmetic of all "
+    lines = [*head, "", *_against_lora(found), f"{found['device']}, torch {found['torch']}, bfloat16, random weights. MFU counts the arithmetic of all "
              "tokens through all layers for every side, so what MoPs need not compute counts for it.", "",
              "| shape | side | answers | ms a step | peak, GiB | MFU |", "|---|---|---|---|---|---|"]  # fmt: skip
     for row in found["rows"]:
@@ -205,6 +224,11 @@ def page(out: Path) -> list[str]:
             share = f"{each['flops'] / each['seconds'] / found['peak']:.2f}" if found["peak"] else "unknown"
             lines.append(f"| {row['shape']} | {row['side']} | {said} | {1e3 * each['seconds']:.1f} | "
                          f"{each['bytes'] / 2**30:.2f} | {share} |")  # fmt: skip
+    measured = {(row["shape"], row["side"]) for row in found["rows"]}
+    sides = ("mops", "lora", "prompt_tuning", "bare")
+    missing = [f"{shape} / {side}" for shape in found["shapes"] for side in sides if (shape, side) not in measured]
+    if missing:
+        lines += ["", f"**Not measured:** {', '.join(missing)}."]
     of = {(row["shape"], row["side"]): row["inference"] for row in found["rows"] if "inference" in row}
     lines += ["", "| shape | what | bare, ms | MoPs, ms | MoPs over bare |", "|---|---|---|---|---|"]
     for shape in found["shapes"]:

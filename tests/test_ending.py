@@ -21,8 +21,8 @@ from smartmops.checks.resources import is_full, lower, translated
 from smartmops.ending import ending, said
 from smartmops.options.compression import CompressConfig
 from smartmops.options.training import TrainConfig
-from smartmops.runs.folder import versions
 from smartmops.settings.line import parsed
+from smartmops.settings.writing import versions
 
 
 def ended(config: Any, act: Any, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:

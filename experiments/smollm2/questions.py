@@ -265,7 +265,7 @@ def bases(found: Runs) -> Iterator[str]:
             if base and all(v in found[_on(data, base)] for v in ("mops", "ungated", "lora rate 0.003"))]  # fmt: skip
     yield ("; ".join(said) or "Only the frozen bases are measured so far") + ".\n"
     yield (
-        "SparseGPT on 128 sequences of 512 tokens of encyclopedic text; int8 is LLM.int8(). The same settings as on the dense "
+        "SparseGPT on 32 sequences of 512 tokens of encyclopedic text; int8 is LLM.int8(). The same settings as on the dense "
         "base, rates chosen on that one. Test perplexity, mean ± spread over seeds (number of seeds).\n"
     )
     for data, own in there.items():

@@ -171,7 +171,7 @@ def bases(base: str, calibration: Path) -> None:
     for name, settings in BASES.items():
         out = folder_of_bases() / name
         if not out.exists():
-            found = compress(CompressConfig(model=base, out=out, calibration=str(calibration), sequences=128,
+            found = compress(CompressConfig(model=base, out=out, calibration=str(calibration), sequences=32,
                                             sequence_length=512, resume=beside(out).exists(), **settings))  # fmt: skip
             print(name, found["perplexity_before"], found["perplexity_after"], found["sparsity"], flush=True)
 

@@ -9,10 +9,27 @@ from statistics import mean
 import charts
 import results
 from charts import COUNTS, FAMILIES, PATTERNS, PROMPTS, SETS
-from results import below, by_hand, change, claim, family, figure, loaded, means, on, pruned, real, said, signed, worded
+from results import (
+    answered,
+    below,
+    by_hand,
+    change,
+    claim,
+    family,
+    figure,
+    loaded,
+    means,
+    on,
+    pruned,
+    real,
+    said,
+    signed,
+    worded,
+)
 
 PAGE, RELATIVES, FIGURES = "docs/choosing.md", "docs/relatives.md", "docs/figures"
 WHOLE = "mops separate seen by all from the first layer"
+APART = "one lora for each task behind our gate"
 KINDS = {
     "mops": "MoPs, the defaults",
     "mops shared half": "half of the columns shared",
@@ -82,6 +99,9 @@ def gate_or_not() -> str:
                   "not.")  # fmt: skip
     first = claim(all(each["lora"] < min(each["mops"], each["ungated"]) for each in tasks.values()),
                   "For quality on the tasks alone, one tuned LoRA is ahead of both.")  # fmt: skip
+    apart = [
+        f"{signed(change(on(data, APART, 'test'), on(data, 'mops', 'test')))} on {what}" for data, what in SETS.items()
+    ]
     return f"""## A gate, one prompt, or one LoRA?
 
 **{gated} {first}**
@@ -94,7 +114,7 @@ def gate_or_not() -> str:
 
 SmolLM2, perplexity over the answers of the test split, mean ± standard deviation over seeds; as many trained numbers in the same
 layers for all, 150 steps of 4 examples. LoRA's rate was chosen on validation data of each set ({chosen}), where the other two
-have their defaults. On your data: `smartmops compare MODEL --data DATA --out RUN --methods mops None prompt-tuning None lora None`.
+have their defaults. A LoRA for each task, of which our gate chooses one for each request, against MoPs: {", ".join(apart)}. On your data: `smartmops compare MODEL --data DATA --out RUN --methods mops None prompt-tuning None lora None`.
 All variants: [the ablation on SmolLM2](../experiments/smollm2/README.md)."""
 
 
@@ -162,8 +182,9 @@ def many_tasks() -> str:
     order = claim(gains[2] < 0 < gains[32], "a gain with two tasks and none with many")
     kept = claim(all(abs(change(on(f"growth-{n}", "mops", "unrelated"), on(f"growth-{n}", "frozen", "unrelated"))) < 0.5
                      for n in (4, 8, 16, 32)), "text of no task keeps its perplexity at any number")  # fmt: skip
-    wrong = change(on("wrong-10", "mops", "test"), on("mixture", "mops", "test"))
-    own = change(on("wrong-10", "one lora for each task", "test"), on("mixture", "one lora for each task", "test"))
+    labels: dict[int | str, str] = {10: "wrong-10", 30: "wrong-30", "split": "split"}
+    wrong, own = ({of: change(on(data, v, "test"), on("mixture", v, "test")) for of, data in labels.items()}
+                  for v in ("mops", "one lora for each task"))  # fmt: skip
     eight, lora = (change(on("few-8", "mops", "test"), on("few-8", v, "test")) for v in ("ungated", "lora rate 0.003"))
     return f"""## Many tasks, few examples, wrong labels?
 
@@ -173,7 +194,8 @@ examples experts are ahead of one prompt and behind LoRA, and wrong labels hurt 
 - Two of 2 experts against 20 ungated columns: {signed(gains[2])} in perplexity; two of 32 experts: {signed(gains[32])}
   ([as tasks are added](../experiments/smollm2/growth.md)).
 - From 8 examples of each of nine tasks: {signed(eight)} against ungated columns, {signed(lora)} against LoRA.
-- With a tenth of the training labels wrong: MoPs {signed(wrong)}, a LoRA for each task {signed(own)}
+- With a tenth of the training labels wrong: MoPs {signed(wrong[10])}, a LoRA for each task {signed(own[10])}; with three tenths
+  {signed(wrong[30])} and {signed(own[30])}; with one task under two labels {signed(wrong["split"])} and {signed(own["split"])}
   ([few examples, wrong labels](../experiments/smollm2/examples.md))."""
 
 
@@ -234,6 +256,11 @@ def which_kind() -> str:
         table.append(f"| {label} | " + " | ".join(said(on(data, variant, "test")) for data in SETS) + " |")
     best = claim(all(mean(on(data, WHOLE, "validation")) < mean(on(data, "mops", "validation")) for data in SETS),
                  "is below the defaults on validation data of each set")  # fmt: skip
+    pairs = {(data, what): [answered(data, v, what) for v in ("mops", "mops seen by all")]
+             for data in ("mixture", "paper7") for what in ("exact_match", "rouge_l")}  # fmt: skip
+    level = claim(all(worded(*pair).startswith("level") for pair in pairs.values()),
+                  "share of exact ones and ROUGE-L are level with the default's on both sets of tasks "
+                  "([answers](../experiments/smollm2/answers.md))")  # fmt: skip
     return f"""## Which kind of expert, and who sees it?
 
 **Keys and values, seen by answers alone (both defaults): a step takes {found["ratios"]["keys and values, seen by answers"]:.0%} of the time it
@@ -245,7 +272,7 @@ SmolLM2, relative to hidden states ([a step by kind of expert](../benchmarks/exp
 experts too, which costs the difference between the last two rows, and the base's own cache of an instruction no longer serves every
 task. Where quality is worth that: on the paper's tasks, whose instructions are long, it is {signed(change(on("paper7", "mops seen by all", "test"), on("paper7", "mops", "test")))} in perplexity, and together with a
 softmax of the experts' own and all layers (`--visible-to all --prefix-attention separate --injection-layer 0`) it {best}
-(one seed so far). `--expert-kind hidden_states` is the paper's, and the one to take for its tables. Columns that all tasks share
+(three seeds). The answers that are generated do not show it: {level}. `--expert-kind hidden_states` is the paper's, and the one to take for its tables. Columns that all tasks share
 (`--shared-prompts`), or a softmax of their own alone, gained nothing beyond the seeds where tasks conflict, and a little on Dolly:
 
 {chr(10).join(table)}

@@ -52,6 +52,11 @@ def on(data: str, variant: str, part: str) -> list[float]:
     ]
 
 
+def answered(data: str, variant: str, what: str) -> list[float]:
+    """`exact_match` or `rouge_l` of a variant's answers to the first test examples of each task, by seed."""
+    return [cell["answers"][what]["overall"] for _, cell in sorted(real(f"{data}-answers")[variant].items())]
+
+
 @cache
 def small() -> dict[tuple[str, str, str, str], dict[int, float]]:
     """On the embedded base: (command, data, base, method) -> seed -> perplexity on the test split."""

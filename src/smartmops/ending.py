@@ -71,7 +71,7 @@ def _ask_for_report(error: Exception) -> None:
     from importlib.metadata import PackageNotFoundError, metadata
     from platform import platform
 
-    from smartmops.runs.folder import versions
+    from smartmops.settings.writing import versions
 
     traceback.print_exception(error)
     where = "its issue tracker"

@@ -131,7 +131,7 @@ def test_a_copy_that_is_not_installed_compresses_and_says_so(
             raise PackageNotFoundError(package)
         return version(package)
 
-    monkeypatch.setattr("smartmops.runs.folder.version", absent)
+    monkeypatch.setattr("smartmops.settings.writing.version", absent)
     compress(configured(tmp_path / "out"))
     assert record(tmp_path / "out")["versions"]["smartmops"] == "absent"
 

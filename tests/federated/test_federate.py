@@ -32,7 +32,8 @@ from smartmops.methods.baselines import load_run
 from smartmops.options.training import Schedule
 from smartmops.preparing.adapting import adapt
 from smartmops.reading.task import Task
-from smartmops.runs.folder import Run, versions
+from smartmops.runs.folder import Run
+from smartmops.settings.writing import versions
 
 Make = Callable[..., FederateConfig]
 Once = Callable[..., Path]

@@ -72,18 +72,13 @@ def _where_visible(
 ) -> tuple[Float[Tensor, "rows queries heads width"], None]:
     """The base's own attention, bit for bit, for tokens that see no prompts; for others, the gated one."""
     text, _ = own(query, key, value, mask)
-    visible = context.visible
-    if visible is None:
-        visible = torch.ones(len(query), query.shape[-2], dtype=torch.bool, device=query.device)
-    if context.base_rows is not None:
-        visible = visible & ~context.base_rows[:, None]
-    if not visible.any():
+    visible, first = context.seeing(len(query), query.shape[-2], query.device)
+    if first == query.shape[-2]:
         return text, None
-    first = int(visible.any(0).nonzero()[0])  # columns before are alike in every row
     full = additive(mask, query, key.shape[-2])
     full = full[..., first:, :] if full.shape[-2] > 1 else full
     gated, _ = _gated(own, query[:, :, first:], key, value, full, context)
-    chosen = torch.where(visible[:, first:, None, None], gated, text[:, first:])
+    chosen = torch.where(visible.to(query.device)[:, first:, None, None], gated, text[:, first:])
     return torch.cat([text[:, :first], chosen], 1), None
 
 

@@ -135,6 +135,7 @@ class ForwardContext:
     row_adapters: list[str] | None = None  # the adapter of each row, where not all are served by `adapter`
     parts: list[Part] = field(default_factory=list)  # those adapters' rows (see mixed.py)
     reading: Reading | None = None  # of a pass by the bare base, what gates read as it goes by
+    seen: tuple[Any, ...] | None = None  # what `seeing` found last, behind what it found it from
 
     def __deepcopy__(self, memo: Any) -> ForwardContext:
         """Of a copied cache: nothing that is held is ever written to, so only the shells are new."""
@@ -156,6 +157,24 @@ class ForwardContext:
         """Close all prompts to these rows too."""
         if bool(rows.any()):
             self.base_rows = rows if self.base_rows is None else self.base_rows.to(rows.device) | rows
+
+    def seeing(self, rows: int, queries: int, device: torch.device) -> tuple[Bool[Tensor, "rows queries"], int]:
+        """Which tokens of a pass see prompts, and the first column in which one does; `queries` where none does.
+
+        Worked out once for all layers: to ask a GPU is to wait for it.
+        """
+        if self.seen is None or not (
+            self.seen[0] is self.visible and self.seen[1] is self.base_rows and self.seen[2] == (rows, queries)
+        ):
+            visible = self.visible
+            if visible is None:
+                visible = torch.ones(rows, queries, dtype=torch.bool, device=device)
+            if self.base_rows is not None:
+                visible = visible & ~self.base_rows.to(visible.device)[:, None]
+            columns = visible.any(0).nonzero()[:, 0].tolist()
+            found = visible, columns[0] if columns else queries
+            self.seen = self.visible, self.base_rows, (rows, queries), found
+        return self.seen[3]  # type: ignore[no-any-return]
 
     def look(self, past: int, length: int) -> None:
         """Work out which of the tokens in columns `past`.. of this pass see prompts."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smartmops.checks.errors import FederationError
-from smartmops.runs.folder import versions
+from smartmops.settings.writing import versions
 
 from .messages import VERSION, Failure, Hello, unpack
 from .roster import short

@@ -29,8 +29,7 @@ from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
 from smartmops.progress.bars import counted
-from smartmops.runs.folder import versions
-from smartmops.settings.writing import NAME, resolved
+from smartmops.settings.writing import NAME, resolved, versions
 
 from . import calibration, layerwise
 from .solvers import Pattern, Solver

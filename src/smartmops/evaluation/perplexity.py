@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import DataError
@@ -23,6 +23,7 @@ from smartmops.tokens.template import Template
 from smartmops.tuner import MoPsModel
 
 BUDGET = 2048  # tokens that go through a MoPs model at once in evaluation
+PADDED = 4096  # tokens, padding included, that go through any other: logits of a large vocabulary are what fills memory
 
 
 @dataclass
@@ -72,7 +73,7 @@ def evaluate(
     progress: bool = False,
     cache: ActivationCache | AnswerStates | None = None,
 ) -> Evaluation:
-    """Evaluate a model (bare or adapted) on encoded examples, in batches of similar length.
+    """Evaluate a model (bare or adapted) on encoded examples, in batches of similar length and at most `PADDED` tokens.
 
     With a `cache` of these very rows, a MoPs model starts from the injection layer.
 
@@ -113,19 +114,24 @@ def _each(
         return
     lengths = [len(row.input_ids) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: lengths[i])
-    for start in range(0, len(order), batch_size):
-        chunk = [rows[i] for i in order[start : start + batch_size]]
+    start = 0
+    while start < len(order):
+        size = next((n for n in range(batch_size, 1, -1) if start + n <= len(order)
+                     and n * lengths[order[start + n - 1]] <= PADDED), 1)  # fmt: skip
+        chunk = [rows[i] for i in order[start : start + size]]
+        start += size
         batch = batch_for(model, chunk, collator)
         logits = model(**batch, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
-        for row, each, labels in zip(chunk, _nats(logits, batch["labels"]), batch["labels"], strict=True):
-            yield row.category, each[labels[1:] != IGNORED]
+        for row, own, labels in zip(chunk, logits, batch["labels"], strict=True):
+            yield row.category, _nats(own, labels)
 
 
-def _nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[batch, seq - 1] nats of each response token, zero elsewhere."""
-    shifted = logits[:, :-1].float()
-    each = F.cross_entropy(shifted.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none")
-    return each.view(labels.shape[0], -1)
+def _nats(
+    logits: Float[torch.Tensor, "seq vocabulary"], labels: Int[torch.Tensor, " seq"]
+) -> Float[torch.Tensor, " tokens"]:
+    """Nats of each response token."""
+    at = (labels[1:] != IGNORED).nonzero()[:, 0]
+    return F.cross_entropy(logits[at].float(), labels[at + 1], reduction="none")
 
 
 def room(model: Any, max_new_tokens: int) -> int:

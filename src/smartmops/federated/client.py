@@ -22,7 +22,7 @@ from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import parameter_groups
 from smartmops.options.method import MethodConfig
 from smartmops.reading.task import Task
-from smartmops.runs.folder import versions
+from smartmops.settings.writing import versions
 from smartmops.states.instructions import instructions
 from smartmops.tuner import MoPsModel
 

@@ -74,7 +74,7 @@ def _compare(config: CompareConfig, run: Run) -> dict[str, Any]:
         length = getattr(task.base.config, "max_position_embeddings", 4096)
         rows = shots_of(task, config.shots, length)
         found["four_in_context" if config.shots == 4 else f"{config.shots}_in_context"] = [
-            evaluate(task.base, rows, task.collator, batch_size=8)
+            evaluate(task.base, rows, task.collator)
         ]
     frozen: Frozen | None = None
     gains: dict[str, list[dict[str, Any]]] = defaultdict(list)

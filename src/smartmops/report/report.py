@@ -14,7 +14,8 @@ from typing import Any
 
 from smartmops.checks.errors import ConfigError, MissingExtra, RunError
 from smartmops.data.several import names_of
-from smartmops.runs.folder import Run, versions, write_text
+from smartmops.runs.folder import Run, write_text
+from smartmops.settings.writing import versions
 from smartmops.traits import BY_NAME
 
 from . import charts, gates, results

@@ -18,7 +18,9 @@ from smartmops.data.several import names_of
 from smartmops.rows.example import Example
 from smartmops.tokens.template import FILE, Template
 
-from .folder import Run, versions, write_text
+from smartmops.settings.writing import versions
+
+from .folder import Run, write_text
 
 SHOWN = Example("Name the animal.", "A cat sat on the mat.", "The cat.")
 CARD = """---

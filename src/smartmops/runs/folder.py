@@ -13,12 +13,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +24,12 @@ from safetensors import SafetensorError, safe_open
 
 from smartmops.checks.errors import AdapterError, AdapterNotFound, RunError, RunNotFound, SmartmopsError
 from smartmops.checks.folders import half_written, held_by, refused
-from smartmops.settings.writing import KINDS, NAME, resolved
+from smartmops.settings.writing import KINDS, NAME, resolved, versions
 
-PACKAGES = ("torch", "transformers", "peft", "smartmops")
 # A moved folder, a newer library or another tracker is the same run.
 MAY_DIFFER = ("versions", "arguments.out", "arguments.resume", "arguments.report_to")
 _TEMPORARY = ".tmp"  # ending of everything half-written; a resumed run sweeps them away
 _REPLACED = ".adapter.replaced"  # the former adapter, for the instant between the two renames of a swap
-
-
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers; one that is not installed reads `absent`."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
 
 
 def write_text(path: Path, text: str) -> None:

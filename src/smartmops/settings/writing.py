@@ -1,8 +1,10 @@
-"""Options into a YAML file, nested by group, from which the same run starts again."""
+"""Options into a YAML file, nested by group, from which the same run starts again; and what it was run with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ KINDS: dict[str, type] = {
     "reproduce": ReproduceConfig, "bench": BenchConfig,
 }  # fmt: skip
 NAME = "config.yaml"  # in a run folder
+PACKAGES = ("torch", "transformers", "peft", "smartmops")
 
 
 def resolved(command: str, arguments: Mapping[str, Any]) -> str:
@@ -41,3 +44,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers; one that is not installed reads `absent`."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
