@@ -116,6 +116,16 @@ def test_an_answer_ends_at_the_first_of_its_stops(run: LoadedRun) -> None:
         asked.answered([(begun, {})])
 
 
+def test_answers_that_are_given_in_batches_are_those_given_alone(run: LoadedRun) -> None:
+    asked = asked_of(run)
+    requests = [(user(f"{word} {i}"), {"max_gen_toks": most, "until": until})
+                for i, (word, most, until) in enumerate([("apple", 6, []), ("a long banana, and another one,", 6, ["B"]),
+                                                         ("banana", 3, []), ("apple", 6, "A"), ("banana", 6, [])])]  # fmt: skip
+    together = asked.answered(requests)
+    assert together == [asked.answered([each])[0] for each in requests]
+    assert len(set(together)) > 1
+
+
 def test_what_does_not_fit_loses_its_beginning_and_is_counted(run: LoadedRun) -> None:
     asked = asked_of(run)
     most = int(run.model.config.max_position_embeddings)

@@ -109,7 +109,7 @@ def score(
         max_new_tokens: Of each answer.
         template: Of this tokenizer; None: `auto`.
     """
-    groups = _groups(model, tokenizer, examples, max_new_tokens, template)
+    groups = batches(model, tokenizer, examples, max_new_tokens, template)
 
     def marks(what: str) -> dict[str, Any]:
         given = [""] * len(examples)
@@ -127,10 +127,10 @@ def score(
     return adapted | {"frozen": frozen, "count": dict(sorted(counts.items())), "max_new_tokens": max_new_tokens}
 
 
-def _groups(
+def batches(
     model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, template: Template | None
 ) -> list[list[int]]:
-    """Numbers of the examples in batches, the shortest prompts first."""
+    """Numbers of the examples in batches that are answered at once, the shortest prompts first."""
     made = prompts(examples, tokenizer, room(model, max_new_tokens), template)
     lengths = made["attention_mask"].sum(-1).tolist()
     # PEFT's prompts at the input know no positions, and left padding would come between them and the text.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from smartmops.tokens.parts import shared
 from smartmops.tokens.template import Template
 from smartmops.tuner import MoPsModel
 
-from .perplexity import answer, batch_for, room
+from .answers import batches
+from .perplexity import answer, batch_for, padded_batches, room
 
 MISSING = "tasks are asked by EleutherAI's harness, and {} is not installed: pip install 'smartmops[lm-eval]'"
 LONGEST = 256  # tokens of an answer where its task sets no limit
@@ -146,10 +148,8 @@ class Asked:
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Log probability of each continuation behind its context, and whether it is the greedy one."""
         rows = [self._row(context, text) for context, text in pairs]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
         found: dict[int, tuple[float, bool]] = {}
-        for start in range(0, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
+        for chunk in padded_batches([len(row.input_ids) for row in rows], self.batch_size):
             found |= dict(zip(chunk, self._scored([rows[i] for i in chunk]), strict=True))
         return [found[i] for i in range(len(rows))]
 
@@ -186,20 +186,34 @@ class Asked:
         Raises:
             DataError: an answer is begun for the model, which it cannot go on with.
         """
-        found = []
-        for context, how in requests:
+        found = [""] * len(requests)
+        examples: list[Example] = []
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for number, (context, how) in enumerate(requests):
             example, begun = _example(context)
             if begun:
                 raise DataError(f"--suite: a task begins the answer with {begun[:40]!r} and lets the model go on, "
                                 "which is not done here: leave gen_prefix away")  # fmt: skip
-            inputs = {"gate_embedding": torch.tensor(self.embed([example.instruction]))} if self.embed else {}
-            tokens = int(how.get("max_gen_toks", LONGEST))
-            (text,) = answer(self.model, self.tokenizer, [example], tokens, self.template, **inputs)
-            until = how.get("until") or []
-            for stop in [until] if isinstance(until, str) else until:
-                text = text.split(stop)[0] if stop else text
-            found.append(text)
+            examples.append(example)
+            by_length[int(how.get("max_gen_toks", LONGEST))].append(number)
+        for tokens, numbers in by_length.items():
+            asked = [examples[i] for i in numbers]
+            for group in batches(self.model, self.tokenizer, asked, tokens, self.template):
+                some = [asked[i] for i in group]
+                inputs = (
+                    {"gate_embedding": torch.tensor(self.embed([e.instruction for e in some]))} if self.embed else {}
+                )
+                said = answer(self.model, self.tokenizer, some, tokens, self.template, **inputs)
+                for i, text in zip(group, said, strict=True):
+                    found[numbers[i]] = _cut(text, requests[numbers[i]][1].get("until") or [])
         return found
+
+
+def _cut(text: str, until: str | Sequence[str]) -> str:
+    """Up to the first of the stops."""
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.split(stop)[0] if stop else text
+    return text
 
 
 def _turns(example: Example, response: str) -> list[Example]:

@@ -64,6 +64,16 @@ def batch_for(model: Any, rows: Sequence[Encoded], collator: Collator) -> dict[s
     return {name: value.to(model.device) for name, value in collator(rows).items()}
 
 
+def padded_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of rows in batches of at most `most` and of at most `PADDED` tokens, the shortest rows first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not groups or len(groups[-1]) == most or (len(groups[-1]) + 1) * lengths[i] > PADDED:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
 @torch.no_grad()
 def evaluate(
     model: Any,
@@ -112,14 +122,8 @@ def _each(
             for i, each, own in zip(group, found, labels, strict=True):
                 yield rows[i].category, each[:-1][own[1:] != IGNORED]
         return
-    lengths = [len(row.input_ids) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: lengths[i])
-    start = 0
-    while start < len(order):
-        size = next((n for n in range(batch_size, 1, -1) if start + n <= len(order)
-                     and n * lengths[order[start + n - 1]] <= PADDED), 1)  # fmt: skip
-        chunk = [rows[i] for i in order[start : start + size]]
-        start += size
+    for group in padded_batches([len(row.input_ids) for row in rows], batch_size):
+        chunk = [rows[i] for i in group]
         batch = batch_for(model, chunk, collator)
         logits = model(**batch, use_cache=False).logits[:, -batch["input_ids"].shape[1] :]
         for row, own, labels in zip(chunk, logits, batch["labels"], strict=True):
