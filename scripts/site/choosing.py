@@ -294,6 +294,8 @@ def which_compression() -> str:
     gains = {data: ", ".join(f"{signed(change(by_hand(data, 'mops', base), by_hand(data, 'prompt-tuning', base)))} {where}"
                              for base, where in (("dense", "dense"), ("75%", "at 75 %"), ("90%", "at 90 % zeros")))
              for data in ("superni", "dolly")}  # fmt: skip
+    real_gains = " and ".join(f"{signed(change(on('mixture-50', 'mops', 'test'), on('mixture-50', variant, 'test')))} against {words}"
+                              for variant, words in (("ungated", "ungated prompts"), ("lora rate 0.003", "one LoRA")))  # fmt: skip
     return f"""## Which compression?
 
 **If memory is short: `--int8`, or `--nf4` where that is not enough. They changed perplexity by {signed(change([dense["int8"]], [base]))} and
@@ -307,7 +309,8 @@ costs {signed(half)}, at 75 % {signed(three)}.**
 The embedded base, held-out Wikipedia text ([compression](../experiments/compression/README.md)). `--pattern 2:4` zeroes 2 of every 4,
 as GPUs' sparse kernels want it. Adapters train on all of these. What a gate is
 worth on a pruned base depends on the tasks more than on the zeros: against ungated prompts MoPs had {gains["superni"]} on six tasks
-that conflict, and {gains["dolly"]} on Dolly."""
+that conflict, and {gains["dolly"]} on Dolly. SmolLM2 of which SparseGPT left half of the weights, on nine tasks that conflict: {real_gains}
+([compressed bases](../experiments/smollm2/bases.md), one seed)."""
 
 
 def federated() -> str:
