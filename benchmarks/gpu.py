@@ -14,11 +14,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,16 +75,26 @@ def adapters(base_of: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
             "prompt_tuning": lambda: get_peft_model(base_of(), prompts)}  # fmt: skip
 
 
+def clocked(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, from an idle device to its end there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Median seconds of a call, after one for warmth."""
-    found = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return median(found[1:])
+    return median([clocked(call, device) for _ in range(REPEATS + 1)][1:])
+
+
+def generated(model: Any, ids: torch.Tensor, count: int, **gate: torch.Tensor) -> None:
+    """Let the model generate so many tokens, greedily."""
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+    model.generate(**given, **gate, min_new_tokens=count, max_new_tokens=count)
 
 
 def training(model: Any, name: str, encoded: list[Encoded], device: torch.device) -> dict[str, float]:
@@ -90,7 +102,7 @@ def training(model: Any, name: str, encoded: list[Encoded], device: torch.device
     model.train()
     if name == "mops":
         states = AnswerStates(model, encoded)
-        batch: dict[str, Any] = _on(states(range(len(encoded))), device)
+        batch: dict[str, Any] = send_to_device(states(range(len(encoded))), device)
     else:
         batch = {"input_ids": torch.tensor([row.input_ids for row in encoded], device=device),
                  "labels": torch.tensor([row.labels for row in encoded], device=device)}  # fmt: skip
@@ -105,23 +117,14 @@ def training(model: Any, name: str, encoded: list[Encoded], device: torch.device
     return {"seconds": seconds, "bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0}
 
 
-def _on(values: Any, device: torch.device) -> Any:
-    return {k: _on(v, device) for k, v in values.items()} if isinstance(values, dict) else values.to(device)
-
-
 def inference(model: Any, shape: dict[str, Any], device: torch.device) -> dict[str, float]:
     """Seconds to read a row, and to generate a token in batches of 1 and 16."""
     model.eval()
     found = {}
     for batch in (1, 16):
         ids = torch.randint(3, shape["vocab_size"], (batch, shape["length"]), device=device)
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
-
-        def new(count: int, given: dict[str, Any] = given) -> None:
-            model.generate(**given, min_new_tokens=count, max_new_tokens=count)
-
-        first = timed(lambda: new(1), device)
-        found |= {f"prefill_{batch}": first, f"decode_{batch}": (timed(lambda: new(NEW), device) - first) / (NEW - 1)}
+        first, all_new = (timed(partial(generated, model, ids, count), device) for count in (1, NEW))
+        found |= {f"prefill_{batch}": first, f"decode_{batch}": (all_new - first) / (NEW - 1)}
     return found
 
 
@@ -132,31 +135,16 @@ def serving(model: Any, shape: dict[str, Any], device: torch.device) -> dict[str
     read = wrapper.read
 
     def reading(*args: Any) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        read(*args)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - started)
-
-    def new(count: int, rows: int = 16, **gate: Any) -> None:
-        own = {
-            "input_ids": ids[:rows],
-            "attention_mask": torch.ones_like(ids[:rows]),
-            "pad_token_id": 0,
-            "do_sample": False,
-        }
-        model.generate(**own, **gate, min_new_tokens=count, max_new_tokens=count)
+        spent.append(clocked(partial(read, *args), device))
 
     wrapper.read = reading
-    timed(lambda: new(1, rows=1), device)
+    timed(partial(generated, model, ids[:1], 1), device)
     wrapper.read = read
     experts = torch.arange(16, device=device) % EXPERTS
     given = {name: torch.nn.functional.one_hot(each, EXPERTS).float()
              for name, each in (("one", torch.zeros_like(experts)), ("mixed", experts))}  # fmt: skip
     return {"gate_read": median(spent[1:])} | {
-        name: timed(lambda gate=gate: new(NEW, gate_weights=gate), device) for name, gate in given.items()
+        name: timed(partial(generated, model, ids, NEW, gate_weights=gate), device) for name, gate in given.items()
     }
 
 
@@ -224,8 +212,8 @@ def page(out: Path) -> list[str]:
             share = f"{each['flops'] / each['seconds'] / found['peak']:.2f}" if found["peak"] else "unknown"
             lines.append(f"| {row['shape']} | {row['side']} | {said} | {1e3 * each['seconds']:.1f} | "
                          f"{each['bytes'] / 2**30:.2f} | {share} |")  # fmt: skip
-    measured = {(row["shape"], row["side"]) for row in found["rows"]}
-    sides = ("mops", "lora", "prompt_tuning", "bare")
+    measured = [(row["shape"], row["side"]) for row in found["rows"]]
+    sides = dict.fromkeys(side for _, side in measured)
     missing = [f"{shape} / {side}" for shape in found["shapes"] for side in sides if (shape, side) not in measured]
     if missing:
         lines += ["", f"**Not measured:** {', '.join(missing)}."]

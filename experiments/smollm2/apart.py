@@ -5,7 +5,6 @@ Knows a bench. Together they train as many steps and numbers as one LoRA for all
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ import asked
 import torch
 
 from smartmops.evaluation.perplexity import Evaluation, evaluate
-from smartmops.experts.gate import by_expert
 from smartmops.options.training import TrainConfig
 from smartmops.preparing.adapting import adapt
 from smartmops.states.states import States
@@ -38,14 +36,12 @@ def chosen(bench: Any, config: TrainConfig, told: bool) -> dict[str, list[tuple[
     for part, rows in bench.rows.items():
         pooled = bench.task.states.read(model, rows)
         with torch.no_grad():
-            weights, lost = by_expert(layer.gate(pooled, "default"), len(names)), layer.null_weight(pooled, "default")
-            nearest = layer.log_gate(pooled, "default").argmax(-1).tolist()
-        own = [
-            BASE if lost is not None and lost[i] > 0.5 else names[int(weights[i].argmax())] for i in range(len(rows))
-        ]
+            nearest = [names[at] for at in layer.log_gate(pooled, "default").argmax(-1)]
+            lost = (layer.null_weight(pooled, "default") > 0.5).tolist()
+        own = [BASE if to_base else name for to_base, name in zip(lost, nearest, strict=True)]
         found[part] = list(zip(own, rows, strict=True))
         if part == "unseen":
-            found["unseen, nearest"] = [(names[at], row) for at, row in zip(nearest, rows, strict=True)]
+            found["unseen, nearest"] = list(zip(nearest, rows, strict=True))
     bench.bare(model)
     return found
 
@@ -84,4 +80,4 @@ def run(bench: Any, config: TrainConfig, told: bool) -> dict[str, Any]:
 
 def _right(rows: Sequence[tuple[str, Encoded]]) -> float:
     """Share of rows that the LoRA of their own task answers."""
-    return sum(of == row.category for of, row in rows) / len(rows) if rows else math.nan
+    return sum(of == row.category for of, row in rows) / len(rows)

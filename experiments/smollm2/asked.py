@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from statistics import mean
 from typing import Any
 
 from smartmops.evaluation import interference
-from smartmops.evaluation.answers import exact_match, questions, rouge_l
-from smartmops.evaluation.perplexity import answer
+from smartmops.evaluation.answers import BATCH, marked, questions
+from smartmops.evaluation.perplexity import answer, in_order
+from smartmops.flow.compare import shots_of
 from smartmops.reading.task import Task
 from smartmops.rows.example import Example
-from smartmops.tokens.batches import Encoded, encode_all, few_shot
+from smartmops.tokens.batches import Encoded, encode_all
+from smartmops.tokens.template import user_text
 
-NEW, BATCH, SHOTS, GRADIENTS = 48, 16, 4, 8  # tokens of an answer, answers at once, solved examples, examples a task
+NEW, SHOTS, GRADIENTS = 48, 4, 8  # tokens of an answer, solved examples before one, examples a task for gradients
 SYSTEM = {
     "dolly": "You are a helpful assistant. Answer in plain prose, briefly and to the point, and from the text that is given "
              "where there is one.",
@@ -28,17 +29,9 @@ SYSTEM = {
 }  # fmt: skip
 
 
-def solved(task: Task) -> Callable[[Example], list[Example]]:
-    """Of an example, `SHOTS` training examples of its task."""
-    draw, by_task = random.Random(0), defaultdict(list)
-    for example in task.train_examples:
-        by_task[example.category].append(example)
-    return lambda example: draw.sample(by_task[example.category], SHOTS)
-
-
 def with_shots(task: Task, examples: Sequence[Example]) -> list[Encoded]:
-    shots, longest = solved(task), task.base.config.max_position_embeddings
-    return [few_shot(each, shots(each), task.tokenizer, longest, task.template) for each in examples]
+    """The examples behind `SHOTS` training examples of their task each."""
+    return shots_of(replace(task, test_examples=examples), SHOTS, task.base.config.max_position_embeddings)
 
 
 def with_system(task: Task, examples: Sequence[Example], data: str) -> list[Encoded]:
@@ -53,13 +46,11 @@ def instructed(examples: Sequence[Example], data: str) -> list[Example]:
 
 
 def taught(task: Task, examples: Sequence[Example]) -> list[Example]:
-    """The examples behind solved ones, as earlier turns."""
-    shots = solved(task)
-
-    def turn(shot: Example) -> tuple[str, str]:
-        return "\n\n".join(filter(None, (shot.instruction, shot.context))), shot.response
-
-    return [replace(each, history=tuple(turn(shot) for shot in shots(each))) for each in examples]
+    """The examples behind solved ones of their task, as earlier turns."""
+    draw, by_task = random.Random(0), defaultdict(list)
+    for example in task.train_examples:
+        by_task[example.category].append((user_text(example), example.response))
+    return [replace(each, history=tuple(draw.sample(by_task[each.category], SHOTS))) for each in examples]
 
 
 def asked(task: Task, per_task: int) -> list[Example]:
@@ -70,18 +61,14 @@ def asked(task: Task, per_task: int) -> list[Example]:
 
 def answers(task: Task, model: Any, examples: Sequence[Example]) -> dict[str, Any]:
     """Share of exact greedy answers and mean ROUGE-L, overall and of each task."""
-    ordered = sorted(examples, key=lambda each: len(each.instruction) + len(each.context))
-    given = [text for start in range(0, len(ordered), BATCH)
-             for text in answer(model, task.tokenizer, ordered[start : start + BATCH], NEW, task.template)]  # fmt: skip
-    marks: dict[str, dict[str, list[float]]] = {"exact_match": defaultdict(list), "rouge_l": defaultdict(list)}
-    for text, example in zip(given, ordered, strict=True):
-        marks["exact_match"][example.category].append(float(exact_match(text, example.response)))
-        marks["rouge_l"][example.category].append(rouge_l(text, example.response))
-    return {
-        name: {"overall": mean(value for own in by_task.values() for value in own),
-               "per_task": {of: mean(own) for of, own in sorted(by_task.items())}}
-        for name, by_task in marks.items()
-    } | {"count": len(ordered)}  # fmt: skip
+    lengths = [len(user_text(each)) for each in examples]
+    shortest_first = sorted(range(len(examples)), key=lambda i: lengths[i])
+    groups = [shortest_first[start : start + BATCH] for start in range(0, len(examples), BATCH)]
+
+    def given(group: Sequence[int]) -> list[str]:
+        return answer(model, task.tokenizer, [examples[i] for i in group], NEW, task.template)
+
+    return marked(in_order(groups, given), examples) | {"count": len(examples)}
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

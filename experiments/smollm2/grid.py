@@ -77,8 +77,10 @@ def cells(data: str, deciding: bool = False) -> Iterator[tuple[str, int]]:
 
 def by_validation(data: str) -> list[str]:
     """Variants with a result of seed 0, best first."""
+    from cells import FROZEN
+
     found = [json.loads(file.read_text()) for file in (HERE / "results" / data).glob("*-0.json")]
-    found = [one for one in found if not one["variant"].startswith("frozen")]
+    found = [one for one in found if one["variant"] not in FROZEN]
     return [one["variant"] for one in sorted(found, key=lambda one: one["measured"]["validation"]["overall"])]
 
 

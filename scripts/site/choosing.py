@@ -182,8 +182,7 @@ def many_tasks() -> str:
     order = claim(gains[2] < 0 < gains[32], "a gain with two tasks and none with many")
     kept = claim(all(abs(change(on(f"growth-{n}", "mops", "unrelated"), on(f"growth-{n}", "frozen", "unrelated"))) < 0.5
                      for n in (4, 8, 16, 32)), "text of no task keeps its perplexity at any number")  # fmt: skip
-    labels: dict[int | str, str] = {10: "wrong-10", 30: "wrong-30", "split": "split"}
-    wrong, own = ({of: change(on(data, v, "test"), on("mixture", v, "test")) for of, data in labels.items()}
+    wrong, own = ({data: change(on(data, v, "test"), on("mixture", v, "test")) for data in ("wrong-10", "wrong-30", "split")}
                   for v in ("mops", "one lora for each task"))  # fmt: skip
     eight, lora = (change(on("few-8", "mops", "test"), on("few-8", v, "test")) for v in ("ungated", "lora rate 0.003"))
     return f"""## Many tasks, few examples, wrong labels?
@@ -194,8 +193,8 @@ examples experts are ahead of one prompt and behind LoRA, and wrong labels hurt 
 - Two of 2 experts against 20 ungated columns: {signed(gains[2])} in perplexity; two of 32 experts: {signed(gains[32])}
   ([as tasks are added](../experiments/smollm2/growth.md)).
 - From 8 examples of each of nine tasks: {signed(eight)} against ungated columns, {signed(lora)} against LoRA.
-- With a tenth of the training labels wrong: MoPs {signed(wrong[10])}, a LoRA for each task {signed(own[10])}; with three tenths
-  {signed(wrong[30])} and {signed(own[30])}; with one task under two labels {signed(wrong["split"])} and {signed(own["split"])}
+- With a tenth of the training labels wrong: MoPs {signed(wrong["wrong-10"])}, a LoRA for each task {signed(own["wrong-10"])}; with three tenths
+  {signed(wrong["wrong-30"])} and {signed(own["wrong-30"])}; with one task under two labels {signed(wrong["split"])} and {signed(own["split"])}
   ([few examples, wrong labels](../experiments/smollm2/examples.md))."""
 
 
@@ -256,9 +255,9 @@ def which_kind() -> str:
         table.append(f"| {label} | " + " | ".join(said(on(data, variant, "test")) for data in SETS) + " |")
     best = claim(all(mean(on(data, WHOLE, "validation")) < mean(on(data, "mops", "validation")) for data in SETS),
                  "is below the defaults on validation data of each set")  # fmt: skip
-    pairs = {(data, what): [answered(data, v, what) for v in ("mops", "mops seen by all")]
-             for data in ("mixture", "paper7") for what in ("exact_match", "rouge_l")}  # fmt: skip
-    level = claim(all(worded(*pair).startswith("level") for pair in pairs.values()),
+    pairs = [[answered(data, v, what) for v in ("mops", "mops seen by all")]
+             for data in ("mixture", "paper7") for what in ("exact_match", "rouge_l")]  # fmt: skip
+    level = claim(all(worded(*pair).startswith("level") for pair in pairs),
                   "share of exact ones and ROUGE-L are level with the default's on both sets of tasks "
                   "([answers](../experiments/smollm2/answers.md))")  # fmt: skip
     return f"""## Which kind of expert, and who sees it?

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fuzzing_texts import CHANGES, CHATS, GOOD, LIKELY, READERS, ROWS, VALUES, encoded, examples, whole
+from fuzzing_texts import CHANGES, CHATS, GOOD, LIKELY, READERS, ROWS, VALUES, encoded, examples, sound, whole
 from smartmops.data.files import SUFFIXES
 
 ROOM = 2**32  # bytes of addresses beside those that the test has already: no small file may ask for more
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=30)
 @given(content=st.binary(max_size=200) | st.text(max_size=100).map(encoded))
 def test_bytes_of_nothing(folder: Path, suffix: str, content: bytes) -> None:
-    examples(folder, suffix, content)
+    assert sound(examples(folder, suffix, content))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
@@ -48,7 +48,7 @@ def test_bytes_of_nothing(folder: Path, suffix: str, content: bytes) -> None:
 def test_values_of_wrong_types(folder: Path, suffix: str, rows: Any, ascii: bool) -> None:
     lines = suffix == ".jsonl" and isinstance(rows, list)
     text = "\n".join(json.dumps(row) for row in rows) if lines else json.dumps(rows, ensure_ascii=ascii)
-    examples(folder, suffix, encoded(text))
+    assert sound(examples(folder, suffix, encoded(text)))
 
 
 @settings(max_examples=50)
@@ -59,7 +59,7 @@ def test_columns_of_wrong_types(folder: Path, rows: list[dict[str, Any]]) -> Non
         parquet.write_table(pa.Table.from_pylist(rows), sink)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError):
         return  # such rows are no table
-    examples(folder, ".parquet", sink.getvalue().to_pybytes())
+    assert sound(examples(folder, ".parquet", sink.getvalue().to_pybytes()))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -79,7 +79,7 @@ def test_a_file_with_other_bytes(
     folder: Path, suffix: str, at: int, new: bytes, change: Callable[[bytes, int, bytes], bytes]
 ) -> None:
     content = whole(suffix)
-    examples(folder, suffix, change(content, at % len(content), new))
+    assert sound(examples(folder, suffix, change(content, at % len(content), new)))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
@@ -88,7 +88,7 @@ def test_a_file_with_other_bytes(
 def test_deep_nests(folder: Path, suffix: str, depth: int, opens: str) -> None:
     closes = {"[": "]", "{": "}"}
     for end in ("", "".join(closes[c] for c in reversed(opens) if c in closes)):
-        examples(folder, suffix, (opens * depth + end * depth).encode())
+        assert sound(examples(folder, suffix, (opens * depth + end * depth).encode()))
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -86,10 +86,15 @@ def refused(read: Callable[[Path], Any], file: Path, content: bytes) -> Any:
 def examples(folder: Path, suffix: str, content: bytes) -> list[Example] | None:
     """The examples of such a file of data; none where it is refused."""
     found: list[Example] | None = refused(read, folder / f"fuzzed{suffix}", content)
-    assert found is None or (found and all(example.response.strip() for example in found))
+    assert sound(found)
+    return found
+
+
+def sound(found: list[Example] | None) -> bool:
+    """Whether a reader refused, or gave at least one example, all of them with an answer, and with text that encodes."""
     for each in found or ():
         "".join([each.instruction, each.context, each.response, each.category, each.system]).encode()
-    return found
+    return found is None or (bool(found) and all(example.response.strip() for example in found))
 
 
 @st.composite

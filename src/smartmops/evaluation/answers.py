@@ -21,7 +21,7 @@ from smartmops.tokens.batches import Encoded, prompts
 from smartmops.tokens.template import Template
 from smartmops.tuner import MoPsModel
 
-from .perplexity import answer, firsts, room
+from .perplexity import answer, firsts, in_order, room
 
 BATCH = 16  # answers that are generated at once
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -112,13 +112,11 @@ def score(
     groups = batches(model, tokenizer, examples, max_new_tokens, template)
 
     def marks(what: str) -> dict[str, Any]:
-        given = [""] * len(examples)
-        for group in track(groups, f"{what} answers"):
-            own = [examples[i] for i in group]
+        def given(group: Sequence[int]) -> list[str]:
             told = _told(model, [rows[i] for i in group])
-            for i, text in zip(group, answer(model, tokenizer, own, max_new_tokens, template, **told), strict=True):
-                given[i] = text
-        return {"exact_match": _shares(exact_match, given, examples), "rouge_l": _shares(rouge_l, given, examples)}
+            return answer(model, tokenizer, [examples[i] for i in group], max_new_tokens, template, **told)
+
+        return marked(in_order(track(groups, f"{what} answers"), given), examples)
 
     adapted = marks("adapted")
     with model.disable_adapter():
@@ -147,6 +145,11 @@ def _told(model: Any, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """What the gate is told instead of reading the instruction, where rows carry it."""
     found = [row.gate_embedding for row in rows if row.gate_embedding is not None]
     return {"gate_embedding": torch.stack(found)} if found and isinstance(model.base_model, MoPsModel) else {}
+
+
+def marked(given: Sequence[str], examples: Sequence[Example]) -> dict[str, Any]:
+    """`exact_match` and `rouge_l` of answers to the examples, each `overall` and `per_task`."""
+    return {"exact_match": _shares(exact_match, given, examples), "rouge_l": _shares(rouge_l, given, examples)}
 
 
 def _shares(

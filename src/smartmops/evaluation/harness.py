@@ -29,7 +29,7 @@ from smartmops.tokens.template import Template
 from smartmops.tuner import MoPsModel
 
 from .answers import batches
-from .perplexity import answer, batch_for, padded_batches, room
+from .perplexity import answer, batch_for, in_order, padded_batches, room
 
 MISSING = "tasks are asked by EleutherAI's harness, and {} is not installed: pip install 'smartmops[lm-eval]'"
 LONGEST = 256  # tokens of an answer where its task sets no limit
@@ -148,10 +148,8 @@ class Asked:
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Log probability of each continuation behind its context, and whether it is the greedy one."""
         rows = [self._row(context, text) for context, text in pairs]
-        found: dict[int, tuple[float, bool]] = {}
-        for chunk in padded_batches([len(row.input_ids) for row in rows], self.batch_size):
-            found |= dict(zip(chunk, self._scored([rows[i] for i in chunk]), strict=True))
-        return [found[i] for i in range(len(rows))]
+        groups = padded_batches([len(row.input_ids) for row in rows], self.batch_size)
+        return in_order(groups, lambda group: self._scored([rows[i] for i in group]))
 
     @torch.no_grad()
     def _scored(self, rows: Sequence[Encoded]) -> list[tuple[float, bool]]:
@@ -186,7 +184,6 @@ class Asked:
         Raises:
             DataError: an answer is begun for the model, which it cannot go on with.
         """
-        found = [""] * len(requests)
         examples: list[Example] = []
         by_length: dict[int, list[int]] = defaultdict(list)
         for number, (context, how) in enumerate(requests):
@@ -196,17 +193,23 @@ class Asked:
                                 "which is not done here: leave gen_prefix away")  # fmt: skip
             examples.append(example)
             by_length[int(how.get("max_gen_toks", LONGEST))].append(number)
-        for tokens, numbers in by_length.items():
-            asked = [examples[i] for i in numbers]
-            for group in batches(self.model, self.tokenizer, asked, tokens, self.template):
-                some = [asked[i] for i in group]
-                inputs = (
-                    {"gate_embedding": torch.tensor(self.embed([e.instruction for e in some]))} if self.embed else {}
-                )
-                said = answer(self.model, self.tokenizer, some, tokens, self.template, **inputs)
-                for i, text in zip(group, said, strict=True):
-                    found[numbers[i]] = _cut(text, requests[numbers[i]][1].get("until") or [])
-        return found
+        found = {
+            i: text
+            for tokens, numbers in by_length.items()
+            for i, text in zip(numbers, self._greedy([examples[i] for i in numbers], tokens), strict=True)
+        }
+        return [_cut(found[i], how.get("until") or []) for i, (_, how) in enumerate(requests)]
+
+    def _greedy(self, examples: Sequence[Example], tokens: int) -> list[str]:
+        """The greedy answer of at most so many tokens to each example."""
+
+        def given(group: Sequence[int]) -> list[str]:
+            some = [examples[i] for i in group]
+            told = torch.tensor(self.embed([each.instruction for each in some])) if self.embed else None
+            inputs = {} if told is None else {"gate_embedding": told}
+            return answer(self.model, self.tokenizer, some, tokens, self.template, **inputs)
+
+        return in_order(batches(self.model, self.tokenizer, examples, tokens, self.template), given)
 
 
 def _cut(text: str, until: str | Sequence[str]) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from smartmops.tokens.batches import Collator, Encoded, by_budget, pack, prompts
 from smartmops.tokens.template import Template
 from smartmops.tuner import MoPsModel
 
+T = TypeVar("T")
 BUDGET = 2048  # tokens that go through a MoPs model at once in evaluation
 PADDED = 4096  # tokens, padding included, that go through any other: logits of a large vocabulary are what fills memory
 
@@ -72,6 +73,12 @@ def padded_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def in_order(groups: Iterable[Sequence[int]], found_of: Callable[[Sequence[int]], Iterable[T]]) -> list[T]:
+    """What `found_of` says of the numbers of each group, in the order of the numbers 0, 1, 2, ..."""
+    found = {i: each for group in groups for i, each in zip(group, found_of(group), strict=True)}
+    return [found[i] for i in range(len(found))]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftConfig, get_peft_model
 from torch import Tensor
 
@@ -122,7 +123,7 @@ def train_locally(
     losses = []
     model.train()
     for chosen in order(len(holding), local.batch_size, local.steps, local.seed):
-        inputs = _to(batch([holding[i] for i in chosen]), model.device)
+        inputs = send_to_device(batch([holding[i] for i in chosen]), model.device)
         loss = model(**inputs).loss
         loss.backward()
         for parameter, start in zip(trained, received, strict=False):
@@ -139,12 +140,6 @@ def train_locally(
         raise Diverged(f"loss became {float(found[step])} at local step {step + 1} with prompt_lr={local.prompt_lr}: "
                        "choose a smaller one")  # fmt: skip
     return float(found.double().mean())
-
-
-def _to(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Mapping):
-        return {name: _to(value, device) for name, value in inputs.items()}
-    return inputs.to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------- worker

@@ -16,9 +16,8 @@ from smartmops.base.builtin import BUILT_IN
 from smartmops.base.names import HUB_ID, local
 from smartmops.data.several import names_of
 from smartmops.rows.example import Example
-from smartmops.tokens.template import FILE, Template
-
 from smartmops.settings.writing import versions
+from smartmops.tokens.template import FILE, Template
 
 from .folder import Run, write_text
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from functools import partial, wraps
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
@@ -23,6 +22,7 @@ from .described import default_of, described
 from .examples import EXAMPLES
 from .page import overview, page
 from .reading import options_of
+from .writing import version_of
 
 FRAME = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]+|^\s*[|+]-*|\|\s*$", re.MULTILINE)  # what tyro draws around its words
 
@@ -40,7 +40,8 @@ def asked(commands: Mapping[str, Callable[..., Any]], words: Sequence[str]) -> t
     if name in ("-h", "--help"):
         _shown(overview({key: _said(command) for key, command in commands.items()}, EXAMPLES))
     if name == "--version":
-        _shown(f"smartmops {_version()}")
+        own = version_of("smartmops", "of no version: it runs from its source, uninstalled")
+        _shown(f"smartmops {own}")
     if name not in commands:
         close = get_close_matches(name, commands, 1)
         way_out = f"perhaps {close[0]} is meant" if close else f"choose {', '.join(commands)}"
@@ -56,13 +57,6 @@ def asked(commands: Mapping[str, Callable[..., Any]], words: Sequence[str]) -> t
         return call, None
     config = _config(kind, name, rest)
     return partial(command, config), config
-
-
-def _version() -> str:
-    try:
-        return version("smartmops")
-    except PackageNotFoundError:
-        return "of no version: it runs from its source, uninstalled"
 
 
 def _config(kind: type, name: str, words: list[str]) -> Any:

@@ -48,10 +48,12 @@ def _plain(value: Any) -> Any:
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers; one that is not installed reads `absent`."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    return {"python": platform.python_version()} | {package: version_of(package) for package in packages}
+
+
+def version_of(package: str, absent: str = "absent") -> str:
+    """Of a package, or `absent` where it is not installed, as our own is not where it runs from its source."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return absent

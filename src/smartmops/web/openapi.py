@@ -6,11 +6,11 @@ with status 400.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from smartmops.serving.answering import Answers
 from smartmops.serving.forms import AUTO, CHOICES, IGNORED, LIKELY, LIKELY_OF_TEXT, NEUTRAL, STOPS, TEMPERATURES, models
+from smartmops.settings.writing import version_of
 
 from .bodies import Limits
 
@@ -33,17 +33,14 @@ def document(answerer: Answers, most: int, limits: Limits, guarded: bool) -> Sch
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "smartmops", "version": _version(), "description": "A mixture of prompts that answers."},
+        "info": {
+            "title": "smartmops",
+            "version": version_of("smartmops", "0"),
+            "description": "A mixture of prompts that answers.",
+        },
         "paths": _paths(limits, guarded),
         "components": components,
     }
-
-
-def _version() -> str:
-    try:
-        return version("smartmops")
-    except PackageNotFoundError:  # run from its source
-        return "0"
 
 
 def _paths(limits: Limits, guarded: bool) -> Schema:
