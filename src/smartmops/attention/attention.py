@@ -59,10 +59,10 @@ def _gated(
     own: Own, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, context: ForwardContext
 ) -> tuple[Float[Tensor, "rows queries heads width"], Tensor | None]:
     """All tokens see the prompts."""
-    segments, past, at = context.segments, context.past, own.layer - context.injection_layer
+    segments, past = context.segments, context.past
     of = None if segments is None else segments.of
     added = [each.output(query, own.scale(query), of) for each in context.added.get(own.layer, [])]
-    before = None if past is None else (past.keys[at], past.values[at], past.lengths)
+    before = None if past is None else past.of(own.layer)
     out, weights = attend(own, query, key, value, mask, context.prefix.get(own.layer), segments, before)
     return out + sum(added[1:], added[0]) if added else out, weights
 

@@ -87,9 +87,14 @@ class AddedPrefix:
 class Past:
     """What the bare base made of the tokens before each segment: they see no prompts, and nothing is trained there."""
 
-    keys: Float[Tensor, "layers segments kv_heads longest key"]  # padded on the right; from the injection layer up
+    keys: Float[Tensor, "layers segments kv_heads longest key"]  # padded on the right
     values: Float[Tensor, "layers segments kv_heads longest value"]
     lengths: Int[Tensor, " segments"]
+    first: int  # layer that the first of `layers` is
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and lengths for one layer."""
+        return self.keys[layer - self.first], self.values[layer - self.first], self.lengths
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional arguments, and those by keyword

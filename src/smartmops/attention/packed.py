@@ -27,6 +27,20 @@ def text_positions(real: Shaped[Tensor, "rows seq"]) -> Int[Tensor, "rows seq"]:
     return (real.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def side_by_side(
+    rows: Sequence[Sequence[Float[Tensor, "layers kv_heads _ width"]]],
+) -> Float[Tensor, "layers rows kv_heads longest width"]:
+    """Columns of each row, given in pieces one after the other, padded on the right; one row at least has a piece."""
+    some = next(piece for pieces in rows for piece in pieces)
+    longest = max(sum(piece.shape[2] for piece in pieces) for pieces in rows)
+    table = some.new_zeros(len(some), len(rows), some.shape[1], max(longest, 1), some.shape[3])
+    for row, pieces in enumerate(rows):
+        ends = accumulate(piece.shape[2] for piece in pieces)
+        for piece, end in zip(pieces, ends, strict=True):
+            table[:, row, :, end - piece.shape[2] : end] = piece
+    return table
+
+
 class _Spread(torch.autograd.Function):
     """Rows to their places in a larger, zero-filled table; its backward is `_Gather`'s forward, and the reverse."""
 

@@ -6,7 +6,7 @@ Knows PEFT and its life cycle. Knows no text, no tasks, no files.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -279,9 +279,24 @@ class MoPsModel(BaseTuner):
         return states.below(Engine.on(self.model), Packed.of(batch))
 
     @torch.no_grad()
-    def answers(self, batch: Packed | Mapping[str, Tensor]) -> Packed:
-        """Of packed tokens, all that training needs where answers alone see experts; none of it ever changes."""
-        return states.answers(Engine.on(self.model), Packed.of(batch))
+    def answers(self, batch: Packed | Mapping[str, Tensor], openings: Sequence[states.Opening | None] = ()) -> Packed:
+        """Of packed tokens, all that training needs where answers alone see experts; none of it ever changes.
+
+        Of segments that begin with one of `openings`, what came before is what follows those.
+        """
+        return states.answers(Engine.on(self.model), Packed.of(batch), openings)
+
+    @torch.no_grad()
+    def opening(self, tokens: Int[Tensor, " tokens"], whole: bool = True) -> states.Opening:
+        """What many texts begin with, computed once; for `answers`, or (not `whole`) for `gate_inputs` alone."""
+        return states.opening(Engine.on(self.model), tokens, whole)
+
+    @torch.no_grad()
+    def gate_inputs(
+        self, batch: Packed | Mapping[str, Tensor], openings: Sequence[states.Opening | None] = ()
+    ) -> Float[Tensor, "segments inputs"]:
+        """What the gate reads of each segment of packed tokens, before standardisation."""
+        return states.gate_inputs(Engine.on(self.model), Packed.of(batch), openings)
 
     def _through(self, batch: Packed) -> Float[Tensor, "tokens hidden"]:
         """Normed last hidden states, from tokens or from hidden states at the injection layer."""

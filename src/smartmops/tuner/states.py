@@ -5,15 +5,17 @@ Knows halves of a backbone and packed batches. None of it depends on experts or 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smartmops.adapter.config import MoPsConfig
 from smartmops.attention.context import ForwardContext, Past
-from smartmops.attention.packed import IGNORED, Packed, Segments, text_positions
+from smartmops.attention.packed import IGNORED, Packed, Segments, side_by_side, text_positions
 from smartmops.backbone import halves
 from smartmops.calls import reading
 from smartmops.checks.errors import AdapterError
@@ -30,7 +32,7 @@ def context(engine: Engine, batch: Packed) -> ForwardContext:
     found.segments = Segments(batch.lengths.tolist(), batch.labels.device, batch.past_lengths)
     if batch.past_keys is not None:
         assert batch.past_values is not None and batch.past_lengths is not None
-        found.past = Past(batch.past_keys, batch.past_values, batch.past_lengths)
+        found.past = Past(batch.past_keys, batch.past_values, batch.past_lengths, found.injection_layer)
     return found
 
 
@@ -69,11 +71,14 @@ def entering(
 
 @torch.no_grad()
 def _run(
-    engine: Engine, batch: Packed, at: list[int], recorded: dict[int, Any] | None = None
+    engine: Engine, batch: Packed, at: list[int], recorded: dict[int, Any] | None = None, past: Past | None = None
 ) -> list[Float[Tensor, "tokens hidden"]]:
     """What enters the layers `at`, where no text sees experts; the batch's hidden states are what enters the first."""
     carried = context(engine, batch)
     carried.injection_layer, carried.recorded = len(engine.layers), recorded
+    if past is not None:
+        carried.past = past
+        carried.segments = Segments(batch.lengths.tolist(), batch.labels.device, past.lengths)
     found, done = dict[int, Tensor](), 0
     if batch.hidden is not None:
         done = at[0]
@@ -126,9 +131,49 @@ def _instruction(batch: Packed, config: MoPsConfig) -> Bool[Tensor, " tokens"]:
     return mask[real]
 
 
+class Opening(NamedTuple):
+    """What the bare base makes of the first tokens of texts, for all that begin with them."""
+
+    keys: Float[Tensor, "layers kv_heads tokens key"]  # from the first layer up
+    values: Float[Tensor, "layers kv_heads tokens value"]
+    read: Float[Tensor, "tokens hidden"]  # what enters the layer that the gate reads
+
+
 @torch.no_grad()
-def answers(engine: Engine, batch: Packed) -> Packed:
+def opening(engine: Engine, tokens: Int[Tensor, " tokens"], whole: bool) -> Opening:
+    """The states of these tokens at the start of a text, in all layers or (not `whole`) in those below the gate's."""
+    wrapper = engine.active()
+    assert wrapper is not None
+    batch = Packed(torch.tensor([len(tokens)]), torch.full_like(tokens, IGNORED), tokens)
+    count, recorded = len(engine.layers) if whole else max(_reads(wrapper), 1), dict[int, Any]()
+    read, _ = _run(engine, batch, [_reads(wrapper), count], recorded)
+    keys, values = (torch.stack([recorded[layer][i][0].to(tokens.device) for layer in range(count)]) for i in (0, 1))
+    return Opening(keys, values, read)
+
+
+def _reads(wrapper: Any) -> int:
+    """The layer whose input the gate reads."""
+    config = wrapper.configs[wrapper.current]
+    found: int = config.gate_layer if config.reads_ahead else wrapper.index
+    return found
+
+
+@torch.no_grad()
+def gate_inputs(engine: Engine, batch: Packed, openings: Sequence[Opening | None]) -> Float[Tensor, "segments inputs"]:
+    """What the gate reads of each segment, before standardisation; what follows the openings is computed."""
+    wrapper = engine.active()
+    assert wrapper is not None
+    rest, past = _after(batch, openings)
+    read = _run(engine, rest, [_reads(wrapper)], past=past)[0]
+    return _pooled(batch, _joined(read, rest, openings), wrapper.configs[wrapper.current])
+
+
+@torch.no_grad()
+def answers(engine: Engine, batch: Packed, openings: Sequence[Opening | None] = ()) -> Packed:
     """Headers and answers alone, with what the bare base makes of the text before them in the upper layers.
+
+    Where a segment begins with one of `openings` (one for each segment, or none at all), only what follows is computed,
+    and only that stands in `past_keys` and `past_values`.
 
     Raises:
         AdapterError: an example has no answer, or nothing before it.
@@ -137,18 +182,46 @@ def answers(engine: Engine, batch: Packed) -> Packed:
     assert wrapper is not None and batch.input_ids is not None
     config, count = wrapper.configs[wrapper.current], len(engine.layers)
     recorded: dict[int, Any] = {}
-    reads = config.gate_layer if config.reads_ahead and batch.pooled is None else wrapper.index
-    hidden, read, _ = _run(engine, batch, [wrapper.index, reads, count], recorded)
+    rest, past = _after(batch, openings)
+    hidden, read, _ = _run(engine, rest, [wrapper.index, _reads(wrapper), count], recorded, past)
     starts = batch.starts()
-    segments = Segments(batch.lengths.tolist(), batch.labels.device)
+    if past is not None:
+        starts = starts - past.lengths
+    segments = Segments(rest.lengths.tolist(), rest.labels.device)
     own = segments.positions >= starts[segments.of]
     pairs = [recorded[layer] for layer in range(wrapper.index, count)]
     keys, values = (_before(torch.stack([pair[i][0] for pair in pairs]), segments, starts, own) for i in (0, 1))
     return Packed(
-        lengths=batch.lengths - starts.to(batch.lengths.device), labels=batch.labels[own], hidden=hidden[own],
-        pooled=_pooled(batch, read, config), headers=batch.headers, past_keys=keys, past_values=values,
-        past_lengths=starts,
+        lengths=rest.lengths - starts.to(rest.lengths.device), labels=rest.labels[own], hidden=hidden[own],
+        pooled=_pooled(batch, _joined(read, rest, openings), config), headers=batch.headers, past_keys=keys,
+        past_values=values, past_lengths=starts,
     )  # fmt: skip
+
+
+def _after(batch: Packed, openings: Sequence[Opening | None]) -> tuple[Packed, Past | None]:
+    """The tokens that follow the openings, and these as what came before them."""
+    if not any(openings):
+        return batch, None
+    assert batch.input_ids is not None
+    sizes = torch.tensor([len(each.read) if each else 0 for each in openings], device=batch.labels.device)
+    keys = side_by_side([[each.keys] if each else [] for each in openings])
+    values = side_by_side([[each.values] if each else [] for each in openings])
+    segments = Segments(batch.lengths.tolist(), batch.labels.device)
+    left = segments.positions >= sizes[segments.of]
+    rest = replace(batch, lengths=batch.lengths - sizes.to(batch.lengths.device), labels=batch.labels[left],
+                   input_ids=batch.input_ids[left], gate_mask=None)  # fmt: skip
+    return rest, Past(keys, values, sizes, 0)
+
+
+def _joined(
+    read: Float[Tensor, "rest hidden"], rest: Packed, openings: Sequence[Opening | None]
+) -> Float[Tensor, "tokens hidden"]:
+    """What the gate may read of whole texts, end to end."""
+    if not any(openings):
+        return read
+    own = torch.split(read, rest.lengths.tolist())
+    return torch.cat([part for each, end in zip(openings, own, strict=True)
+                      for part in ([each.read, end] if each else [end])])  # fmt: skip
 
 
 def _before(
