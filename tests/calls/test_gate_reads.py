@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import DynamicCache, StaticCache
 
 from smartmops import MoPsConfig
+from smartmops.checks.errors import AdapterError
 from tiny_models import VOCABULARY, build
 
 HEADER, OPEN, CLOSE = [7, 8], [5, 6], 4
@@ -147,3 +149,58 @@ def test_a_gate_mask_of_the_prompt_serves_guessed_tokens_too():
     gate = model.base_model.last_gate
     assert torch.equal(model.generate(**inputs, gate_mask=mask, prompt_lookup_num_tokens=3), want)
     assert torch.allclose(model.base_model.last_gate, gate, atol=1e-6)
+
+
+def conversation() -> tuple[torch.Tensor, torch.Tensor]:
+    """A first prompt, and what a user adds to its answer: the end of the turn, a second question and a header."""
+    torch.manual_seed(3)
+    first, second = (torch.randint(10, VOCABULARY, (n,)).tolist() for n in (6, 5))
+    return torch.tensor([[*OPEN, *first, CLOSE, *HEADER]]), torch.tensor([[CLOSE, *OPEN, *second, CLOSE, *HEADER]])
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["dynamic", "static", "prefilled"])
+def test_a_further_turn_over_the_same_cache_has_a_gate_of_its_own(options, kind):
+    model, (first, more) = adapt(**options), conversation()
+    cache = StaticCache(model.config, 64) if kind == "static" else DynamicCache(config=model.config)
+    if kind == "prefilled":  # as one who keeps the cache of a system prompt does
+        with torch.no_grad():
+            model(input_ids=first[:, :-2], past_key_values=cache)
+        ids = first
+    else:
+        answered = model.generate(input_ids=first, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
+        ids = torch.cat([answered, more], 1)
+    got = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=5, eos_token_id=None)
+    gate = model.base_model.last_gate
+    assert torch.equal(got, model.generate(input_ids=ids, max_new_tokens=5, eos_token_id=None))
+    torch.testing.assert_close(gate, model.base_model.last_gate, rtol=0, atol=0)
+
+
+@EVERY
+def test_an_answer_that_goes_on_over_its_cache_keeps_its_gate(options):
+    model, (first, _) = adapt(**options), conversation()
+    whole = model.generate(input_ids=first, max_new_tokens=8, eos_token_id=None)
+    gate, cache = model.base_model.last_gate, DynamicCache(config=model.config)
+    begun = model.generate(input_ids=first, past_key_values=cache, max_new_tokens=3, eos_token_id=None)
+    tokens = cache.get_seq_length()
+    passes = []
+    model.base_model.model.register_forward_pre_hook(
+        lambda m, args, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(
+        whole, model.generate(input_ids=begun, past_key_values=cache, max_new_tokens=5, eos_token_id=None)
+    )
+    assert passes[0] == begun.shape[1] - tokens, "nothing is read again"
+    torch.testing.assert_close(gate, model.base_model.last_gate, rtol=0, atol=0)
+
+
+def test_a_further_turn_by_hand_is_refused():
+    model, (first, more) = adapt(experts="keys_values", visible_to="answers"), conversation()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=first, past_key_values=cache)
+        model(input_ids=torch.tensor([[20]]), past_key_values=cache)
+        with pytest.raises(AdapterError, match="open a further answer, and past_key_values were read for what stood"):
+            model(input_ids=more, past_key_values=cache)
+    with pytest.raises(AdapterError, match="give the whole conversation to generate, or start from an empty cache"):
+        model.generate(input_ids=more, past_key_values=cache, max_new_tokens=2)

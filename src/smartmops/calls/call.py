@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from smartmops.attention.context import ForwardContext
 from smartmops.checks.errors import AdapterError
+
+from . import reading
 
 # Of the thread that generates, so that calls at once do not meet.
 running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mops_call", default=None)
@@ -120,6 +122,34 @@ def refuse(given: Mapping[str, Any], model: Any) -> None:
         value = next((each for each in found if each is not None), None)
         if value is not None and (name != "cache_implementation" or value == "paged"):
             raise AdapterError(f"{name}={value!r}: {why}")
+
+
+FURTHER = ("open a further answer, and past_key_values were read for what stood before it: each answer has a gate of "
+           "its own, so give the whole conversation to generate, or start from an empty cache")  # fmt: skip
+
+
+def start_over(given: Mapping[str, Any], headers: Sequence[Sequence[int]]) -> None:
+    """Empty the caller's cache where the text goes on to a further answer: its gate reads all that stands before it.
+
+    Args:
+        given: The arguments of `generate`; its cache was filled under an adapter.
+        headers: Token ids that open an answer.
+
+    Raises:
+        AdapterError: the ids are not those of the whole text, or the cache cannot be emptied.
+    """
+    cache, ids = given["past_key_values"], given.get("input_ids", given.get("inputs"))
+    past = int(cache.get_seq_length())
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return
+    whole = ids.shape[1] > past
+    if not reading.opens_answer(ids, headers, past if whole else 0):
+        return
+    if whole:
+        cache.reset()
+        del cache.mops
+    if not whole or cache.get_seq_length():
+        raise AdapterError(f"input_ids {FURTHER}")
 
 
 BATCHING_CALLS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")

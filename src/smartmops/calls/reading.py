@@ -25,6 +25,11 @@ def places(ids: Int[Tensor, " seq"], pattern: Sequence[int]) -> Int[Tensor, " fo
     return (ids.unfold(0, len(pattern), 1) == wanted).all(-1).nonzero()[:, 0]
 
 
+def opens_answer(ids: Int[Tensor, "rows seq"], headers: Sequence[Sequence[int]], past: int = 0) -> bool:
+    """Whether a header of an answer ends behind column `past` of a row."""
+    return any(len(places(row[max(past - len(header) + 1, 0) :], header)) for header in headers for row in ids)
+
+
 def answer_starts(
     ids: Int[Tensor, "rows seq"] | None,
     real: Bool[Tensor, "rows seq"],

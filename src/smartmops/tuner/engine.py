@@ -125,6 +125,8 @@ class Engine:
         given = call.named(self.model, args, kwargs)
         if self.active() is not None:
             call.refuse(given, self.model)
+            if headers := self._headers(given.get("past_key_values")):
+                call.start_over(given, headers)
         token = call.running.set(call.Call.of(self, given, told))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
@@ -155,6 +157,9 @@ class Engine:
         flat = self._flat(kwargs.get("attention_mask"), rows, length)
         packing.refuse_positions(kwargs.get("position_ids"), flat)
         names = mixed.names_of(self, rows) or [wrapper.current] * rows
+        given = kwargs.get("input_ids") if past and length > 1 and self.call is None else None
+        if given is not None and reading.opens_answer(given, self._headers(cache)):  # one token may be the answer's own
+            raise AdapterError(f"input_ids {call.FURTHER}")
         context = self._known(cache, past, names)
         if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
@@ -207,6 +212,13 @@ class Engine:
             raise AdapterError(f"past_key_values were filled by adapter {was}, and now {now} is to go on: use the "
                                "same, or an empty cache")  # fmt: skip
         return found
+
+    def _headers(self, cache: Any) -> list[list[int]]:
+        """What opens an answer, by the adapters that filled a cache; of one that they did not fill, nothing."""
+        found: ForwardContext | None = getattr(cache, "mops", None)
+        names = set() if found is None else {*(found.row_adapters or [found.adapter])} - {mixed.BASE}
+        configs = [wrapper.configs[name] for name in names if (wrapper := self.wrapper_of(name))]
+        return [config.answer_header for config in configs if config.answer_header]
 
     def context(self, adapter: str, always: bool = False) -> ForwardContext:
         """Of an adapter, recovery prompts in front, where they belong to it or (where no gate is read) `always`."""
