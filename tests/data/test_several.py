@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 import smartmops as sm
@@ -176,3 +177,63 @@ def test_a_federation_reads_several_and_shares_out_the_rows_of_each(tmp_path: Pa
     with pytest.raises(sm.DataError, match=r"green\.jsonl"):
         sm.federate(model="tiny", data=[*names, str(tmp_path / "green.jsonl")], out=tmp_path / "other", clients=2,
                     clients_per_round=2)  # fmt: skip
+
+
+LAYOUTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "tasks": ({"cooking.jsonl": 2, "travel.jsonl": 3}, {"cooking": 2, "travel": 3}),
+    "a task that is called like a split": ({"sales.jsonl": 2, "dev.jsonl": 3, "hr.jsonl": 1}, {"sales": 2, "dev": 3, "hr": 1}),
+    "a task that begins like one": ({"cooking.jsonl": 2, "test-prep.jsonl": 3}, {"cooking": 2, "test-prep": 3}),
+    "trains are not for training": ({"cooking.jsonl": 2, "train-timetables.jsonl": 3}, {"cooking": 2, "train-timetables": 3}),
+    "a word within another": ({"training.jsonl": 2, "constraint.jsonl": 1, "latest.jsonl": 1}, {"": 2}),
+    "capital letters": ({"cooking.jsonl": 2, "travel.JSONL": 3}, {"cooking": 2, "travel": 3}),
+    "splits": ({"train.jsonl": 2, "test.jsonl": 3, "validation.jsonl": 1}, {"": 2}),
+    "splits in capital letters": ({"Train.jsonl": 2, "TEST.jsonl": 3}, {"": 2}),
+    "shards": ({"train-00000-of-00002.jsonl": 2, "train-00001-of-00002.jsonl": 1, "test-00000-of-00001.jsonl": 3}, {"": 3}),
+    "named splits": ({"squad_train.jsonl": 2, "squad_dev.jsonl": 3, "notes.jsonl": 4}, {"": 2}),
+    "a split for each task": ({"cook_train.jsonl": 2, "fly_train.jsonl": 1, "cook_test.jsonl": 3, "fly_test.jsonl": 3},
+                              {"cook": 2, "fly": 1}),
+    "folders": ({"train/cook.jsonl": 2, "train/fly.jsonl": 1, "test/cook.jsonl": 3}, {"cook": 2, "fly": 1}),
+    "shards in folders": ({"train/part-0.jsonl": 2, "train/part-1.jsonl": 1, "test/part-0.jsonl": 3}, {"": 3}),
+    "the training split and something else": ({"train.jsonl": 2, "labels.jsonl": 3}, {"": 2}),
+    "held out alone": ({"test.jsonl": 2, "dev.jsonl": 3}, {"": 5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_names_in_a_folder_say(layout: str, tmp_path: Path) -> None:
+    files, wanted = LAYOUTS[layout]
+    for name, count in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(
+            "".join(f'{{"instruction": "{name} {i}", "response": "r"}}\n' for i in range(count))
+        )
+    assert Counter(example.category for example in read(tmp_path)) == wanted
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train.jsonl", "test.jsonl", "labels.jsonl"):
+        (tmp_path / name).write_text('{"instruction": "i", "response": "r"}\n')
+    with caplog.at_level("INFO"):
+        read(tmp_path)
+    assert "2 files beside the training split are not read (labels.jsonl, test.jsonl)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["more.jsonl.gz", "more.csv.zip", "deep/more.JSON.zst"])
+def test_a_compressed_file_is_not_passed_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / "cooking.jsonl").write_text('{"instruction": "i", "response": "r"}\n')
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=f"holds {name}, which is compressed: unpack it, or take it out of the folder"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.CSV", "a.TSV", "a.PARQUET"])
+def test_a_form_in_capital_letters_is_a_form(tmp_path: Path, name: str) -> None:
+    frame, file = pandas.DataFrame([{"instruction": "i", "response": "02116"}] * 2), tmp_path / name
+    if name.lower().endswith("parquet"):
+        frame.to_parquet(file)
+    elif name.lower().endswith("sv"):
+        frame.to_csv(file, index=False, sep="," if "C" in name else "\t")
+    else:
+        frame.to_json(file, orient="records", lines=name.endswith("L"))
+    assert [example.response for example in read(file)] == ["02116"] * 2

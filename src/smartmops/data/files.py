@@ -35,16 +35,21 @@ def rows_of(file: Path, faults: Faults) -> Iterator[Row]:
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    if file.suffix == ".parquet":
+    if ending(file) == ".parquet":
         return _parquet(file)
-    if file.suffix in (".csv", ".tsv"):
-        return _csv(file, faults, "," if file.suffix == ".csv" else "\t")
+    if ending(file) in (".csv", ".tsv"):
+        return _csv(file, faults, "," if ending(file) == ".csv" else "\t")
     return _list(file, faults) if first_character(file) == "[" else _jsonl(file, faults)
+
+
+def ending(file: Path) -> str:
+    """What tells a file's form, in small letters."""
+    return file.suffix.lower()
 
 
 def unit_of(file: Path) -> str:
     """What a file's places are called."""
-    return "row" if file.suffix == ".parquet" else "line"
+    return "row" if ending(file) == ".parquet" else "line"
 
 
 def first_character(file: Path) -> str:

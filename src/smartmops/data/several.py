@@ -1,16 +1,27 @@
-"""DATA as it is named: one name or several, and what each of several is called. Reads nothing."""
+"""DATA as it is named: one name or several, what each is called, and what the names of a folder's files say.
+
+Reads names, never what stands in a file.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from smartmops.checks.errors import DataError
 from smartmops.rows.example import Example
 
-from .files import SUFFIXES
+from .files import SUFFIXES, ending
 
 Names = str | Path | Sequence[str | Path]
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # files about data, without any
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+SPLIT = re.compile(
+    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?![a-z])", re.I
+)
+SHARD = re.compile(r"[-_.]?\d+(?:[-_.]?of[-_.]?\d+)?$", re.I)
 
 
 def names_of(data: Names) -> tuple[str, ...]:
@@ -42,4 +53,55 @@ def labelled(examples: Iterable[Example], label: str) -> Iterator[Example]:
 
 def _short(name: str) -> str:
     path = Path(name)
-    return (path.stem if path.suffix in SUFFIXES else path.name) or name
+    return (path.stem if ending(path) in SUFFIXES else path.name) or name
+
+
+@dataclass(frozen=True)
+class Named:
+    """What the name of a file in a folder says."""
+
+    file: Path
+    split: str  # train, held, or nothing
+    rest: str  # its own name without the split's and a shard's number
+    plain: bool  # whether the file or a folder is called as the split and no more
+
+    @classmethod
+    def of(cls, file: Path, folder: Path) -> Named:
+        """By its own name and those of the folders between."""
+        *around, own = file.relative_to(folder).with_suffix("").parts
+        bare = SHARD.sub("", own)
+        found = [each for part in (*around, bare) if (each := SPLIT.search(part))]
+        split = "train" if any(each["train"] for each in found) else "held" if found else ""
+        inside = any(SPLIT.fullmatch(part) for part in around)
+        rest = bare if inside else SPLIT.sub("", bare, 1).strip("-_. ")
+        return cls(file, split, rest, inside or SPLIT.fullmatch(bare) is not None)
+
+
+def files_of(folder: Path, every_split: bool) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """The files of a folder that are read, each with the task that its name tells (or none), and those that are not.
+
+    Names tell splits where each file's does, where one is called as the training split and no more, or where a file
+    for training and one held out are called alike beside it. Then the training split alone is read, unless
+    `every_split` is, and what else is in a name is its task, if there are several. Otherwise a file is a task.
+
+    Raises:
+        DataError: there is no file of a known form, or a compressed one.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in ABOUT
+                   and not file.relative_to(folder).as_posix().startswith("."))  # fmt: skip
+    packed = [file for file in files if file.suffix.lower() in PACKED and ending(file.with_suffix("")) in SUFFIXES]
+    if packed:
+        raise DataError(f"data={str(folder)!r} holds {packed[0].relative_to(folder)}, which is compressed: unpack it, "
+                        "or take it out of the folder")  # fmt: skip
+    named = [Named.of(file, folder) for file in files if ending(file) in SUFFIXES]
+    if not named:
+        raise DataError(f"data={str(folder)!r} holds no file ending in {', '.join(SUFFIXES)}: choose another folder")
+    train = [each for each in named if each.split == "train"]
+    alike = {each.rest for each in train} & {each.rest for each in named if each.split == "held"}
+    told = all(each.split for each in named) or any(each.plain for each in train) or bool(alike)
+    if not told:
+        return [(each.file, each.file.stem) for each in named], []
+    chosen = train if train and not every_split else named
+    several = len({each.rest for each in chosen}) > 1
+    left = [each.file for each in named if each not in chosen]
+    return [(each.file, each.rest if several else "") for each in chosen], left

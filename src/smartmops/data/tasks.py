@@ -25,9 +25,9 @@ from smartmops.rows.faults import Faults
 from smartmops.rows.office import office
 from smartmops.rows.stored import store, take
 
-from .files import SUFFIXES, rows_of, unit_of
+from .files import SUFFIXES, ending, rows_of, unit_of
 from .forms import CATEGORY, examples_of
-from .several import Names, labelled, labels, names_of
+from .several import Names, files_of, labelled, labels, names_of
 from .superni import is_task, read_superni, task_files
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,6 @@ SUPERNI_TASKS = (
 DOLLY_HUB = "databricks/databricks-dolly-15k"
 SUPERNI_HUB = "Muennighoff/natural-instructions"  # columns task_name, definition, inputs, targets
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # files about data, without any
-TRAIN = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)")  # in the name of a file, or of a folder around it
-HELD = re.compile(r"(^|[^a-z])(test(ing)?|eval(uation)?|val(id(ation)?)?|dev)([^a-z]|$)")
 TEXTS = pa.schema([
     (field.name, pa.list_(pa.list_(pa.large_string())) if field.name == "history" else pa.large_string())
     for field in fields(Example)
@@ -260,11 +257,11 @@ def _path(name: str, columns: Sequence[str]) -> Iterator[Example]:
     path = Path(name)
     if path.is_dir() and (files := task_files(path)):
         return _without_empty((example for file in files for example in read_superni(file)), name)
-    if path.is_file() and path.suffix == ".json" and is_task(path):
+    if path.is_file() and ending(path) == ".json" and is_task(path):
         return _without_empty(read_superni(path), name)
-    if path.is_file() and path.suffix in SUFFIXES:
+    if path.is_file() and ending(path) in SUFFIXES:
         return _file(path, columns)
-    if path.is_dir() or (not path.exists() and path.suffix not in SUFFIXES and HUB_ID.fullmatch(name)):
+    if path.is_dir() or (not path.exists() and ending(path) not in SUFFIXES and HUB_ID.fullmatch(name)):
         return _hub(name, None, columns)
     problem = f"a file ending in {path.suffix!r} cannot be read" if path.exists() else "no such file or folder"
     raise DataError(
@@ -279,7 +276,7 @@ def _file(
     """Examples of one file, those of the categories `of`; what is wrong with it is told when all of it was read."""
     faults, found = Faults(file, unit_of(file)), 0
     rows = _only(rows_of(file, faults), of)
-    lenient = leave_out or file.suffix not in (".jsonl", ".json")
+    lenient = leave_out or ending(file) not in (".jsonl", ".json")
     for example in examples_of(rows, faults, chosen_columns(columns), task, leave_out_empty=lenient):
         found += 1
         yield example
@@ -288,12 +285,17 @@ def _file(
         raise DataError(f"{file} holds no examples: write one row a line, with instruction and response, or messages")
 
 
+def is_stored(folder: Path) -> bool:
+    """Whether it is a folder that `datasets` saved."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def _hub(name: str, tasks: Collection[str] | None = None, columns: Sequence[str] = ()) -> Iterator[Example]:
     path, found = Path(name), 0
     examples: Iterator[Example]
     if path.is_file():
         examples = _file(path, columns, "", tasks)
-    elif path.is_dir() and not any((path / each).is_file() for each in ("state.json", "dataset_dict.json")):
+    elif path.is_dir() and not is_stored(path):
         examples = _folder(path, columns, tasks)
     else:
         faults = Faults(name, "row")
@@ -321,18 +323,12 @@ def _only(rows: Iterable[tuple[int, Any]], tasks: Collection[str] | None) -> Ite
 
 def _folder(folder: Path, columns: Sequence[str], tasks: Collection[str] | None) -> Iterator[Example]:
     """Examples of its files: of the training split where names tell splits, else of all, named for their tasks."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in SUFFIXES
-                   and file.name not in ABOUT and not file.relative_to(folder).as_posix().startswith("."))  # fmt: skip
-    if not files:
-        raise DataError(f"data={str(folder)!r} holds no file ending in {', '.join(SUFFIXES)}: choose another folder")
-    names = {file: file.relative_to(folder).with_suffix("").as_posix().lower() for file in files}
-    train = [file for file in files if TRAIN.search(names[file])]
-    told = bool(train) or any(HELD.search(name) for name in names.values())
-    chosen = train if train and tasks is None else files
-    if left := len(files) - len(chosen):
-        log.info("%s: %d files of other splits than training are not read", folder, left)
-    for file in chosen:
-        yield from _file(file, columns, "" if told else file.stem, tasks, leave_out=True)
+    chosen, left = files_of(folder, tasks is not None)
+    if left:
+        names = ", ".join(str(file.relative_to(folder)) for file in left[:5]) + (", ..." if len(left) > 5 else "")
+        log.info("%s: %d files beside the training split are not read (%s)", folder, len(left), names)
+    for file, task in chosen:
+        yield from _file(file, columns, task, tasks, leave_out=True)
 
 
 def _dolly(examples: Sequence[Example], name: str, keep_general_qa: bool) -> Sequence[Example]:
