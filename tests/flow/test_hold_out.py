@@ -35,7 +35,8 @@ def three_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_held_out_category_is_tested_and_never_trained_on(config: Make, three_tasks: Path) -> None:
-    whole, part = (Task.load(config(data=str(three_tasks), hold_out=category)) for category in (None, "c"))
+    whole, part = (Task.load(config(data=str(three_tasks), hold_out=category, experts=experts))
+                   for category, experts in ((None, 3), ("c", 2)))  # fmt: skip
     assert part.test == whole.test and part.test_examples == whole.test_examples
     assert part.train == [row for row in whole.train if row.category != "c"]
     assert {example.category for example in part.train_examples} == {"a", "b"}

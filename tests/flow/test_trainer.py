@@ -11,15 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from smartmops.checks.errors import Diverged
+from smartmops.base import load_base
+from smartmops.checks.errors import ConfigError, Diverged
 from smartmops.evaluation.perplexity import evaluate
 from smartmops.fitting import loop
+from smartmops.flow.steps import opened
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.methods.baselines import load_run
+from smartmops.reading import task as task_module
 from smartmops.reading.task import Task
 from smartmops.rows.stored import Stored
 from smartmops.runs.checkpoints import last_checkpoint
@@ -176,14 +180,41 @@ def test_bad_input_names_value_limit_and_way_out(config: Make, changes: dict[str
         train(config(**changes))
 
 
-def test_more_tasks_than_experts_is_refused(config: Make, two_tasks: Path, tmp_path: Path) -> None:
+def no_base(*given: Any) -> None:
+    raise AssertionError(f"loaded a base: {given}")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "folder"])
+def test_more_tasks_than_experts_is_refused_before_a_base_is_loaded(
+    config: Make, two_tasks: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pd.read_json(two_tasks, lines=True)
+    table = pd.concat([table, pd.DataFrame([{"instruction": "cherry", "response": "CCC", "category": "c"}] * 5)])
+    data = tmp_path / ("three" if form == "folder" else f"three.{form}")
+    if form == "jsonl":
+        table.to_json(data, orient="records", lines=True)
+    elif form == "csv":
+        table.to_csv(data, index=False)
+    elif form == "parquet":
+        table.to_parquet(data)
+    else:
+        data.mkdir()
+        for name, rows in table.groupby("category"):
+            rows.drop(columns="category").to_json(data / f"{name}.jsonl", orient="records", lines=True)
+    monkeypatch.setattr(task_module, "load_base", no_base)
+    said = "--experts 2, but there are 3 tasks: choose 3, or --gate-pretraining clusters"
+    with pytest.raises(ConfigError, match=said):
+        train(config(data=str(data)))
+
+
+def test_more_tasks_than_experts_is_refused_by_compare_before_anything_is_trained(
+    config: Make, two_tasks: Path, tmp_path: Path
+) -> None:
     more = tmp_path / "three.jsonl"
     extra = {"instruction": "cherry", "response": "CCC", "category": "c"}
     more.write_text(two_tasks.read_text() + 5 * (json.dumps(extra) + "\n"))
-    with pytest.raises(
-        ValueError, match="--experts 2, but there are 3 tasks: choose 3, or --gate-pretraining clusters"
-    ):
-        train(config(data=str(more)))
+    with pytest.raises(ConfigError, match="--experts 2, but there are 3 tasks"):
+        opened(config(data=str(more)), *load_base(config().model))
 
 
 def test_an_adapter_of_another_base_and_a_damaged_one_are_refused(config: Make, base_folder: Path) -> None:

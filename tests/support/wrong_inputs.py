@@ -57,6 +57,8 @@ WRONG: list[tuple[str, str]] = [
     (f"{TRAIN} --method mop", "'mop'"),
     (f"{TRAIN} --experts 0", "--experts 0: choose 1 or more"),
     (f"{TRAIN} --experts 2", "--experts 2, but there are 3 tasks: choose 3, or --gate-pretraining clusters"),
+    ("train tiny --data DIR/tasks --experts 2 --out NEW", "--experts 2, but there are 3 tasks: choose 3"),
+    ("compare tiny --data DIR/tasks --experts 2 --out NEW", "--experts 2, but there are 3 tasks: choose 3"),
     (f"{TRAIN} --prompts-per-expert 0", "--prompts-per-expert 0: choose 1 or more"),
     (f"{TRAIN} --prompts-per-expert 2000000", "choose 1000000 at most"),
     (f"{TRAIN} --expert-names a b", "lack category"),
@@ -314,6 +316,9 @@ def prepare(folder: Path) -> None:
                        for i, name in enumerate(categories))  # fmt: skip
 
     (folder / "doc.jsonl").write_text(rows(*"abc" * 20))
+    (folder / "tasks").mkdir()
+    for name in "abc":
+        (folder / f"tasks/{name}.jsonl").write_text(rows(*[""] * 20))
     (folder / "single.jsonl").write_text(rows(*"abcde"))
     (folder / "bare.jsonl").write_text(rows(*[""] * 60))
     (folder / "torn.jsonl").write_text(rows("a") + '{"instruction": "x", "resp\n' + rows("a"))

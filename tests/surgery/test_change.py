@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import smartmops as sm
+from smartmops.checks.errors import RunError
 
 
 def test_each_expert_is_listed_with_what_it_is_for(run: Path) -> None:
@@ -30,10 +31,33 @@ def test_without_its_data_a_run_is_listed_by_its_tensors(run: Path, tmp_path: Pa
     (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
     found = sm.list_experts(tmp_path / "moved")
     assert "gone.jsonl" in found["unread"] and "usage" not in found["experts"]["apple"]
-    with pytest.raises(ValueError, match=r"cannot be read .* give instructions that the run serves by --old DATA"):
+    with pytest.raises(ValueError, match=r"cannot be used .* give instructions that the run serves by --old DATA"):
         sm.drop_expert(tmp_path / "moved", name="apple", out=tmp_path / "less")
     again = sm.list_experts(tmp_path / "moved", old=str(folder / "three.jsonl"))
     assert again["experts"]["apple"]["usage"]["apple"] > 0.5
+
+
+def test_data_that_grew_since_are_neither_measured_nor_taken_for_the_runs_own(
+    run: Path, tmp_path: Path, folder: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "moved")
+    grown = tmp_path / "three.jsonl"
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    config["arguments"]["data"] = str(grown)
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
+    shutil.copy(folder / "three.jsonl", grown)
+    same = sm.evaluate(run=tmp_path / "moved")["perplexity"]
+    assert same["overall"] == pytest.approx(sm.evaluate(run=run)["perplexity"]["overall"], rel=1e-6)
+    with grown.open("a") as file:
+        file.write((folder / "new.jsonl").read_text())
+    with pytest.raises(RunError, match=r"have changed since it was trained \(test split .* bring back the data"):
+        sm.evaluate(run=tmp_path / "moved")
+    assert sm.evaluate(run=tmp_path / "moved", data=str(folder / "new.jsonl"))["perplexity"]["overall"] > 0
+    assert "have changed since" in sm.list_experts(tmp_path / "moved")["unread"]
+    with pytest.raises(
+        RunError, match=r"cannot be used \(the data of .* give instructions that the run serves by --old"
+    ):
+        sm.drop_expert(tmp_path / "moved", name="apple", out=tmp_path / "less")
 
 
 def test_what_went_to_a_dropped_expert_goes_elsewhere(run: Path, tmp_path: Path) -> None:

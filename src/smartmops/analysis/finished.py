@@ -20,7 +20,7 @@ from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.finished.reading import EvaluateConfig, InspectConfig
 from smartmops.options.training import TrainConfig
 from smartmops.reading.embedder import Embedder
-from smartmops.reading.task import Task
+from smartmops.reading.task import Task, same_test_split
 from smartmops.rows.example import Example, opened
 from smartmops.runs.folder import Run
 from smartmops.tokens.template import Template
@@ -213,6 +213,8 @@ class LoadedRun:
 
     def _measured(self, config: EvaluateConfig, again: TrainConfig, progress: bool = False) -> dict[str, Any]:
         task = Task.load(again, self.model, self.tokenizer)
+        if not config.data and not self._run.config["arguments"].get("validation"):  # else another part was tested on
+            same_test_split(self._run, task)
         rows = [*task.train, *task.test] if config.data else task.test
         examples = [*task.train_examples, *task.test_examples] if config.data else task.test_examples
         metrics = measured(self.model, rows, task.collator, config.batch_size, progress=progress).metrics()

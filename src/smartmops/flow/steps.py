@@ -23,6 +23,7 @@ from smartmops.options.training import TaskConfig, TrainConfig
 from smartmops.preparing import gating
 from smartmops.preparing.adapting import adapt, recovered
 from smartmops.preparing.selection import told
+from smartmops.reading.early import check_tasks
 from smartmops.reading.task import Task
 from smartmops.runs import ranks
 from smartmops.runs.folder import Run
@@ -51,7 +52,9 @@ def begun(command: str, config: Any, method: str, **seeds: Any) -> Iterator[Run]
 
 def opened(config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
     """A base, opened unless given, beside its data, with recovery prompts where the method takes some."""
-    return recovered(Task.load(config, base, tokenizer), config)
+    task = Task.load(config, base, tokenizer)
+    check_tasks(config, task.train_examples)
+    return recovered(task, config)
 
 
 @dataclass

@@ -17,9 +17,9 @@ from smartmops.checks.errors import ConfigError, DataError, SmartmopsError
 from smartmops.checks.limits import Options
 from smartmops.checks.resources import listening
 from smartmops.data.asked import read_rows
-from smartmops.data.files import SUFFIXES
+from smartmops.data.files import SUFFIXES, ending
 from smartmops.data.several import Names, as_typed, names_of
-from smartmops.data.tasks import splits
+from smartmops.data.tasks import is_stored, splits
 from smartmops.options.bench import BenchConfig
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, numbers_of, undivided, uneven
 from smartmops.options.federation import ClientConfig, FederateConfig
@@ -156,7 +156,7 @@ def layers_of(folder: Path) -> int | None:
 
 
 def at_hand(data: Names) -> bool:
-    """Whether DATA are text files that are read in a moment, or none at all."""
+    """Whether DATA are text files, or folders of them, that are read in a moment, or none at all."""
     return all(_at_hand(name) for name in names_of(data))
 
 
@@ -165,8 +165,12 @@ def _at_hand(data: str) -> bool:
     if data == "office":
         return True
     if path.is_file():  # one of no form that is known is refused by its name
-        return path.suffix not in TABLES and path.stat().st_size <= LOOKED_AT
-    return not path.exists() and (path.suffix in SUFFIXES or data.startswith((".", "/")))
+        return ending(path) not in TABLES and path.stat().st_size <= LOOKED_AT
+    if path.is_dir():  # of files, not what `datasets` stores
+        files = [file for file in path.rglob("*") if ending(file) in SUFFIXES and file.is_file()]
+        small = sum(file.stat().st_size for file in files) <= LOOKED_AT
+        return small and bool(files) and not is_stored(path) and not any(ending(file) in TABLES for file in files)
+    return not path.exists() and (ending(path) in SUFFIXES or data.startswith((".", "/")))
 
 
 def _data_say(config: TaskConfig) -> Iterator[str]:
@@ -205,6 +209,16 @@ def _tasks_say(config: TaskConfig, train: Sequence[Example]) -> Iterator[str]:
     if len(tasks) > config.experts:
         yield (f"--experts {config.experts}, but there are {len(tasks)} tasks: choose {len(tasks)}, or "
                "--gate-pretraining clusters")  # fmt: skip
+
+
+def check_tasks(config: TaskConfig, train: Sequence[Example]) -> None:
+    """Whether there is an expert for every task of these training examples, where labels decide.
+
+    Raises:
+        ConfigError: there is not; the message names the options and the way out.
+    """
+    if found := list(_tasks_say(config, train)):
+        raise ConfigError("\n".join(found))
 
 
 def check_split(config: Any, train: int, test: int, world: int) -> None:

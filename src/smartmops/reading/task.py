@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smartmops.base import load_base, local
-from smartmops.checks.errors import DataError
+from smartmops.checks.errors import DataError, RunError
 from smartmops.data.several import as_typed
 from smartmops.data.tasks import splits
 from smartmops.options.training import TaskConfig, ValidationConfig
@@ -23,13 +23,13 @@ from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.runs import ranks
 from smartmops.runs.folder import Run
-from smartmops.states.fingerprint import inputs_of
+from smartmops.states.fingerprint import inputs_of, of_examples
 from smartmops.states.states import States
 from smartmops.tokens.batches import Collator, Encoded, Encoding, NoneFits, encode_all
 from smartmops.tokens.template import Template, check_template
 from smartmops.tokens.unfit import Limit, Lost
 
-from .early import check_base, check_hold_out, check_parts, check_split, warn_of_calibration
+from .early import check_base, check_hold_out, check_parts, check_split, check_tasks, warn_of_calibration
 from .embedder import Embedder
 from .held_out import hold_out
 
@@ -53,6 +53,7 @@ class Task:
     limit: Limit = field(default_factory=lambda: Limit(0))  # of a row's length
     held_out: Mapping[str, int] = field(default_factory=dict)  # training examples left out by `hold_out`, by source
     lost: Lost = field(default_factory=Lost)  # examples that are too long for it
+    test_split: str = ""  # fingerprint of the test examples as they were drawn; empty where they were given
 
     @classmethod
     def load(cls, config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
@@ -70,9 +71,12 @@ class Task:
         check_parts(config.data, len(train), len(test))
         if base is None:
             check_base(config, local(config.model))
+            check_tasks(config, train)
             check_split(config, len(train), len(test), ranks.world())
             base, tokenizer = load_base(config.model, config.dtype)
-        return cls.of(base, tokenizer, train, test, config)
+        found = cls.of(base, tokenizer, train, test, config)
+        found.test_split = of_examples(test)
+        return found
 
     @classmethod
     def of(
@@ -133,6 +137,19 @@ def same_inputs(run: Run, task: Task) -> None:
     with ranks.turn() as mine:
         if mine:
             run.same_inputs(inputs_of(task))
+
+
+def same_test_split(run: Run, task: Task) -> None:
+    """Whether the data of a finished run still give the test examples that it was measured on.
+
+    Raises:
+        RunError: they give others, among which may be some that the run was trained on.
+    """
+    then = run.read_inputs().get("test split", task.test_split)
+    if then != task.test_split:
+        raise RunError(f"the data of {run.path} have changed since it was trained (test split {then}, now "
+                       f"{task.test_split}), so what is drawn to test on may be what it was trained on: bring back the "
+                       "data of then, or name others (evaluate --data, experts --old)")  # fmt: skip
 
 
 def _encoded(name: str, part: Sequence[Example], tokenizer: Any, limit: Limit, *how: Any) -> Encoding:

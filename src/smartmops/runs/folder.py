@@ -223,8 +223,7 @@ class Run:
         Raises:
             RunError: they differ.
         """
-        file = self.path / "inputs.json"
-        then = _read_object(file) if file.is_file() else {}
+        then = self.read_inputs()
         for name, now in found.items():
             if then.get(name, now) != now:
                 raise RunError(
@@ -232,7 +231,7 @@ class Run:
                     "give what it was started with, or choose another folder with --out"
                 )
         if not then:
-            write_text(file, _dump(dict(found)))
+            write_text(self.path / "inputs.json", _dump(dict(found)))
 
     def write_gates(self, gates: Mapping[str, Any]) -> None:
         """Write mean gate weights, as `report.gates.tables` takes them."""
@@ -279,6 +278,11 @@ class Run:
     def read_metrics(self) -> dict[str, Any]:
         """`metrics.json`; empty while the run is unfinished."""
         return _read_object(self.path / "metrics.json") if self.finished else {}
+
+    def read_inputs(self) -> dict[str, str]:
+        """Fingerprints of what the run is made of, by name; empty where it kept none."""
+        file = self.path / "inputs.json"
+        return _read_object(file) if file.is_file() else {}
 
     def read_curves(self) -> list[dict[str, Any]]:
         """Logged rows in the order of logging; a last line torn by a kill is left out."""

@@ -114,12 +114,19 @@ def inputs_of(task: Any) -> dict[str, str]:
 
     Which examples fit depends on the template, so data say something only where the template is the same.
     """
-    examples = blake2b(digest_size=16)
-    for part in (task.train_examples, task.test_examples, [row.input_ids for row in task.validation]):
-        examples.update(len(part).to_bytes(8, "little"))
+    data = of_examples(task.train_examples, task.test_examples, [row.input_ids for row in task.validation])
+    found = _of_parts(task.base, task.tokenizer, task.template) | {"data set": data}
+    return found | ({"test split": task.test_split} if task.test_split else {})
+
+
+def of_examples(*parts: Sequence[Any]) -> str:
+    """What tells parts of data from any others, as 32 hexadecimal digits: all that each example says, in order."""
+    total = blake2b(digest_size=16)
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little"))
         for each in part:
-            examples.update(repr(each).encode("utf-8", "backslashreplace"))
-    return _of_parts(task.base, task.tokenizer, task.template) | {"data set": examples.hexdigest()}
+            total.update(repr(each).encode("utf-8", "backslashreplace"))
+    return total.hexdigest()
 
 
 def _of_parts(base: Any, tokenizer: Any, template: Template) -> dict[str, str]:

@@ -151,7 +151,7 @@ def _other(subject: Subject, path: Path) -> Subject:
 def _sent_there(other: Subject, expert: int, source: str) -> Task:
     """The rows of another run that its gate sends to an expert."""
     if other.own is None:
-        raise DataError(f"--from {source}: the data of that run cannot be read ({other.why}): give examples of the "
+        raise DataError(f"--from {source}: the data of that run cannot be used ({other.why}): give examples of the "
                          "expert's task by --data")  # fmt: skip
     found: dict[str, Any] = {}
     for part in ("train", "test"):

@@ -29,7 +29,7 @@ from smartmops.evaluation.perplexity import Evaluation
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.training import TrainConfig
 from smartmops.preparing import gating
-from smartmops.reading.task import Task
+from smartmops.reading.task import Task, same_test_split
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.runs.card import keep, number
@@ -88,7 +88,9 @@ class Subject:
                              validation_share=given.get("validation_share", 0.1),
                              validation_limit=given.get("validation_limit", 200),
                              hold_out=given.get("hold_out"), validation=given.get("validation", False))  # fmt: skip
-            return Task.load(config, self.model, self.tokenizer)
+            task = Task.load(config, self.model, self.tokenizer)
+            same_test_split(self.run, task)
+            return task
         examples = read(data, columns=columns)
         return self.of(examples if limit is None else some(examples, limit), config, seed)
 
@@ -115,7 +117,7 @@ class Subject:
             ValueError: they cannot be read any more.
         """
         if self.own is None:
-            raise RunError(f"the data of {self.run.path} cannot be read ({self.why}): give instructions that the run "
+            raise RunError(f"the data of {self.run.path} cannot be used ({self.why}): give instructions that the run "
                              "serves by --old DATA")  # fmt: skip
         return self.own
 
@@ -259,8 +261,7 @@ def fingerprints(run: Run) -> dict[str, str]:
     Raises:
         ValueError: the run kept nothing of the kind.
     """
-    file = run.path / "inputs.json"
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stored = run.read_inputs()
     names = ("base", "tokenizer or template")
     if not set(names) <= stored.keys():
         raise RunError(f"{run.path} has no fingerprint of its base in inputs.json, so nothing tells whether experts "
