@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 
 import smartmops as sm
@@ -36,6 +38,23 @@ def test_it_answers_and_weighs_as_inspect_does(trained: tuple[Path, dict[str, An
     seen = sm.inspect(run=trained[0], text=TEXT, max_new_tokens=6)
     assert run.generate(TEXT, max_new_tokens=6) == seen["adapted"]
     assert run.gate(TEXT) == pytest.approx(seen["gate"], abs=1e-6) and list(run.gate(TEXT)) == run.experts
+
+
+def test_the_lines_of_its_card_answer_as_it_does(run: sm.LoadedRun, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run.path / "adapter"
+    (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert "gate_mask=torch.tensor([asked.gate_mask])" in lines, "no token ids say what the user wrote in a plain frame"
+    found: dict[str, Any] = {}
+    exec(lines.replace("THIS FOLDER", str(folder)).replace("Your question", TEXT), found)
+    answer = run.generate(TEXT)
+    assert answer in capsys.readouterr().out
+    torch.testing.assert_close(found["model"].base_model.last_gate.float(), run.model.base_model.last_gate.float(),
+                               rtol=0, atol=1e-2)  # fmt: skip
+    said = found["asked"].input_ids
+    with pytest.warns(
+        UserWarning, match="taught what users wrote alone, and nothing says where that stands: give gate_"
+    ):
+        found["model"].generate(inputs=torch.tensor([said]), max_new_tokens=1)
 
 
 def test_one_expert_answers_alone_when_it_is_named(run: sm.LoadedRun) -> None:

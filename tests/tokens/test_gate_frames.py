@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from chats import CHATS, chatting
-from transformers import PreTrainedTokenizerFast
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from smartmops.calls.reading import answer_starts, framed
 from smartmops.rows.example import Example
@@ -74,3 +77,26 @@ def test_an_answer_starts_at_its_header_with_labels_and_without(make_tokenizer: 
         alone = ids[:, :first]  # a prompt that is about to be answered
         assert answer_starts(alone, real[:, :first], None, header).item() == first - row.header
         assert answer_starts(ids, real, None, header).item() == first - row.header
+
+
+BLANKS = st.lists(st.sampled_from(["\n", "\n\n", " ", "  ", "\t", "\r\n", "\u00a0", "Hello", " world", "?", "user", "a"]),
+                  min_size=1, max_size=6).map("".join).filter(str.strip)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chatted(smollm2: Path) -> Template:
+    return Template.of("chat", AutoTokenizer.from_pretrained(smollm2))
+
+
+@pytest.mark.smollm2
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(question=BLANKS, system=st.one_of(st.just(""), BLANKS), before=st.one_of(st.none(), BLANKS))
+def test_blanks_that_merge_with_what_opens_a_turn_hide_no_turn(
+    chatted: Template, question: str, system: str, before: str | None
+) -> None:
+    history = () if before is None else ((before, before),)
+    batch = prompts([Example(question, "", "x", system=system, history=history)], chatted.tokenizer, template=chatted)
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    start = answer_starts(ids, real, None, chatted.header_ids)
+    found = framed(ids, real & (torch.arange(ids.shape[1]) < start[:, None]), gate_frame(chatted) or {})
+    assert found.long().tolist() == batch["gate_mask"].tolist()

@@ -149,19 +149,23 @@ def framed(
     """The tokens inside the user's turns, and inside a system turn that is not the template's own default.
 
     `frame` holds ids: what opens a turn of `user` and of `system`, the `header` of an answer, any token of `close` that
-    ends a turn, and `default_system`, the words that a template adds by itself.
+    ends a turn, `default_system`, the words that a template adds by itself, and `blank`, with which that which opens a
+    turn ends: where the turn begins with blanks, another token stands there, which is the turn's own.
     A row in which no turn is found (another template) is read whole.
     """
     read = torch.zeros_like(real)
     ids = torch.where(real, ids, -1)  # what may not be read may not decide what is read either
     close = torch.tensor(list(frame.get("close") or []), device=ids.device)
-    user, system, header, default = (list(frame.get(n) or []) for n in ("user", "system", "header", "default_system"))
+    names = ("user", "system", "header", "default_system", "blank")
+    user, system, header, default, blank = (list(frame.get(name) or []) for name in names)
     for row in range(len(ids)):
         end = int(real[row].nonzero()[-1]) + 1 if bool(real[row].any()) else 0
         ends = torch.cat([torch.isin(ids[row], close).nonzero()[:, 0], places(ids[row], header)]).sort().values
         for opening in (user, system):
-            for at in places(ids[row], opening).tolist():
-                first = at + len(opening)
+            whole = set(places(ids[row], opening).tolist())
+            begun = opening[:-1] if blank and opening[-1:] == blank else opening
+            for at in places(ids[row], begun).tolist():
+                first = at + len(opening if at in whole else begun)
                 later = ends[ends >= first]
                 last = int(later[0]) if len(later) else end
                 if opening == user or ids[row, first:last].tolist() != default:

@@ -17,7 +17,9 @@ from smartmops.base.names import HUB_ID, local
 from smartmops.data.several import names_of
 from smartmops.rows.example import Example
 from smartmops.settings.writing import versions
+from smartmops.tokens.frames import gate_frame
 from smartmops.tokens.template import FILE, Template
+from smartmops.traits import METHODS
 
 from .folder import Run, write_text
 
@@ -41,8 +43,9 @@ from peft import PeftModel
 
 model, tokenizer = smartmops.load_base("{base}"){template_line}
 model = PeftModel.from_pretrained(model, "{place}")
-inputs = smartmops.render(tokenizer, "Your question", template="{kind}").input_ids
-print(tokenizer.decode(model.generate(inputs=torch.tensor([inputs]), max_new_tokens=48)[0]))
+asked = smartmops.render(tokenizer, "Your question", template="{kind}")
+answer = model.generate(inputs=torch.tensor([asked.input_ids]), {mask}max_new_tokens=48)
+print(tokenizer.decode(answer[0]))
 ```
 
 ## How text is put to it
@@ -107,6 +110,7 @@ def card(
         method=COMPARED if config.get("command") == "compare" else config.get("method", "unknown"), base=base, data=data, version=versions().get("smartmops", ""),
         kind="chat" if chat else "plain", end=template.end, place=place, front="".join(f"{line}\n" for line in front),
         licence=f"The base's licence is {licence}." if licence else "The base's own licence holds; its card names it.",
+        mask="gate_mask=torch.tensor([asked.gate_mask]), " if _needs_mask(template, config) else "",
         template_line=f"\ntokenizer.chat_template = {file}" if chat else "",
         numbers=UNMEASURED if metrics is None else _numbers(config, metrics) or UNMEASURED,
         how=f"With the chat template in `{FILE}`." if chat else "In a plain frame.",
@@ -114,6 +118,13 @@ def card(
     )  # fmt: skip
     imports = "import torch\n" if not (chat and place != PLACE) else "import torch\nfrom huggingface_hub import hf_hub_download\n"
     return found.replace("from peft import PeftModel\n", imports + "from peft import PeftModel\n", 1)
+
+
+def _needs_mask(template: Template, config: Mapping[str, Any]) -> bool:
+    """Whether the gate has to be told what the user wrote, since no token ids around it say so."""
+    named = COMPARED if config.get("command") == "compare" else config.get("method")
+    gated = named in METHODS and METHODS[named].reads
+    return gated and template.tokenizer.is_fast and gate_frame(template) is None
 
 
 def _numbers(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:

@@ -21,6 +21,8 @@ def gate_frame(template: Template) -> dict[str, list[int]] | None:
     special = {*template.tokenizer.all_special_ids, *template.tokenizer.added_tokens_decoder}
     frame = {"user": user, "header": list(template.header_ids), "close": sorted(special), "system": []}
     frame["default_system"] = []
+    # A turn that begins with blanks of its own: tokenizers make one token of them and the blank that opens it.
+    frame["blank"] = [user[-1]] if len(user) > 1 and not template.tokenizer.decode(user[-1:]).strip() else []
     if template.takes_system:
         told = _before(template, ["system"])
         frame["system"] = _opening(template, told, told)

@@ -259,7 +259,7 @@ class Engine:
             if chosen is not None and self.call is not None and chosen.shape[1] == self.call.now.length:
                 chosen = F.pad(chosen, (0, real.shape[1] - chosen.shape[1]))
             if chosen is None:
-                self._warn_of(real, labels)
+                self._warn_of(real, labels, config)
             frame = config.gate_frame if config.gate_reads == "own" else None
             context.gate_mask = reading.instruction(ids, real, labels, context.visible_from, frame, chosen)
             reading.refuse_sight(kwargs.get("attention_mask"), context.gate_mask, real, labels)
@@ -299,13 +299,18 @@ class Engine:
         found: Tensor | None = kwargs.get("labels")
         return trainers.labels(real) if found is None and self.call is None else found
 
-    def _warn_of(self, real: Bool[Tensor, "rows seq"], labels: Tensor | None) -> None:
+    def _warn_of(self, real: Bool[Tensor, "rows seq"], labels: Tensor | None, config: MoPsConfig) -> None:
         """Say once where labels leave the gate nothing of worth, may be those of several examples, or are not there.
 
         Raises:
             AdapterError: what the gate was to read was left behind by the trainer.
         """
         said = None
+        if config.gate_reads == "own" and config.gate_frame is None:
+            said = (
+                "this adapter's gate was taught what users wrote alone, and nothing says where that stands: give "
+                "gate_mask, as smartmops.render makes it, or it reads what a template adds too"
+            )
         if self.call is None:
             trainers.refuse_dropped()
         if labels is None:
