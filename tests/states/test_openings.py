@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cached import VOCABULARY, adapted, made_up, over
+from cached import VOCABULARY, adapted, base, made_up, over
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MistralConfig
 
 from smartmops.states import instructions as reading
 from smartmops.states.answer_states import AnswerStates
-from smartmops.states.instructions import instructions
+from smartmops.states.instructions import instructions, layer_means
 from smartmops.states.openings import openings
 from smartmops.tokens.batches import IGNORED, Encoded
 
@@ -85,12 +85,29 @@ def test_states_are_those_of_each_row_by_itself() -> None:
 @pytest.mark.parametrize("shape", BASES)
 def test_on_other_architectures_too(shape: str) -> None:
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(BASES[shape]).requires_grad_(False).eval()
-    for parameter in base.parameters():
+    frozen = AutoModelForCausalLM.from_config(BASES[shape]).requires_grad_(False).eval()
+    for parameter in frozen.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    rows, model = beginning_alike(), over(base, **ANSWERS)
+    rows, model = beginning_alike(), over(frozen, **ANSWERS)
     want, got = (model.base_model.nats(AnswerStates(model, rows, least=n).batch(range(8))) for n in (WHOLE, 16))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [*BASES, "llama"])
+def test_what_enters_every_layer_is_what_transformers_shows(shape: str) -> None:
+    torch.manual_seed(0)
+    frozen = base() if shape == "llama" else AutoModelForCausalLM.from_config(BASES[shape]).eval()
+    rows = beginning_alike()
+    rows[3] = replace(rows[3], gate_mask=[0] * 5 + [1] * (len(rows[3].input_ids) - 5))
+    rows = [row if row.gate_mask else replace(row, gate_mask=[1] * len(row.input_ids)) for row in rows]
+    got = layer_means(frozen, rows, budget=60)
+    for i, row in enumerate(rows):
+        count = row.labels.count(IGNORED)
+        with torch.no_grad():
+            hidden = frozen(torch.tensor([row.input_ids[:count]]), output_hidden_states=True).hidden_states[:-1]
+        read = torch.tensor((row.gate_mask or [])[:count]).bool()
+        torch.testing.assert_close(got[:, i], torch.stack([h[0, read].mean(0) for h in hidden]), rtol=1e-4, atol=1e-5)
+    assert not hasattr(frozen, "mops_engine"), "the base is left as it was"
 
 
 @pytest.mark.parametrize("layer", [0, 1, 3])

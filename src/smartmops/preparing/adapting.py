@@ -22,6 +22,7 @@ from smartmops.progress.bars import console
 from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 from smartmops.runs import ranks
+from smartmops.states.instructions import layer_means
 from smartmops.tokens.batches import Encoded, encode_all
 from smartmops.tokens.frames import gate_frame
 
@@ -85,7 +86,7 @@ def placed(task: Task, method: MethodConfig, gate: GatePretraining, width: int |
     found, key = task.states.found, ("gate layer", task.states.texts(task.train))
     if key not in found:
         chosen = gating.draw(of, gating.PROBED, 0)
-        means = gating.layer_means(task.base, [task.train[i] for i in chosen])
+        means = layer_means(task.base, [task.train[i] for i in chosen])
         found[key] = gating.best_layer(means, [of[i] for i in chosen], len(tasks), layers - 1)
         console.print(f"the gate reads layer {found[key]}, where instructions tell their tasks apart best")
     return replace(method, gate_layer=found[key])

@@ -17,12 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import ConfigError
 from smartmops.experts import null
 from smartmops.options.method import Texts, paragraphs
-from smartmops.progress.bars import track
-from smartmops.tokens.batches import Encoded, by_budget
 
 FOLDS = 5
 PENALTIES = (0.003, 0.03, 0.3, 3.0)  # times the mean squared length of a standardised instruction
@@ -120,29 +117,6 @@ def start_gate(model: Any, scores: Scores) -> None:
     eye = torch.eye(experts).to(gate_out)
     gate_out[:, :experts], gate_out[:, experts : 2 * experts] = eye, -eye
     layer.mops_gate_bias["default"].copy_(scores.constant)
-
-
-@torch.no_grad()
-def layer_means(base: Any, rows: Sequence[Encoded], budget: int = 2048) -> Float[Tensor, "layers n hidden"]:
-    """Mean hidden state entering each layer of the bare base, over what the gate reads of each instruction."""
-    lengths = [row.labels.count(IGNORED) for row in rows]
-    found: list[Tensor | None] = [None] * len(rows)
-    device = base.device
-    for group in track(by_budget(lengths, budget), "looking for the gate's layer"):
-        longest = max(lengths[i] for i in group)
-        ids = torch.tensor([rows[i].input_ids[: lengths[i]] + [0] * (longest - lengths[i]) for i in group])
-        real = torch.tensor([[1] * lengths[i] + [0] * (longest - lengths[i]) for i in group])
-        read = torch.zeros_like(real)
-        for k, i in enumerate(group):
-            mask = rows[i].gate_mask
-            read[k, : lengths[i]] = 1 if mask is None else torch.tensor(mask[: lengths[i]])
-        out = base.base_model(input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False,
-                              output_hidden_states=True)  # fmt: skip
-        weight = read.to(device)[:, :, None].float()
-        means = torch.stack([(h.float() * weight).sum(1) / weight.sum(1).clamp(min=1) for h in out.hidden_states[:-1]])
-        for k, i in enumerate(group):
-            found[i] = means[:, k].cpu()
-    return torch.stack([each for each in found if each is not None], 1)
 
 
 def best_layer(means: Float[Tensor, "layers n hidden"], expert_of: Sequence[int], experts: int, last: int) -> int:

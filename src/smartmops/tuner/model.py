@@ -289,7 +289,9 @@ class MoPsModel(BaseTuner):
     @torch.no_grad()
     def opening(self, tokens: Int[Tensor, " tokens"], whole: bool = True) -> states.Opening:
         """What many texts begin with, computed once; for `answers`, or (not `whole`) for `gate_inputs` alone."""
-        return states.opening(Engine.on(self.model), tokens, whole)
+        engine = Engine.on(self.model)
+        layer = states.reads(engine.active())
+        return states.opening(engine, tokens, [layer], len(engine.layers) if whole else max(layer, 1))
 
     @torch.no_grad()
     def gate_inputs(

@@ -136,36 +136,42 @@ class Opening(NamedTuple):
 
     keys: Float[Tensor, "layers kv_heads tokens key"]  # from the first layer up
     values: Float[Tensor, "layers kv_heads tokens value"]
-    read: Float[Tensor, "tokens hidden"]  # what enters the layer that the gate reads
+    read: Float[Tensor, "tokens read"]  # what enters the layers that are read, side by side
 
 
 @torch.no_grad()
-def opening(engine: Engine, tokens: Int[Tensor, " tokens"], whole: bool) -> Opening:
-    """The states of these tokens at the start of a text, in all layers or (not `whole`) in those below the gate's."""
-    wrapper = engine.active()
-    assert wrapper is not None
+def opening(engine: Engine, tokens: Int[Tensor, " tokens"], at: Sequence[int], layers: int) -> Opening:
+    """The states of these tokens at the start of a text: in the first `layers`, and what enters the layers `at`."""
     batch = Packed(torch.tensor([len(tokens)]), torch.full_like(tokens, IGNORED), tokens)
-    count, recorded = len(engine.layers) if whole else max(_reads(wrapper), 1), dict[int, Any]()
-    read, _ = _run(engine, batch, [_reads(wrapper), count], recorded)
-    keys, values = (torch.stack([recorded[layer][i][0].to(tokens.device) for layer in range(count)]) for i in (0, 1))
-    return Opening(keys, values, read)
+    recorded: dict[int, Any] = {}
+    *read, _ = _run(engine, batch, [*at, layers], recorded)
+    keys, values = (torch.stack([recorded[layer][i][0].to(tokens.device) for layer in range(layers)]) for i in (0, 1))
+    return Opening(keys, values, torch.cat(read, -1))
 
 
-def _reads(wrapper: Any) -> int:
-    """The layer whose input the gate reads."""
-    config = wrapper.configs[wrapper.current]
-    found: int = config.gate_layer if config.reads_ahead else wrapper.index
-    return found
+@torch.no_grad()
+def entering_each(
+    engine: Engine, batch: Packed, at: Sequence[int], openings: Sequence[Opening | None]
+) -> Float[Tensor, "tokens read"]:
+    """What enters the layers `at`, side by side; only what follows the openings (of these layers) is computed."""
+    rest, past = _after(batch, openings)
+    return _joined(torch.cat(_run(engine, rest, [*at], past=past), -1), rest, openings)
 
 
 @torch.no_grad()
 def gate_inputs(engine: Engine, batch: Packed, openings: Sequence[Opening | None]) -> Float[Tensor, "segments inputs"]:
-    """What the gate reads of each segment, before standardisation; what follows the openings is computed."""
+    """What the gate reads of each segment, before standardisation."""
     wrapper = engine.active()
     assert wrapper is not None
-    rest, past = _after(batch, openings)
-    read = _run(engine, rest, [_reads(wrapper)], past=past)[0]
-    return _pooled(batch, _joined(read, rest, openings), wrapper.configs[wrapper.current])
+    hidden = entering_each(engine, batch, [reads(wrapper)], openings)
+    return _pooled(batch, hidden, wrapper.configs[wrapper.current])
+
+
+def reads(wrapper: Any) -> int:
+    """The layer whose input the gate reads."""
+    config = wrapper.configs[wrapper.current]
+    found: int = config.gate_layer if config.reads_ahead else wrapper.index
+    return found
 
 
 @torch.no_grad()
@@ -183,7 +189,7 @@ def answers(engine: Engine, batch: Packed, openings: Sequence[Opening | None] = 
     config, count = wrapper.configs[wrapper.current], len(engine.layers)
     recorded: dict[int, Any] = {}
     rest, past = _after(batch, openings)
-    hidden, read, _ = _run(engine, rest, [wrapper.index, _reads(wrapper), count], recorded, past)
+    hidden, read, _ = _run(engine, rest, [wrapper.index, reads(wrapper), count], recorded, past)
     starts = batch.starts()
     if past is not None:
         starts = starts - past.lengths
