@@ -11,6 +11,8 @@ from smartmops import cli
 from smartmops.cli import EvaluateConfig, InspectConfig, ReportConfig
 from smartmops.compression.compress import CompressConfig
 from smartmops.flow.trainer import TrainConfig
+from smartmops.options.finished.reading import DataConfig
+from smartmops.options.finished.surgery import ExpertsConfig, ListConfig
 from smartmops.runs.folder import Run
 
 
@@ -116,3 +118,19 @@ def test_every_command_has_a_help_text(monkeypatch: pytest.MonkeyPatch, capsys: 
             cli.main()
         assert stopped.value.code == 0
         assert len(capsys.readouterr().out) > 200
+
+
+@pytest.mark.slow
+def test_brackets_in_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names, data = ("[/b]", "qa [bold]", "[red]"), tmp_path / "[green] rows.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"Say [/i] {i}", "response": f"[/x] {i}", "category": name}) + "\n"
+                            for i in range(8) for name in names))  # fmt: skip
+    cli.train_command(
+        TrainConfig(model="tiny", data=str(data), experts=3, steps=2, batch_size=4, out=tmp_path / "[run]")
+    )
+    cli.evaluate_command(EvaluateConfig(tmp_path / "[run]", answers=1, answer_tokens=2))
+    cli.inspect_command(InspectConfig(tmp_path / "[run]", text="Say [/i] 3", max_new_tokens=2))
+    cli.experts_command(ExpertsConfig(run=tmp_path / "[run]", do=ListConfig()))
+    cli.data_command(DataConfig(data=str(data), model="tiny"))
+    printed = capsys.readouterr().out
+    assert all(printed.count(name) >= 5 for name in names)

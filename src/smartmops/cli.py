@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from smartmops.analysis.told import print_answers, print_data, print_suite
@@ -28,7 +27,7 @@ from smartmops.options.finished.surgery import AdviseConfig, ExpertsConfig
 from smartmops.options.method import Method
 from smartmops.options.reproduce import ReproduceConfig
 from smartmops.options.training import EMBEDDED_SETTING, CompareConfig, TrainConfig
-from smartmops.progress.bars import console
+from smartmops.progress.bars import bold, console
 from smartmops.settings.line import asked
 from smartmops.starting import start
 
@@ -83,7 +82,7 @@ def train_command(config: TrainConfig) -> dict[str, Any]:
     if "answers" in metrics:
         print_answers(metrics["answers"])
     if said := verdict(metrics):
-        console.print(f"[bold yellow]{escape(said)}[/bold yellow]")
+        console.print(bold(said, "yellow"))
     return metrics
 
 
@@ -204,10 +203,10 @@ def inspect_command(config: InspectConfig) -> dict[str, Any]:
     rows += [] if found["left_to_base"] is None else [("left to the base", found["left_to_base"])]
     table = Table("expert", "gate weight", "")
     for name, weight in rows:
-        table.add_row(escape(name), f"{weight:.3f}", "█" * round(30 * weight))
+        table.add_row(name, f"{weight:.3f}", "█" * round(30 * weight))
     console.print(table)
-    console.print("[bold]frozen[/bold] ", escape(found["frozen"]))  # an answer's own [brackets] are no markup
-    console.print("[bold]adapted[/bold]", escape(found["adapted"]))
+    console.print(bold("frozen "), found["frozen"])
+    console.print(bold("adapted"), found["adapted"])
     return found
 
 
@@ -245,7 +244,7 @@ def export_command(config: ExportConfig) -> dict[str, Any]:
     table = Table("compared with the run", "same", "of", "largest difference")
     for name, each in sides.items():
         count = each.get("tokens", each.get("texts"))
-        table.add_row(escape(name), str(each["same"]), str(count), f"{each['largest_difference']:.1e}")
+        table.add_row(name, str(each["same"]), str(count), f"{each['largest_difference']:.1e}")
     console.print(table)
     console.print(f"{config.out}: README.md says how it is loaded")
     return found
@@ -259,7 +258,7 @@ def push_command(config: PushConfig) -> dict[str, Any]:
     found = push(config)
     table = Table(f"{'would be ' if config.dry_run else ''}pushed to {found['repo']}", "bytes")
     for name, size in found["files"].items():
-        table.add_row(escape(name), f"{size:,}")
+        table.add_row(name, f"{size:,}")
     console.print(table)
     if found["url"]:
         console.print(found["url"])
@@ -318,7 +317,7 @@ def _print_perplexity(found: dict[str, dict[str, Any]]) -> None:
     for task in tasks:
         table.add_row(task, *(f"{values['per_task'][task]:.2f}" for values in found.values()))
     table.add_section()
-    table.add_row("overall", *(f"[bold]{values['overall']:.2f}[/bold]" for values in found.values()))
+    table.add_row("overall", *(bold(f"{values['overall']:.2f}") for values in found.values()))
     console.print(table)
 
 

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from smartmops.checks.errors import QuorumLost, SmartmopsError
 from smartmops.checks.resources import lacking
@@ -33,9 +33,9 @@ class Terminated(KeyboardInterrupt):
 
 def said(title: str, message: str) -> None:
     """Lines on stderr, never wrapped: each is one."""
-    console = Console(stderr=True, soft_wrap=True, emoji=False)
+    console = Console(stderr=True, soft_wrap=True, emoji=False, markup=False)
     for line in message.splitlines() or [""]:
-        console.print(f"[red]{title}:[/red] {escape(line)}", highlight=False)
+        console.print(Text.assemble((f"{title}:", "red"), " ", line), highlight=False)
 
 
 @contextmanager

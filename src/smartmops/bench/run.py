@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.table import Column, Table
+from rich.text import Text
 
 from smartmops.checks.limits import check
 from smartmops.options.bench import BenchConfig
@@ -118,6 +119,7 @@ def _shown(found: float | None) -> str:
 def _print(found: Mapping[str, float | None], targets: Mapping[str, Target]) -> None:
     table = Table(Column("ratio", no_wrap=True), "what", "measured", "target", "", caption="on a GPU: not measured")
     for name, value in found.items():
-        met = {True: "[green]met[/green]", False: "[red]not reached[/red]", None: ""}[targets[name].met(value)]
+        words = {True: ("met", "green"), False: ("not reached", "red"), None: ("", "")}
+        met = Text(*words[targets[name].met(value)])
         table.add_row(name, targets[name].what, _shown(value), str(targets[name]), met)
     console.print(table)

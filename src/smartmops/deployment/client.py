@@ -85,9 +85,7 @@ def worker_of_file(config: ClientConfig) -> Worker:
 
 def _said(worker: Worker, kind: str, blob: bytes) -> bytes:
     if kind == "query":
-        console.print(
-            f"the server asks who is here: {worker.names[0]}, {len(worker.holdings[0])} examples", markup=False
-        )
+        console.print(f"the server asks who is here: {worker.names[0]}, {len(worker.holdings[0])} examples")
         return worker.hello(0)
     answer = worker.answer(blob, client=0)
     job, reply = unpack(blob), unpack(answer)
@@ -95,7 +93,7 @@ def _said(worker: Worker, kind: str, blob: bytes) -> bytes:
         console.print(f"round {reply.round}: loss {reply.loss:.3f} nats a token, {reply.seconds:.1f} s of training, "
                       f"{len(answer):,} bytes sent")  # fmt: skip
     else:
-        console.print(f"a job failed: {getattr(reply, 'reason', reply)}", markup=False)
+        console.print(f"a job failed: {getattr(reply, 'reason', reply)}")
     return answer
 
 
@@ -136,7 +134,7 @@ def _lasting(config: ClientConfig, path: str) -> int:
     while left:
         welcome = knock(config)
         if welcome.said and welcome.said != told:
-            console.print(told := welcome.said, markup=False)
+            console.print(told := welcome.said)
         if welcome.final:
             return 1
         if welcome.wait:

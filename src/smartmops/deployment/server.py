@@ -132,7 +132,7 @@ def _superlink(config: ServerConfig, home: Path) -> Iterator[None]:
 
 def _noted(line: str, file: Path) -> None:
     """Who was refused, to the operator and to a file; a full disk is no reason to stop."""
-    console.print(line, markup=False, highlight=False)
+    console.print(line, highlight=False)
     with contextlib.suppress(OSError), file.open("a") as log:
         log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
 

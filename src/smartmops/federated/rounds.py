@@ -302,7 +302,7 @@ def _of_clients(updates: Sequence[Update]) -> dict[str, Any]:
 
 def _say(line: str) -> None:
     """Without markup: names and reasons are others' words."""
-    console.print(line, markup=False, highlight=False)
+    console.print(line, highlight=False)
 
 
 def _told(failures: Sequence[Mapping[str, Any]]) -> list[str]:

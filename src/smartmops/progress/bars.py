@@ -9,13 +9,21 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
+from rich.text import Text
 
-# Where no terminal is, who reads the output breaks its lines, or searches them.
-console = Console(soft_wrap=not sys.stdout.isatty(), emoji=False)
+# Where no terminal is, who reads the output breaks its lines, or searches them. Brackets are brackets, since names of
+# tasks, answers and paths are others' words: what is styled is a `Text`.
+console = Console(soft_wrap=not sys.stdout.isatty(), emoji=False, markup=False)
 EVERY = 30.0  # seconds between two lines where there is no terminal
 
 T = TypeVar("T")
+
+
+def bold(words: object, colour: str = "") -> Text:
+    """Words that stand out."""
+    return Text(str(words), f"bold {colour}")
 
 
 def duration(seconds: float) -> str:
@@ -42,7 +50,7 @@ def counted(what: str, total: int, shown: bool = True) -> Iterator[Callable[[int
         yield lambda more: None
     elif console.is_terminal:
         with Progress(console=console, transient=True) as bar:
-            line = bar.add_task(what, total=total)
+            line = bar.add_task(escape(what), total=total)
             yield lambda more: bar.advance(line, more)
     else:
         yield _Lines(what, total)
@@ -61,5 +69,5 @@ class _Lines:
         if now - self.said < EVERY or self.done >= self.total:
             return
         left = (now - self.started) / self.done * (self.total - self.done)
-        console.print(f"{self.what}: {self.done} of {self.total}, {duration(left)} left", highlight=False, markup=False)
+        console.print(f"{self.what}: {self.done} of {self.total}, {duration(left)} left", highlight=False)
         self.said = now

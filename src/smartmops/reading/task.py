@@ -113,7 +113,7 @@ class Task:
             parts[name] = part, encoding.kept, encoding.too_long
         lost = Lost.of(limit, parts)
         for said in lost.said(as_typed(getattr(config, "clients_data", None) or config.data)):
-            console.print(said, markup=False)
+            console.print(said)
         return cls(base, tokenizer, rows[0], rows[1], kept[0], kept[1], Collator(tokenizer), template, rows[2],
                    embedder, States(config.activations), limit=limit, held_out=held_out,
                    lost=lost)  # fmt: skip

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from smartmops.options.finished.surgery import (
@@ -38,17 +37,17 @@ def change(config: ExpertsConfig, console: Console) -> dict[str, Any]:
     found = do(config.run, config.do)
     say(found, console)
     if "out" in found:
-        console.print(f"written: {found['out']}", markup=False, soft_wrap=True)
+        console.print(f"written: {found['out']}", soft_wrap=True)
     return found
 
 
 def advice(config: AdviseConfig, console: Console) -> dict[str, Any]:
     """One sentence, then the numbers behind it."""
     found = add.advise(config)
-    console.print(escape(found["advice"]), style="bold")
+    console.print(found["advice"], style="bold")
     table = Table("expert", "mean gate weight")
     for name, weight in sorted(found["gate"].items(), key=lambda pair: -pair[1]):
-        table.add_row(escape(name), f"{weight:.3f}")
+        table.add_row(name, f"{weight:.3f}")
     table.add_row("left to the base", f"{found['left_to_base']:.1%} of instructions")
     console.print(table)
     values = {name: value for name, value in found["perplexity"].items() if value is not None}
@@ -66,17 +65,17 @@ def _listed(found: dict[str, Any], console: Console) -> None:
         cost = each.get("cost")
         words = "" if cost is None else f"{cost['before']:.3f} → {cost['after']:.3f}"
         tasks = ", ".join(each.get("tasks", []))
-        table.add_row(escape(name) + (" (frozen)" if each["frozen"] else ""), each["chosen_by"], escape(tasks),
-                      f"{each['share']:.1%}" if "share" in each else "", escape(near), words)  # fmt: skip
+        table.add_row(name + (" (frozen)" if each["frozen"] else ""), each["chosen_by"], tasks,
+                      f"{each['share']:.1%}" if "share" in each else "", near, words)  # fmt: skip
     console.print(table)
     for name, each in found["experts"].items():
         used = {task: weight for task, weight in each.get("usage", {}).items() if weight >= SHOWN}
         if used:
             words = ", ".join(f"{task} {weight:.2f}" for task, weight in used.items())
-            console.print(f"{name}: {words}", markup=False, soft_wrap=True)
+            console.print(f"{name}: {words}", soft_wrap=True)
     if found["unread"]:
         console.print(f"Neither usage nor cost can be told: {found['unread']}; give instructions that the run serves "
-                      "by --old DATA", markup=False, soft_wrap=True)  # fmt: skip
+                      "by --old DATA", soft_wrap=True)  # fmt: skip
     else:
         console.print(f"on {found['rows']} validation examples; usage is the mean gate weight, of each task")
 
@@ -93,8 +92,7 @@ def _added(found: dict[str, Any], console: Console) -> None:
     console.print(f"old: perplexity {_pair(old['before'], old['after'])}; {old['untouched']:.1%} of instructions have "
                   "the same weights as before, bit for bit")  # fmt: skip
     if found["rule"] is None:
-        console.print(f"{found['name']!r} answers where it is asked for by name: the gate never chooses it",
-                      markup=False)  # fmt: skip
+        console.print(f"{found['name']!r} answers where it is asked for by name: the gate never chooses it")
     else:
         console.print(_rule(found["rule"]))
 
@@ -137,20 +135,20 @@ def _rule(rule: dict[str, float]) -> str:
 def _dropped(found: dict[str, Any], console: Console) -> None:
     _perplexity(found["perplexity"], console)
     goes = ", ".join(f"{name} {share:.0%}" for name, share in found["goes_to"].items())
-    console.print(f"what went to it goes to: {goes or 'nothing went to it'}", markup=False)
+    console.print(f"what went to it goes to: {goes or 'nothing went to it'}")
 
 
 def _merged(found: dict[str, Any], console: Console) -> None:
     _perplexity(found["perplexity"], console)
-    console.print(f"{found['name']}: untrained, with half of either's columns, {found['untrained']:.3f}", markup=False)
+    console.print(f"{found['name']}: untrained, with half of either's columns, {found['untrained']:.3f}")
 
 
 def _renamed(found: dict[str, Any], console: Console) -> None:
-    console.print(f"experts: {', '.join(found['experts'])}", markup=False)
+    console.print(f"experts: {', '.join(found['experts'])}")
 
 
 def _frozen(found: dict[str, Any], console: Console) -> None:
-    console.print(f"frozen: {', '.join(found['frozen']) or 'none'}", markup=False)
+    console.print(f"frozen: {', '.join(found['frozen']) or 'none'}")
 
 
 def _calibrated(found: dict[str, Any], console: Console) -> None:
@@ -165,7 +163,7 @@ def _calibrated(found: dict[str, Any], console: Console) -> None:
 def _perplexity(found: dict[str, Any], console: Console) -> None:
     console.print(f"perplexity: {_pair(found['before'], found['after'])}")
     for task, pair in found["tasks"].items():
-        console.print(f"  {task}: {_pair(*pair)}", markup=False)
+        console.print(f"  {task}: {_pair(*pair)}")
 
 
 def _pair(before: float, after: float) -> str:
