@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from smartmops.data.tasks import read, split, splits
+from smartmops.checks.errors import DataError
+from smartmops.data.tasks import DOLLY_TASKS, GENERAL_QA, read, split, splits
+from smartmops.rows.conversations import conversations
 from smartmops.rows.example import Example
 
 Rows = Sequence[Mapping[str, Any]]
@@ -188,3 +191,78 @@ def test_turns_of_one_conversation_stay_on_one_side(tmp_path: Path) -> None:
 def test_equal_questions_are_no_conversation() -> None:
     alike = [Example("Who?", "", "Ada.")] * 10
     assert [len(part) for part in split(alike)] == [9, 1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_turns_that_were_written_out_and_shuffled_stay_on_one_side_too(seed: int) -> None:
+    rows = []
+    for number in range(30):
+        said = [(f"{number} q{turn}", f"{number} a{turn}") for turn in range(1 + number % 4)]
+        rows += [Example(user, "", answer, history=tuple(said[:turn])) for turn, (user, answer) in enumerate(said)]
+    random.Random(seed).shuffle(rows)
+    train, test = split(rows, 0.2, seed)
+    sides = [{example.response.split()[0] for example in part} for part in (train, test)]
+    assert not sides[0] & sides[1] and len(train) + len(test) == len(rows) and len(sides[1]) == 6
+
+
+def test_many_conversations_that_begin_alike_are_many() -> None:
+    rows = []
+    for number in range(20):
+        rows += [Example("Hi", "", "Hello!"), Example(f"Ask {number}", "", "Yes.", history=(("Hi", "Hello!"),))]
+    assert list(map(len, conversations(rows)[""])) == [2] * 20
+
+
+@pytest.mark.parametrize(("field", "value"), [("weight", 0), ("loss", False), ("train", False)])
+def test_a_turn_that_is_not_to_be_learnt_is_read_alone(tmp_path: Path, field: str, value: Any) -> None:
+    turns = [("user", "q1"), ("assistant", "BAD"), ("user", "q2"), ("assistant", "GOOD")]
+    messages: list[dict[str, Any]] = [{"role": who, "content": text, "weight": None} for who, text in turns]
+    messages[1][field], messages[3][field] = value, not value
+    good = Example("q2", "", "GOOD", history=(("q1", "BAD"),))
+    assert read(write(tmp_path / "a.jsonl", [{"messages": messages}])) == [good]
+    messages[3][field] = value
+    with pytest.raises(DataError, match="`messages` has no turn of the assistant that is to be learnt"):
+        read(write(tmp_path / "b.jsonl", [{"messages": messages}]))
+    messages[3][field] = 0.5
+    with pytest.raises(DataError, match=f"message 4 of `messages` has {field}=0.5: write 1 .or true. to learn it, 0"):
+        read(write(tmp_path / "c.jsonl", [{"messages": messages}]))
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "function_call"])
+def test_calls_of_tools_are_not_dropped(tmp_path: Path, field: str) -> None:
+    asked, answered = {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "Let me look."}
+    for number, nothing in enumerate((None, [], {})):
+        rows = [{"messages": [asked, answered | {field: nothing}]}]
+        assert len(read(write(tmp_path / f"{number}.jsonl", rows))) == 1
+    with pytest.raises(
+        DataError, match=f"message 2 of `messages` has {field}, and calls are not read: write the call as"
+    ):
+        read(write(tmp_path / "a.jsonl", [{"messages": [asked, answered | {field: [{"name": "weather"}]}]}]))
+
+
+def test_one_of_two_contexts_is_not_dropped(tmp_path: Path) -> None:
+    row = {"instruction": "Translate.", "context": "to French", "input": "Good morning", "response": "Bonjour"}
+    with pytest.raises(DataError, match="`context` and `input` both say something, and one is the context: join them"):
+        read(write(tmp_path / "a.jsonl", [row]))
+    assert read(write(tmp_path / "b.jsonl", [row | {"context": ""}]))[0].context == "Good morning"
+    assert read(tmp_path / "a.jsonl", columns=["context=input"])[0].context == "Good morning"
+    alpaca = {"instruction": "Translate.", "input": "", "context": "Good evening", "output": "Bonsoir"}
+    assert read(write(tmp_path / "c.jsonl", [alpaca]))[0].context == "Good evening"
+
+
+@pytest.mark.parametrize("blank", [None, "", "  "])
+def test_a_category_without_a_name_is_no_task(tmp_path: Path, blank: Any) -> None:
+    rows = [{"instruction": f"Say {i}.", "response": "x", "category": "b" if i % 3 else blank} for i in range(9)]
+    file = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"3 of 9 examples have no category, or an empty one \(example 1: 'Say 0.'\)"):
+        read(file)
+    assert {each.category for each in read([str(file), "office"]) if each.source == "a"} == {"a", "b"}, (
+        "the file's name"
+    )
+
+
+def test_only_dollys_own_data_lose_its_eighth_category(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {i}.", "response": "x", "category": name}
+            for i, name in enumerate((*DOLLY_TASKS, GENERAL_QA))]  # fmt: skip
+    assert len(read(write(tmp_path / "all.jsonl", rows))) == 7
+    for number, own in enumerate((rows[-1:], rows[-2:], rows[:1] + rows[-1:])):
+        assert len(read(write(tmp_path / f"{number}.jsonl", own))) == len(own)

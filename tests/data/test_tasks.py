@@ -45,11 +45,11 @@ def task(definition: object, *outputs: object) -> dict[str, object]:
 
 # ----------------------------------------------------------------------------------------------------------- JSONL
 def test_jsonl_rows_become_examples(tmp_path: Path) -> None:
-    short = {"instruction": "Wie heißt es?", "context": None, "response": "Käse\u2028", "category": "", "client": 0}
+    short = {"instruction": "Wie heißt es?", "context": None, "response": "Käse\u2028", "category": 5, "client": 0}
     file = write(tmp_path / "a.jsonl", ROW, "", short)
     assert read(str(file)) == read_jsonl(file) == [
         Example("Name it.", "A cat.", "Cat", "closed_qa", "team a"),
-        Example("Wie heißt es?", "", "Käse\u2028", "", "0"),
+        Example("Wie heißt es?", "", "Käse\u2028", "5", "0"),
     ]  # fmt: skip
     byte_order_mark = "\ufeff"
     bare = write(tmp_path / "b.jsonl", byte_order_mark + json.dumps({"instruction": "i", "response": "r"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from smartmops.base import load_base
-from smartmops.checks.errors import ConfigError, Diverged
+from smartmops.checks.errors import ConfigError, Diverged, RunError
 from smartmops.evaluation.perplexity import evaluate
 from smartmops.fitting import loop
 from smartmops.flow.steps import opened
@@ -28,6 +29,7 @@ from smartmops.reading.task import Task
 from smartmops.rows.stored import Stored
 from smartmops.runs.checkpoints import last_checkpoint
 from smartmops.runs.folder import Run
+from smartmops.states.fingerprint import sampled
 
 Make = Callable[..., TrainConfig]
 
@@ -178,6 +180,26 @@ def test_an_existing_run_is_refused_and_a_finished_one_is_not_trained_again(conf
 def test_bad_input_names_value_limit_and_way_out(config: Make, changes: dict[str, object], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message.replace("(", r"\(")):
         train(config(**changes))
+
+
+def test_a_run_is_not_loaded_on_another_base_of_the_same_name(config: Make, base_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_folder, tmp_path / "base")
+    chosen = config(model=str(tmp_path / "base"), steps=2, samples_per_task=0)
+    train(chosen)
+    load_run(chosen.out)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name] = weights[name] * 1.5
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        RunError, match=r"base is not the base that .* was trained on, its weights are others: bring that"
+    ):
+        load_run(chosen.out)
+
+
+def test_a_base_is_known_again_in_another_dtype(base_folder: Path) -> None:
+    whole, half = (sampled(load_base(str(base_folder), dtype)[0]) for dtype in ("float32", "bfloat16"))
+    assert whole == half
 
 
 def no_base(*given: Any) -> None:

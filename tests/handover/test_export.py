@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import smartmops as sm
 from smartmops.handover import columns as columns_of
 from smartmops.handover import export as exporting
+from smartmops.handover import pages
+from smartmops.handover.pages import kv_page, peft_page
 from smartmops.tokens.template import Template
 
 QUESTIONS = ("apple number 3.", "banana number 40.", "Name three rivers.")
@@ -216,3 +220,17 @@ def test_columns_with_weights_are_as_many_copies(tmp_path: Path) -> None:
     save_file({"keys": many.keys}, tmp_path / "whole.safetensors")
     with pytest.raises(ValueError, match=r"weight 1\.5000, which no number of copies is"):
         columns_of.Columns(one.keys, one.values, torch.tensor([1.5, 2.0]).log()).repeated()
+
+
+@pytest.mark.parametrize("page", [kv_page, peft_page])
+def test_a_base_that_is_ours_alone_is_saved_for_others_by_the_page_s_own_line(
+    page: Callable[[dict[str, Any]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"base": "tiny", "experts": {"a": {"same": 3, "of": 3, "largest_difference": 0.0, "columns": 2}}}
+    monkeypatch.setattr(pages, "_table", lambda found: "")
+    monkeypatch.setattr(pages, "_first", lambda found: "a")
+    (line,) = re.findall("python -c '(.*)'", page(found))
+    monkeypatch.chdir(tmp_path)
+    exec(line)
+    assert AutoModelForCausalLM.from_pretrained("tiny").config.num_hidden_layers == 8
+    assert "python -c" not in page(found | {"base": "owner/model"})

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from smartmops import cli
+from smartmops.checks.errors import DataError
+from smartmops.data.asked import read_rows
 from smartmops.options.finished.serving import ChatConfig, GenerateConfig
 from smartmops.rows.example import Example
 from smartmops.serving.answering import Answer, Answerer, Settings
@@ -61,6 +63,41 @@ def test_a_file_is_answered_row_by_row_whatever_the_batch(
     assert all(sum(row["experts"].values()) + row["left_to_base"] == pytest.approx(1, abs=1e-3) for row in found)
     assert typed([*line, "--out", str(tmp_path / "new" / "out.jsonl")], monkeypatch, capsys) == ""
     assert [json.loads(each) for each in (tmp_path / "new" / "out.jsonl").read_text().splitlines()] == found
+
+
+def test_a_file_asks_what_training_would_read(run: Path, answerer: Answerer, tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "apple number 1."},
+             {"role": "assistant", "content": "AAA"}, {"role": "user", "content": "banana number 2."}]  # fmt: skip
+    rows = [{"instruction": "banana number 4.", "input": "A long text."}, {"prompt": "apple number 3."},
+            {"instruction": "banana number 2.", "system": "Be brief.", "history": [["apple number 1.", "AAA"]]},
+            {"messages": turns, "id": 5},
+            {"conversations": [{"from": "human", "value": "apple number 3."}]}]  # fmt: skip
+    behind = Example("banana number 2.", "", "", system="Be brief.", history=(("apple number 1.", "AAA"),))
+    asked = [Example("banana number 4.", "A long text.", ""), Example("apple number 3.", "", ""), behind, behind,
+             Example("apple number 3.", "", "")]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [question for _, question in read_rows(file)] == asked
+    found = generate(GenerateConfig(run=run, file=file, max_new_tokens=6), io.StringIO().write)
+    for row, example in zip(found, asked, strict=True):
+        assert row["answer"] == answerer.answer([answerer.ask(example, Settings(6))])[0].text
+    assert found[3]["id"] == 5 and found[3]["messages"] == turns
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    ({"instruction": "a", "answer": "b"}, "`answer` is what the answer is written to: call that column otherwise"),
+    ({"instruction": "a", "experts": {}}, "`experts` is what the answer is written to"),
+    ({"instruction": "a", "context": "b", "input": "c"}, "`context` and `input` both say something"),
+    ({"instruction": "a", "input": 5}, "`input` is 5: give a text or leave it out"),
+    ({"instruction": "a", "history": "b"}, "`history` is \"b\", no list of pairs"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "ends with the assistant"),
+    ({"messages": []}, "none of a user"),
+    ({"question": "a"}, "`instruction` is null: give a text"),
+])  # fmt: skip
+def test_a_row_that_would_be_answered_otherwise_than_asked_is_named(tmp_path: Path, row: object, said: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "fine"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 2: .*{said}"):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_it_is_one_importable_function(run: Path) -> None:

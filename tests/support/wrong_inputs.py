@@ -58,6 +58,7 @@ WRONG: list[tuple[str, str]] = [
     (f"{TRAIN} --experts 0", "--experts 0: choose 1 or more"),
     (f"{TRAIN} --experts 2", "--experts 2, but there are 3 tasks: choose 3, or --gate-pretraining clusters"),
     ("train tiny --data DIR/tasks --experts 2 --out NEW", "--experts 2, but there are 3 tasks: choose 3"),
+    (f"{COMPARE} --methods mops prompt-tuning", "--methods: every name takes a value after it, such as NAME None"),
     ("compare tiny --data DIR/tasks --experts 2 --out NEW", "--experts 2, but there are 3 tasks: choose 3"),
     (f"{TRAIN} --prompts-per-expert 0", "--prompts-per-expert 0: choose 1 or more"),
     (f"{TRAIN} --prompts-per-expert 2000000", "choose 1000000 at most"),

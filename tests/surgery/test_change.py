@@ -60,6 +60,22 @@ def test_data_that_grew_since_are_neither_measured_nor_taken_for_the_runs_own(
         sm.drop_expert(tmp_path / "moved", name="apple", out=tmp_path / "less")
 
 
+@pytest.mark.parametrize("name", ["auto", "base"])
+def test_no_expert_is_called_what_means_something_else_to_a_server(
+    run: Path, folder: Path, tmp_path: Path, name: str
+) -> None:
+    says = rf"{name}.* is what a server calls the (gate|base): choose another"
+    with pytest.raises(ValueError, match=says):
+        sm.rename_expert(run, name="apple", to=name, out=tmp_path / "other")
+    rows = (folder / "three.jsonl").read_text().replace('"apple"', f'"{name}"')
+    (tmp_path / "three.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=rf"a task is called '{name}', which is what a server calls"):
+        sm.train(model=str(folder / "base"), data=str(tmp_path / "three.jsonl"), experts=3, out=tmp_path / "run")
+    (tmp_path / f"{name}.jsonl").write_text((folder / "new.jsonl").read_text().replace('"date"', f'"{name}"'))
+    with pytest.raises(ValueError, match=says):
+        sm.add_expert(run, data=str(tmp_path / f"{name}.jsonl"), out=tmp_path / "added", steps=2)
+
+
 def test_what_went_to_a_dropped_expert_goes_elsewhere(run: Path, tmp_path: Path) -> None:
     found = sm.drop_expert(run, name="banana", out=tmp_path / "less")
     assert sum(found["goes_to"].values()) == pytest.approx(1) and "banana" not in found["goes_to"]

@@ -51,6 +51,15 @@ def test_a_system_turn_is_read_where_it_is_not_the_templates_own(make_tokenizer:
         assert ("rhyme" in text) == read and "You help" not in text and "Name it." in text
 
 
+def test_the_templates_own_system_prompt_is_nobodys_words_whoever_writes_it(make_tokenizer: Make) -> None:
+    template = Template.of("chat", chatting(make_tokenizer, CHATS["chatml"]))
+    silent, said = (prompts([Example("Name it.", "", "It.", system=system)], template.tokenizer, template=template)
+                    for system in ("", "You help."))  # fmt: skip
+    assert all(torch.equal(value, said[name]) for name, value in silent.items())
+    found = framed(said["input_ids"], said["attention_mask"].bool(), gate_frame(template) or {})
+    assert "You help" not in template.tokenizer.decode(said["input_ids"][0][found[0]])
+
+
 def test_a_row_of_another_template_is_read_whole(make_tokenizer: Make) -> None:
     template = Template.of("chat", chatting(make_tokenizer, CHATS["chatml"]))
     ids = torch.tensor([template.tokenizer("No turns here.")["input_ids"]])

@@ -78,6 +78,20 @@ class Text:
         return " holds a null character: leave it out" if "\0" in value else None
 
 
+AUTO, BASE = "auto", "base"  # what a server calls the gate's own choice, and the base without any expert
+
+
+@dataclass(frozen=True)
+class Unreserved(Text):
+    """Words that name nothing else yet."""
+
+    def wrong(self, value: Any) -> str | None:
+        """As `Limit`."""
+        if value in (AUTO, BASE):
+            return f" is what a server calls the {'gate' if value == AUTO else 'base'}: choose another"
+        return super().wrong(value)
+
+
 @dataclass(frozen=True)
 class Several:
     """One at least, each once."""

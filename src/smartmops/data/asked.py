@@ -1,45 +1,68 @@
-"""Rows of instructions without answers, as `generate --file` takes them. Knows no run and no model."""
+"""Rows that ask something, with or without an answer, as `generate --file` takes them. Knows no run and no model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from smartmops.checks.errors import DataError
-from smartmops.rows.example import Example
+from smartmops.rows.example import Example, opened
 from smartmops.rows.faults import Faults, shown
 
 from .files import rows_of
+from .forms import history_of, messages_of
+
+ASKED = ("instruction", "prompt")  # columns that may hold the question; else it is the last of these:
+TALKS = ("messages", "conversations")
+CONTEXT = ("context", "input")
+TOLD = ("answer", "experts", "left_to_base")  # what a row is given
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of instructions.
+def read_rows(file: Path) -> list[tuple[dict[str, Any], Example]]:
+    """The rows of a file of questions, as they stand there and as they are put.
 
     Raises:
         DataError: some lines are no such rows, or there are none; all bad lines are named.
     """
     faults, rows = Faults(file), []
     for number, row in rows_of(file, faults):
-        problem = _problem(row)
-        if problem is None:
-            rows.append(row)
-        else:
-            faults.add(number, problem)
+        try:
+            rows.append((row, question_of(row)))
+        except DataError as error:
+            faults.add(number, str(error))
     faults.check()
     if not rows:
         raise DataError(f"{file} holds no row: write one with an `instruction` a line")
     return rows
 
 
-def _problem(row: Any) -> str | None:
+def question_of(row: Any) -> Example:
+    """What a row asks, read as training reads it: `context` or `input`, `system` and `history`, or messages.
+
+    Raises:
+        DataError: it asks nothing, holds no text where text must be, or a column that the answer would overwrite.
+    """
     if not isinstance(row, dict):
-        return f"{shown(row)} is no object: write one with an `instruction`"
-    if not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
-        return f"`instruction` is {shown(row.get('instruction'))}: give a text"
-    if not isinstance(row.get("context", ""), str):
-        return f"`context` is {shown(row['context'])}: give a text or leave it out"
-    try:
-        Example(row["instruction"], row.get("context", ""), "")
-    except ValueError as error:
-        return str(error)
-    return None
+        raise DataError(f"{shown(row)} is no object: write one with an `instruction`")
+    if taken := next((name for name in TOLD if name in row), None):
+        raise DataError(f"`{taken}` is what the answer is written to: call that column otherwise")
+    if talk := next((name for name in TALKS if name in row), None):
+        system, history, question = opened(messages_of(row, talk))
+        if question is None:
+            raise DataError(f"`{talk}` ends with the assistant, so nothing is asked: leave the last answer out")
+        return Example(question, "", "", system=system or _text(row, "system"), history=history)
+    column = next((name for name in ASKED if name in row), ASKED[0])
+    if not isinstance(row.get(column), str) or not row[column].strip():
+        raise DataError(f"`{column}` is {shown(row.get(column))}: give a text")
+    given = {name: text for name in CONTEXT if (text := _text(row, name))}
+    if len(given) > 1:
+        raise DataError("`context` and `input` both say something, and one is the context: join them")
+    return Example(row[column], "".join(given.values()), "", system=_text(row, "system"), history=history_of(row))
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise DataError(f"`{column}` is {shown(value)}: give a text or leave it out")

@@ -18,6 +18,7 @@ Columns = Mapping[str, str]  # what an example has -> the column of the data tha
 CATEGORY = ("category", "task", "task_name")  # columns that may say which task a row belongs to
 SOURCE = ("source", "client")
 TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # how a list of messages begins when it is text
+CALLS = ("tool_calls", "function_call")  # what a message says beside its text
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "developer": "system",
@@ -158,27 +159,35 @@ class _Reader:
                 raise DataError(f"no column `{name}` (found: {_names(row)}). Needed are {' and '.join(form.needed)}")
         if _is_talk(form, row, str):
             raise DataError(f"`prompt` and `completion` are lists of messages written as text: {CELL}")
-        context = next((name for name in form.context if name in row), "context")
+        context = self._context(form, row)
         asked, given, response = (self._words(row, name) for name in (form.asked, context, form.answered))
         task, source = self._label(row, CATEGORY) or self.task, self._label(row, SOURCE)
-        example = Example(asked, given, response, task, source, self._words(row, "system"), _history(row))
+        example = Example(asked, given, response, task, source, self._words(row, "system"), history_of(row))
         if not response.strip():
             raise EmptyResponse(f"empty `{form.answered}`, so nothing to learn: write one or delete the line")
         return example
 
+    def _context(self, form: Form, row: Mapping[str, Any]) -> str:
+        """The column with the context: of those there are, the one that says something."""
+        there = [name for name in form.context if name in row]
+        filled = [name for name in there if row[name] not in (None, "")]
+        if len(filled) > 1 and "context" not in self.chosen:
+            raise DataError(f"`{filled[0]}` and `{filled[1]}` both say something, and one is the context: join them, "
+                            f"or name the right one by --columns context={filled[0]}")  # fmt: skip
+        return "context" if "context" in self.chosen else next(iter((*filled, *there)), "context")
+
     def _chat(self, form: Form, row: Mapping[str, Any]) -> list[Example]:
-        """All turns of the assistant; those of the completion where prompt and completion both are messages."""
-        parts = [_messages(row, name) for name in form.needed]
+        """All turns of the assistant that are to be learnt; where prompt and completion are messages, the latter's."""
+        parts = [messages_of(row, name) for name in form.needed]
         given = [message for part in parts for message in part]
         if (system := self._words(row, "system")) and given and given[0]["role"] != "system":
             given.insert(0, {"role": "system", "content": system})
         found = conversation(given, self._label(row, CATEGORY) or self.task, self._label(row, SOURCE))
-        if len(parts) > 1:
-            learnt = sum(message["role"] == "assistant" for message in parts[-1])
-            if not learnt:
-                raise EmptyResponse(f"`{form.answered}` has no turn of the assistant, so nothing to learn")
-            return found[-learnt:]
-        return found
+        before = sum(message["role"] == "assistant" for part in parts[:-1] for message in part)
+        learnt = [message["learnt"] for part in parts for message in part if message["role"] == "assistant"]
+        if not any(learnt[before:]):
+            raise EmptyResponse(f"`{form.answered}` has no turn of the assistant that is to be learnt")
+        return [each for number, each in enumerate(found) if number >= before and learnt[number]]
 
     def _words(self, row: Mapping[str, Any], column: str) -> str:
         value = row.get(column)
@@ -187,10 +196,11 @@ class _Reader:
         raise DataError(f"`{column}` is {shown(value)}, not text: {self.way_out}")
 
     def _label(self, row: Mapping[str, Any], columns: Iterable[str]) -> str:
-        """A name, for which numbers are taken too."""
+        """A name, for which numbers are taken too; nothing where it is blank."""
         column = next((name for name in columns if row.get(name) is not None), "")
         value = row.get(column)
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else self._words(row, column)
+        found = str(value) if isinstance(value, int) and not isinstance(value, bool) else self._words(row, column)
+        return found if found.strip() else ""
 
 
 def _is_talk(form: Form, row: Mapping[str, Any], kind: type = list) -> bool:
@@ -201,8 +211,11 @@ def _is_talk(form: Form, row: Mapping[str, Any], kind: type = list) -> bool:
     return kind is list or all(TALK.match(value) for value in values if isinstance(value, str))
 
 
-def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, str]]:
-    """Messages as `conversation` takes them: ShareGPT writes `from` and `value`, OpenAI may write parts of a text."""
+def messages_of(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """Messages as `conversation` takes them: ShareGPT writes `from` and `value`, OpenAI may write parts of a text.
+
+    `learnt` is False of a turn that is to be read and not learnt (`weight` 0, `loss` or `train` false).
+    """
     value = row.get(column)
     if isinstance(value, str):
         raise DataError(f"`{column}` is text, not a list of messages: {CELL}")
@@ -212,7 +225,7 @@ def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, str]]:
     return [_message(message, f"message {number} of `{column}`") for number, message in enumerate(value, 1)]
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
+def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise DataError(f"{where} is {shown(message)}, no object with role and content")
     role = message.get("role", message.get("from"))
@@ -223,14 +236,28 @@ def _message(message: Any, where: str) -> dict[str, str]:
         content = "".join(part["text"] for part in content)
     if content is None or not isinstance(content, str):
         raise DataError(f"{where} has content={shown(content)}, not text: only text is read")
-    return {"role": ROLES.get(role, role)[:40], "content": content}
+    if called := next((name for name in CALLS if message.get(name)), None):
+        raise DataError(f"{where} has {called}, and calls are not read: write the call as text, or leave the "
+                        "conversation out")  # fmt: skip
+    return {"role": ROLES.get(role, role)[:40], "content": content, "learnt": _is_learnt(message, where)}
+
+
+def _is_learnt(message: Mapping[str, Any], where: str) -> bool:
+    """What a message says of whether it is to be learnt: OpenAI's `weight`, or `loss` and `train` of other trainers."""
+    said = {name: value for name in ("weight", "loss", "train") if (value := message.get(name)) is not None}
+    for name, value in said.items():
+        if value not in (0, 1):
+            raise DataError(f"{where} has {name}={shown(value)}: write 1 (or true) to learn it, 0 (or false) to read "
+                            "it alone")  # fmt: skip
+    return all(said.values())
 
 
 def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _history(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def history_of(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Earlier turns: what was asked, and what was answered."""
     value = row.get("history") or []
     pairs = isinstance(value, list) and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value)
     if not pairs or not all(isinstance(text, str) for turn in value for text in turn):

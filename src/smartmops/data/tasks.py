@@ -20,6 +20,7 @@ import pyarrow as pa
 from smartmops.checks.columns import BUILT_IN, chosen_columns
 from smartmops.checks.errors import ConfigError, DataError
 from smartmops.rows.ahead import once, taken
+from smartmops.rows.conversations import conversations
 from smartmops.rows.example import Example
 from smartmops.rows.faults import Faults
 from smartmops.rows.office import office
@@ -76,8 +77,8 @@ def read(
             Super-NaturalInstructions .json file or a folder of them, a folder of files (the training split where their
             names tell splits; else each file's name is the task of its rows that have none), one that `datasets` saved,
             or a hub id. Of several, each one's name is the task of its rows that have none, and the source likewise.
-        keep_general_qa: Keep Dolly's eighth category, which the paper leaves out. Data count as Dolly's where they use
-            its category names and no others.
+        keep_general_qa: Keep Dolly's eighth category, which the paper leaves out. Data count as Dolly's where they have
+            all eight and no others.
         columns: `FIELD=COLUMN` for columns of other names, such as `response=answer`; of several data, in each that
             does not come with the package.
 
@@ -160,27 +161,6 @@ def split(examples: Sequence[Example], test: float = 0.1, seed: int = 0) -> tupl
     return take(examples, (i for i in range(len(examples)) if i not in held)), take(examples, sorted(held))
 
 
-def conversations(examples: Sequence[Example]) -> dict[str, list[list[int]]]:
-    """By category, the indices of each conversation's turns; an example that goes on from none is one by itself."""
-    found: dict[str, list[list[int]]] = {}
-    before: Example | None = None
-    for index, example in enumerate(examples):
-        talks = found.setdefault(example.category, [])
-        if before is not None and _goes_on(before, example):
-            talks[-1].append(index)
-        else:
-            talks.append([index])
-        before = example
-    return found
-
-
-def _goes_on(before: Example, example: Example) -> bool:
-    said = (*before.history, (before.instruction, before.response))
-    return (example.system, example.category) == (before.system, before.category) and (
-        example.history[: len(said)] == said
-    )
-
-
 def splits(
     data: Names,
     limit: int | None = None,
@@ -222,7 +202,9 @@ def _all(
 ) -> Sequence[Example]:
     """What one name stands for; of several, all examples, each with its task and source."""
     if len(names) == 1:
-        return _read(names[0], keep, keep_general_qa, columns)
+        found = _read(names[0], keep, keep_general_qa, columns)
+        _check_named(found, names[0])
+        return found
     if not names:
         raise DataError("no data are named: give a file, a folder, a hub id, office, dolly or superni")
     own = () if set(names) <= set(BUILT_IN) else BUILT_IN
@@ -243,7 +225,7 @@ def _read(
     if name == "superni":
         return keep(_hub(SUPERNI_HUB, SUPERNI_TASKS))
     examples = keep(_path(name, columns))
-    is_dolly = name == DOLLY_HUB or {example.category for example in examples} <= {*DOLLY_TASKS, GENERAL_QA}
+    is_dolly = name == DOLLY_HUB or {example.category for example in examples} == {*DOLLY_TASKS, GENERAL_QA}
     return _dolly(examples, name, keep_general_qa) if is_dolly else examples
 
 
@@ -329,6 +311,15 @@ def _folder(folder: Path, columns: Sequence[str], tasks: Collection[str] | None)
         log.info("%s: %d files beside the training split are not read (%s)", folder, len(left), names)
     for file, task in chosen:
         yield from _file(file, columns, task, tasks, leave_out=True)
+
+
+def _check_named(examples: Sequence[Example], name: str) -> None:
+    """Whether all examples have a category, or none has: one whose name is empty would be a task of its own."""
+    blank = [number for number, example in enumerate(examples, 1) if not example.category.strip()]
+    if blank and len(blank) < len(examples):
+        raise DataError(f"{name}: {len(blank)} of {len(examples)} examples have no category, or an empty one (example "
+                        f"{blank[0]}: {examples[blank[0] - 1].instruction[:40]!r}): give every row a category, or "
+                        "none")  # fmt: skip
 
 
 def _dolly(examples: Sequence[Example], name: str, keep_general_qa: bool) -> Sequence[Example]:

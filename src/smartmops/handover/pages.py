@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from smartmops.base.builtin import BUILT_IN
+
 PEFT = """# Experts as prefixes for `{base}`
 
 Each folder is one expert of a smartmops run as a prefix that plain PEFT loads, seen by every token as in the run.
@@ -15,8 +17,8 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{first}")
 ```
 
-The gate does not come along: whoever loads an expert has chosen it. Texts are written as in training. In a batch padded
-on the left PEFT's `forward` puts the padding between prefix and text; `generate` counts positions without it.
+{save}The gate does not come along: whoever loads an expert has chosen it. Texts are written as in training. In a batch
+padded on the left PEFT's `forward` puts the padding between prefix and text; `generate` counts positions without it.
 
 {table}
 """
@@ -28,7 +30,7 @@ logits of the columns (or a column stands exp(log weight) times, which is the sa
 first token is at position 0. `about` in the metadata names the base, which tokens see the columns (`visible_to`: all,
 or the answer's header and the answer alone) and the token ids of that header.
 
-`answer.py` does it in plain transformers, and is short enough to be copied from:
+{save}`answer.py` does it in plain transformers, and is short enough to be copied from:
 
 ```
 python answer.py {base} {first}.safetensors "a text up to the answer, as the base's template writes it"
@@ -53,14 +55,29 @@ python route.py . "Name three rivers."
 """
 
 
+SAVE = """`{base}` is a name that smartmops alone knows. Where it is installed, this makes a folder of that name here,
+which transformers loads:
+
+```
+python -c 'import smartmops; [each.save_pretrained("{base}") for each in smartmops.load_base("{base}")]'
+```
+
+"""
+
+
 def peft_page(found: dict[str, Any]) -> str:
     """Of prefixes for PEFT."""
-    return PEFT.format(base=found["base"], first=_first(found), table=_table(found))
+    return PEFT.format(base=found["base"], first=_first(found), table=_table(found), save=_save(found["base"]))
 
 
 def kv_page(found: dict[str, Any]) -> str:
     """Of keys and values."""
-    return KV.format(base=found["base"], first=_first(found), table=_table(found))
+    return KV.format(base=found["base"], first=_first(found), table=_table(found), save=_save(found["base"]))
+
+
+def _save(base: str) -> str:
+    """How a base that comes with this package becomes one that transformers finds."""
+    return SAVE.format(base=base) if base in BUILT_IN else ""
 
 
 def router_page(found: dict[str, Any], about: dict[str, Any]) -> str:

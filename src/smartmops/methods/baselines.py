@@ -12,10 +12,12 @@ from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig, get_peft
 
 from smartmops.adapter.config import default_injection_layer
 from smartmops.base import load_base
+from smartmops.checks.errors import RunError
 from smartmops.experts import keys_values
 from smartmops.options.method import MethodConfig
 from smartmops.runs.adapters import check_config, load_adapter
 from smartmops.runs.folder import Run, check_adapter
+from smartmops.states.fingerprint import SAMPLED, sampled
 from smartmops.tokens.template import FILE, read_template
 from smartmops.tuner import MoPsConfig
 from smartmops.tuner.engine import Engine
@@ -97,12 +99,17 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     Raises:
         FileNotFoundError: no finished run, or no adapter, at `path`.
         ValueError: the adapter file is damaged, or belongs to another base model.
+        RunError: the weights of the base have changed since the run was trained.
     """
     run = Run.open(path)
     check_adapter(run.adapter_dir)  # before the base, which may be large
     check_config(run.adapter_dir / "adapter_config.json")
     dtype = run.config["arguments"].get("dtype", "float32")
     base, tokenizer = load_base(base_of(run), dtype)
+    now = sampled(base)
+    if run.read_inputs().get(SAMPLED, now) != now:
+        raise RunError(f"{base_of(run)} is not the base that {run.path} was trained on, its weights are others: bring "
+                       "that one back, or train again")  # fmt: skip
     if (run.adapter_dir / FILE).is_file():
         tokenizer.chat_template = read_template(run.adapter_dir / FILE)
     return load_adapter(base, run.adapter_dir), tokenizer, run

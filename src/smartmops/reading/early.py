@@ -14,7 +14,7 @@ from rich.console import Console
 
 from smartmops.base.names import is_converted, local
 from smartmops.checks.errors import ConfigError, DataError, SmartmopsError
-from smartmops.checks.limits import Options
+from smartmops.checks.limits import Options, Unreserved
 from smartmops.checks.resources import listening
 from smartmops.data.asked import read_rows
 from smartmops.data.files import SUFFIXES, ending
@@ -206,6 +206,9 @@ def _tasks_say(config: TaskConfig, train: Sequence[Example]) -> Iterator[str]:
     if config.expert_names is not None and (unknown := [task for task in tasks if task not in config.expert_names]):
         yield (f"--expert-names {' '.join(config.expert_names)} lack category {unknown[0]!r}: name an expert for it, "
                "leave its examples out, or choose --gate-pretraining clusters")  # fmt: skip
+    for task in tasks:
+        if wrong := Unreserved("a name").wrong(task):
+            yield f"a task is called {task!r}, which{wrong}"
     if len(tasks) > config.experts:
         yield (f"--experts {config.experts}, but there are {len(tasks)} tasks: choose {len(tasks)}, or "
                "--gate-pretraining clusters")  # fmt: skip

@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 from itertools import accumulate
 
-from smartmops.data.tasks import conversations
 from smartmops.options.training import ValidationConfig
 from smartmops.progress.bars import console
+from smartmops.rows.conversations import conversations
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 

@@ -15,13 +15,13 @@ from itertools import accumulate
 from typing import Any
 
 from smartmops.checks.errors import DataError
+from smartmops.checks.limits import AUTO, BASE
 from smartmops.rows.example import Example, opened
 from smartmops.rows.faults import shown
 
 from .answering import Answer, Answers, Question, Settings
 
 HALF = "\ufffd"  # stands for bytes that are no whole character
-AUTO, BASE = "auto", "base"  # models: the gate decides; no expert answers
 TEMPERATURES, STOPS, CHOICES = 2.0, 4, 16  # the most that a request may ask for
 LIKELY, LIKELY_OF_TEXT = 20, 5  # most tokens to tell beside each one, in chats and in completions
 TOLERANCE = 0.01  # that shares of experts, which people round, may be away from one

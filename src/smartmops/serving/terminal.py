@@ -53,15 +53,15 @@ def generate(config: GenerateConfig, write: Write = printed) -> list[dict[str, A
 
 
 def each_answered(
-    answerer: Answerer, rows: Sequence[dict[str, Any]], config: GenerateConfig
+    answerer: Answerer, rows: Sequence[tuple[dict[str, Any], Example]], config: GenerateConfig
 ) -> Iterator[dict[str, Any]]:
     """The rows with their answers, in order, a batch of any tasks at a time."""
     for start in range(0, len(rows), config.batch_size):
         some = rows[start : start + config.batch_size]
         settings = [replace(settings_of(config), seed=config.seed + start + i) for i in range(len(some))]
-        questions = [answerer.ask(Example(row["instruction"], row.get("context", ""), ""), own, **_who(config))
-                     for row, own in zip(some, settings, strict=True)]  # fmt: skip
-        for row, answer in zip(some, answerer.answer(questions), strict=True):
+        questions = [answerer.ask(question, own, **_who(config))
+                     for (_, question), own in zip(some, settings, strict=True)]  # fmt: skip
+        for (row, _), answer in zip(some, answerer.answer(questions), strict=True):
             yield row | _told(answer)
 
 

@@ -138,7 +138,8 @@ def _plain(drawn: str) -> str:
     words = [" ".join(FRAME.sub(" ", part).split()) for part in parts]
     offered = re.findall(r"^[│|]\s+(--[\w-]+)", next((part for part in parts if "Perhaps you meant" in part), ""), re.M)
     others = [f"perhaps {' or '.join(dict.fromkeys(offered))} is meant"] if offered else []
-    return ": ".join(filter(None, [next(filter(None, words), "").rstrip("."), *others]))
+    said = ": ".join(filter(None, [next(filter(None, words), "").rstrip("."), *others]))
+    return said.replace("Failed to parse key-value pairs!", "every name takes a value after it, such as NAME None")
 
 
 def _later(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ VOLATILE = {  # settings of a model that no hidden state depends on, or that its
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
     "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id",
 }  # fmt: skip
+SAMPLED, NUMBERS = "base, sampled", 64  # what `sampled` is kept as, and numbers of each weight
 
 
 def acting(model: Any) -> tuple[MoPsLayer, Any]:
@@ -115,8 +116,23 @@ def inputs_of(task: Any) -> dict[str, str]:
     Which examples fit depends on the template, so data say something only where the template is the same.
     """
     data = of_examples(task.train_examples, task.test_examples, [row.input_ids for row in task.validation])
-    found = _of_parts(task.base, task.tokenizer, task.template) | {"data set": data}
+    found = _of_parts(task.base, task.tokenizer, task.template) | {"data set": data, SAMPLED: sampled(task.base)}
     return found | ({"test split": task.test_split} if task.test_split else {})
+
+
+def sampled(base: Any) -> str:
+    """What tells the weights of a base from others by a few numbers of each, in any dtype and wherever they lie.
+
+    For every loading, where `of_base` would take seconds. Quantised weights are left out, for their bytes differ from
+    processor to processor; what is left of such a base (norms, embeddings, scales) tells it from most others.
+    """
+    found = []
+    for value in base.state_dict().values():
+        if type(value) is Tensor and value.is_floating_point() and not value.is_meta and value.numel():
+            some = value.detach().reshape(-1)[:: max(1, value.numel() // NUMBERS)][:NUMBERS]
+            bits = some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+            found.append(blake2b(str(list(value.shape)).encode() + bits, digest_size=16).digest())
+    return blake2b(b"".join(sorted(found)), digest_size=16).hexdigest()
 
 
 def of_examples(*parts: Sequence[Any]) -> str:

@@ -212,6 +212,7 @@ class Chat(Template):
         self.name, self.source, self.lead = name, source, []
         self._given = {**tokenizer.special_tokens_map, **FIXED}
         self._frames: dict[tuple[bool, int], list[str]] = {}
+        self._own: dict[str, bool] = {}  # what the system may say -> whether the template writes that by itself
         said, told, answered = (_mark(number) for number in range(3))
         asked, reply = {"role": "user", "content": said}, {"role": "assistant", "content": answered}
         full, opening = self.written([asked, reply]), self.written([asked], opens=True)
@@ -285,8 +286,15 @@ class Chat(Template):
             if number == 0 and system and not self.takes_system:
                 words = f"{system}\n\n{words}"
             found += [{"role": "user", "content": words}, {"role": "assistant", "content": turn.response}]
-        lead = [{"role": "system", "content": system}] if system and self.takes_system else []
-        return [*lead, *found[:-1]]
+        leads = system and self.takes_system and not self._writes(system)
+        return [*([{"role": "system", "content": system}] if leads else []), *found[:-1]]
+
+    def _writes(self, system: str) -> bool:
+        """Whether the template writes these words of the system's by itself, so that they are nobody's own."""
+        if system not in self._own:
+            asked = {"role": "user", "content": _mark(0)}
+            self._own[system] = self.written([{"role": "system", "content": system}, asked]) == self.written([asked])
+        return self._own[system]
 
     def _frame(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
         """What the template writes before, between and behind as many messages, whatever they say."""

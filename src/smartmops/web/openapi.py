@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from smartmops.checks.limits import AUTO
 from smartmops.serving.answering import Answers
-from smartmops.serving.forms import AUTO, CHOICES, IGNORED, LIKELY, LIKELY_OF_TEXT, NEUTRAL, STOPS, TEMPERATURES, models
+from smartmops.serving.forms import CHOICES, IGNORED, LIKELY, LIKELY_OF_TEXT, NEUTRAL, STOPS, TEMPERATURES, models
 from smartmops.settings.writing import version_of
 
 from .bodies import Limits

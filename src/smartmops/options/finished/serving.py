@@ -79,7 +79,7 @@ class GenerateConfig(AnswerConfig):
     ] = None  # instruction to answer
     context: str = ""  # text that the instruction refers to
     file: Annotated[Path, Existing("a JSONL file")] | None = None
-    """JSONL file whose rows have `instruction` and perhaps `context`, answered in place of TEXT"""
+    """JSONL file of questions, in the columns that `train` reads, answered in place of TEXT"""
     out: OutFile | None = None  # JSONL file for the rows of --file with their answers; by default they are printed
     batch_size: Count = 16  # rows of --file that are answered at once
     expert: Annotated[str, Text("an expert's name")] | None = None  # expert to answer with; by default the gate decides

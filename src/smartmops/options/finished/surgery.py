@@ -11,7 +11,7 @@ import tyro
 
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
-from smartmops.checks.limits import Count, Options, Rate, Seed, Share, Text, Whole, check, listed
+from smartmops.checks.limits import Count, Options, Rate, Seed, Share, Text, Unreserved, Whole, check, listed
 from smartmops.options.method import Unrelated
 from smartmops.options.training import Columns, Data
 
@@ -20,6 +20,7 @@ from .serving import experts_of
 
 Run = Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Name = Annotated[str, Text("an expert's name")]
+New = Annotated[str, Unreserved("an expert's name")]
 Whose = Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 PROMPT = "a text file with a system prompt"
@@ -92,7 +93,7 @@ class AddConfig(_Writing, _Reading, Trial):
     prompt: Annotated[Path, Prompt()] | None = None
     """a text file with a system prompt, whose effect becomes the expert"""
     inputs: Data | None = None  # questions for --prompt; None: the run's own training instructions
-    name: Name | None = None  # of the expert; None: the task of --data, the name at its source, or the prompt's file
+    name: New | None = None  # of the expert; None: the task of --data, the name at its source, or the prompt's file
     by_name: Flag = False  # the gate never chooses it: it answers where it is asked for by name
     answer_tokens: Count = 48  # of the base's answers to --inputs, at most
     questions: Count = 200  # of --inputs, at most
@@ -134,7 +135,7 @@ class MergeConfig(_Writing, _Reading, Trial):
 
     first: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
     second: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
-    name: Name | None = None  # of the merged expert; None: A+B
+    name: New | None = None  # of the merged expert; None: A+B
 
     def problems(self) -> Iterator[str]:
         """Whether there are two."""
@@ -148,7 +149,7 @@ class RenameConfig(_Writing):
     """Another name for an expert."""
 
     name: Whose
-    to: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NEW")]
+    to: Annotated[New, tyro.conf.Positional, tyro.conf.arg(metavar="NEW")]
 
 
 @dataclass(kw_only=True)

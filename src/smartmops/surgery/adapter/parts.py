@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smartmops.checks.errors import ConfigError
+from smartmops.checks.limits import Unreserved
 from smartmops.tuner import MoPsConfig
 from smartmops.tuner.engine import Engine
 
@@ -245,10 +246,10 @@ def check_new(parts: Parts, name: str) -> None:
     """Whether no expert has a name yet.
 
     Raises:
-        ValueError: one has, or it is blank.
+        ValueError: one has, or it is blank, or means something else to a server.
     """
-    if not name.strip():
-        raise ConfigError("an expert's name is blank: give one by --name")
+    if wrong := Unreserved("one by --name").wrong(name):
+        raise ConfigError(f"an expert's name, {name!r},{wrong}")
     if name in parts.names:
         raise ConfigError(f"{name!r} is an expert of this run already: give another --name")
 
