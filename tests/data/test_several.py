@@ -189,6 +189,10 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "splits": ({"train.jsonl": 2, "test.jsonl": 3, "validation.jsonl": 1}, {"": 2}),
     "splits in capital letters": ({"Train.jsonl": 2, "TEST.jsonl": 3}, {"": 2}),
     "shards": ({"train-00000-of-00002.jsonl": 2, "train-00001-of-00002.jsonl": 1, "test-00000-of-00001.jsonl": 3}, {"": 3}),
+    "shards with a digest": (
+        {"data/train-00000-of-00002-6a5e1c1b3f0b9a4d.jsonl": 2, "data/train-00001-of-00002-0f3be1c1b3f09d4a.jsonl": 1},
+        {"": 3},
+    ),
     "named splits": ({"squad_train.jsonl": 2, "squad_dev.jsonl": 3, "notes.jsonl": 4}, {"": 2}),
     "a split for each task": ({"cook_train.jsonl": 2, "fly_train.jsonl": 1, "cook_test.jsonl": 3, "fly_test.jsonl": 3},
                               {"cook": 2, "fly": 1}),

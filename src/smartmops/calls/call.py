@@ -138,9 +138,10 @@ def start_over(given: Mapping[str, Any], headers: Sequence[Sequence[int]]) -> No
     Raises:
         AdapterError: the ids are not those of the whole text, or the cache cannot be emptied.
     """
-    cache, ids = given["past_key_values"], given.get("input_ids", given.get("inputs"))
+    cache = given["past_key_values"]
     past = int(cache.get_seq_length())
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
+    ids = next((each for name in ("input_ids", "inputs") if isinstance(each := given.get(name), Tensor)), None)
+    if ids is None or ids.dim() != 2:
         return
     whole = ids.shape[1] > past
     if not reading.opens_answer(ids, headers, past if whole else 0):

@@ -21,7 +21,9 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 SPLIT = re.compile(
     r"(?<![a-z])(?:(?P<train>train(?:ing)?)|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?![a-z])", re.I
 )
-SHARD = re.compile(r"[-_.]?\d+(?:[-_.]?of[-_.]?\d+)?$", re.I)
+SHARD = re.compile(
+    r"[-_.]?\d+(?:[-_.]of[-_.]\d+(?:[-_.][0-9a-f]{8,})?)?$", re.I
+)  # as `datasets` numbers them, or shorter
 
 
 def names_of(data: Names) -> tuple[str, ...]:
