@@ -123,11 +123,11 @@ def inputs_of(task: Any) -> dict[str, str]:
 def sampled(base: Any) -> str:
     """What tells the weights of a base from others by a few numbers of each, in any dtype and wherever they lie.
 
-    For every loading, where `of_base` would take seconds. Quantised weights are left out, for their bytes differ from
-    processor to processor; what is left of such a base (norms, embeddings, scales) tells it from most others.
+    For every loading, where `of_base` would take seconds. Quantised weights and their scales are left out, for they
+    differ from processor to processor; what is left of such a base (norms, embeddings) tells it from most others.
     """
     found = []
-    for value in base.state_dict().values():
+    for value in (parameter.data for parameter in base.parameters()):
         if type(value) is Tensor and value.is_floating_point() and not value.is_meta and value.numel():
             some = value.detach().reshape(-1)[:: max(1, value.numel() // NUMBERS)][:NUMBERS]
             bits = some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
