@@ -120,6 +120,7 @@ def test_an_adapter_of_ones_own_is_prepared_as_train_prepares_its_own(kind: str)
         assert (name in expected) == (name in prepared)
         assert name not in expected or torch.equal(expected[name], prepared[name]), name
     batch = found.collator(list(found.rows[:4]))
+    assert "gate_mask" in batch, "in the plain frame nothing else says what the gate is to read"
     loss = model(**batch).loss
     loss.backward()
     assert torch.isfinite(loss)
@@ -132,3 +133,17 @@ def test_what_cannot_be_prepared_is_refused() -> None:
     model = get_peft_model(base, sm.MoPsConfig(task_type="CAUSAL_LM", num_recovery_prompts=2))
     with pytest.raises(ValueError, match=r"num_recovery_prompts=2: .* choose 0"):
         sm.prepare(model, tokenizer, sm.read("office")[:10])
+
+
+def test_another_adapter_than_the_active_one_is_not_prepared() -> None:
+    base, tokenizer = sm.load_base("tiny", "float32")
+    config = sm.MoPsConfig(task_type="CAUSAL_LM", num_experts=2, init="random")
+    model = get_peft_model(base, config)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        sm.AdapterError, match=r"active adapters are \['other'\], and the one called 'default' alone is"
+    ):
+        sm.prepare(model, tokenizer, sm.read("office")[:40])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

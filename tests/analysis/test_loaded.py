@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,17 @@ def test_what_it_saves_is_loaded_by_peft(tmp_path: Path, run: sm.LoadedRun) -> N
     again = PeftModel.from_pretrained(base, tmp_path / "own").eval()
     assert again.peft_config["default"].expert_names == run.experts
     assert (tmp_path / "own" / "tokenizer.json").is_file()
+
+
+def test_each_thread_gets_the_gate_of_its_own_text(run: sm.LoadedRun) -> None:
+    texts = [f"{words} {number}" for number in range(4) for words in ("Summarize:", "Name three", "Is it so?")]
+    want = [run.gate(text) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run.gate, texts)) == want
+
+
+def test_what_cannot_be_asked_is_told(trained: tuple[Path, dict[str, Any]], run: sm.LoadedRun) -> None:
+    with pytest.raises(sm.ConfigError, match=r"max_new_tokens=5000, but this model has \d+ positions: choose fewer"):
+        run.generate("hello", max_new_tokens=5000)
+    with pytest.raises(sm.RunError, match="has answered nothing yet: ask it first"):
+        sm.load_run(trained[0]).latest()

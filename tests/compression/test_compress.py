@@ -180,6 +180,13 @@ def test_quantised_on_top(
 
 
 @needs("int8")
+def test_zeros_that_were_there_before_are_counted(configured: Any, tmp_path: Path) -> None:
+    compress(configured(tmp_path / "pruned", pattern="1:2"))
+    metrics = compress(configured(tmp_path / "out", model=str(tmp_path / "pruned"), pattern=None, int8=True))
+    assert metrics["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+@needs("int8")
 def test_without_text_a_quantised_model_is_not_measured(configured: Any, tmp_path: Path) -> None:
     metrics = compress(configured(tmp_path / "out", int8=True, calibration=None))
     assert metrics["perplexity_before"] is metrics["perplexity_after"] is None

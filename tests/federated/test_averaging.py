@@ -92,6 +92,16 @@ def test_equal_examples_make_fedavg_uniform_and_no_trim_makes_a_mean(found: list
             torch.testing.assert_close(other[name], uniform[name], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [3, 5, 9])
+def test_one_client_among_few_is_trimmed_whatever_it_sends(count: int) -> None:
+    replies = [reply(c, c) for c in range(count)]
+    wild = replace(replies[0], arrays={name: value + 1e3 for name, value in replies[0].arrays.items()})
+    found = averaged("trimmed-mean", [wild, *replies[1:]], norm_limit=1e9)
+    for name, value in found.items():
+        honest = torch.stack([each.arrays[name] for each in replies[1:]])
+        assert (value <= honest.amax(0) + 1e-6).all() and (value >= honest.amin(0) - 1e-6).all()
+
+
 @given(clients)
 def test_equal_masses_make_expert_weighted_fedavg(found: list[tuple[int, int, float]]) -> None:
     replies = [replace(each, mass=[0.5, 0.5]) for each in made(found)]

@@ -45,6 +45,17 @@ def test_a_pruned_base_is_kept_with_the_run_and_the_adapter_loads_on_it(config: 
     assert run.read_gates() is not None
 
 
+def test_a_task_with_fewer_examples_than_shots_shows_all_it_has(config: Make) -> None:
+    task = Task.load(config())
+    few = [example for example in task.train_examples if example.category == "a"][:2]
+    task = dataclasses.replace(
+        task, train_examples=[*few, *(each for each in task.train_examples if each.category == "b")]
+    )
+    rows = shots_of(task, 4, 4000)
+    assert {row.shots for row in rows if row.category == "a"} == {2}
+    assert {row.shots for row in rows if row.category == "b"} == {4}
+
+
 def test_shots_are_solved_training_examples_of_the_same_task(config: Make) -> None:
     task = Task.load(config(max_length=250))
     for row, example in zip(shots_of(task, 2, 250), task.test_examples, strict=True):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
 
 import pytest
 
+from smartmops.report import results
 from smartmops.report.report import SAMPLES_PER_TASK, flat, report, short, visible
 from smartmops.runs.folder import Run
 
@@ -189,3 +191,21 @@ def test_settings_are_flattened():
         "a.b": "1, 2.5", "a.c": "none", "a.d": "yes", "e[0].f": "1e-07", "g": "none", "h": "none"
     }  # fmt: skip
     assert short("../data/dolly-15k.jsonl") == "dolly-15k" and short("org/model-1.1B/") == "model-1.1B"
+
+
+def test_numbers_of_other_test_splits_are_not_held_against_each_other(tmp_path):
+    paths = [quickstart(tmp_path / "a"), quickstart(tmp_path / "b", scale=1.5)]
+    for number, path in enumerate(paths):
+        (path / "inputs.json").write_text(json.dumps({"test split": str(number)}))
+    html = page(*paths, out=tmp_path)
+    assert "These runs differ in their test split" in Reader(html).text
+    assert not re.findall(r'<td class="lowest">', html[html.index("Side by side") : html.index('id="run-1"')])
+    (paths[1] / "inputs.json").write_text(json.dumps({"test split": "0"}))
+    assert "can be compared" not in Reader(page(*paths, out=tmp_path)).text
+
+
+def test_a_tie_is_not_won():
+    row = {"a": results.Estimate(2.0), "b": results.Estimate(3.0)}
+    overall = {"frozen": results.Estimate(2.4), "mops": results.Estimate(2.4)}
+    tied = results.Results(overall, {"frozen": row, "mops": row}, "mops")
+    assert "on 0 of 2 tasks" in results.summary(tied)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from smartmops.runs.folder import Run
 from smartmops.tokens.template import Template
 from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel
+
+ASKING = threading.Lock()  # what a gate said stands on the model until the next text is read
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -155,12 +158,22 @@ class LoadedRun:
             RunError: the run's method has no gate.
         """
         self.check_gated()
-        self.generate(text, context, max_new_tokens=1)
-        return self.latest()[0]
+        with ASKING:
+            self.generate(text, context, max_new_tokens=1)
+            return self.latest()[0]
 
     def latest(self) -> tuple[dict[str, float], float | None]:
-        """Of the latest answer, the weight of each expert, and of the null expert (None: there is none)."""
+        """Of the latest answer, the weight of each expert, and of the null expert (None: there is none).
+
+        Of several threads that ask at once, the latest answer is any of theirs; `gate` is each one's own.
+
+        Raises:
+            RunError: the run's method has no gate, or nothing was answered yet.
+        """
+        self.check_gated()
         weights, lost = self.model.base_model.last_gate, self.model.base_model.last_null
+        if weights is None:
+            raise RunError(f"{self.path} has answered nothing yet: ask it first")
         named = zip(self.experts, by_expert(weights, len(self.experts))[0].tolist(), strict=True)
         return dict(named), None if lost is None else float(lost[0])
 

@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
     if (done := _finished(config)) is not None:
         return done
     model, tokenizer = _load(config)
-    modules, solver = {} if pattern is None else layerwise.linears(model), Solver(config.block_size, config.damping)
+    modules, solver = layerwise.linears(model, pattern is not None), Solver(config.block_size, config.damping)
     if pattern is not None:
         for name, module in modules.items():
             pattern.check(layerwise.matrix(module).shape[1], name)
@@ -86,11 +86,12 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
             zeros = {
                 name: (layerwise.matrix(each)[:, :LOOKED_AT] == 0).float().mean() for name, each in modules.items()
             }
+            metrics["sparsity"] = _zeros(modules)
             del model, modules
             _quantise(done_at, partial / "model", quantisation, tokenizer, zeros)
             model, _ = load_base(str(partial / "model"), "float32")
             metrics["perplexity_after"] = _perplexity(model, rows.held_out, model.device, "perplexity after")
-        metrics |= {"sparsity": _sparsity(stats)} | _cost(partial / "model", size, started, device)
+        metrics |= ({"sparsity": _sparsity(stats)} if stats else {}) | _cost(partial / "model", size, started, device)
         record = {
             "model": config.model, "pattern": None if pattern is None else str(pattern), "quantisation": quantisation,
             "metrics": metrics, "calibration": _told(config, rows), "layers": stats, "begun_with": _state(config),
@@ -237,6 +238,12 @@ def _quantise(
             )
     _save(model, tokenizer, folder)
     shutil.rmtree(pruned)
+
+
+def _zeros(modules: Mapping[str, Any]) -> float:
+    """Share of zeros in the weights of linear layers."""
+    weights = [layerwise.matrix(each) for each in modules.values()]
+    return sum(int((each == 0).sum()) for each in weights) / max(sum(each.numel() for each in weights), 1)
 
 
 def _sparsity(stats: layerwise.Stats) -> float:

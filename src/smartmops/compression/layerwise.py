@@ -36,8 +36,12 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def linears(model: Any) -> dict[str, nn.Module]:
+def linears(model: Any, every_weight: bool = True) -> dict[str, nn.Module]:
     """Every linear module inside the decoder layers by its full name: what pruning prunes.
+
+    Args:
+        model: A base.
+        every_weight: Whether weights outside them are wrong.
 
     Raises:
         BaseModelError: weights of a layer are held outside linear modules (fused experts), where they would stay dense.
@@ -47,7 +51,7 @@ def linears(model: Any) -> dict[str, nn.Module]:
     found = {f"{start}.{name}": module for name, module in layers.named_modules() if isinstance(module, kinds)}
     covered = {id(parameter) for module in found.values() for parameter in module.parameters()}
     for name, parameter in layers.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in covered:
+        if every_weight and parameter.dim() > 1 and id(parameter) not in covered:
             raise BaseModelError(
                 f"{type(model).__name__} holds {start}.{name} {list(parameter.shape)} outside linear "
                 "modules, where it would stay dense: choose a model without fused experts"

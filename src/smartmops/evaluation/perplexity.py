@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 
 from smartmops.attention.packed import IGNORED
-from smartmops.checks.errors import DataError
+from smartmops.checks.errors import ConfigError, DataError
 from smartmops.progress.bars import counted
 from smartmops.rows.example import Example
 from smartmops.states.activations import ActivationCache
@@ -146,7 +146,7 @@ def _nats(
 
 
 def room(model: Any, max_new_tokens: int) -> int:
-    """Tokens a prompt may have so that the answer still fits the model's positions."""
+    """Tokens a prompt may have so that the answer still fits the model's positions; 0 or less: none fits."""
     return int(getattr(model.config, "max_position_embeddings", 2**30)) - max_new_tokens
 
 
@@ -171,7 +171,10 @@ def answer(
     """
     was_training, chosen = model.training, template or Template.of("auto", tokenizer)
     model.eval()
-    batch = prompts(examples, tokenizer, room(model, max_new_tokens), chosen)
+    if (left := room(model, max_new_tokens)) < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}, but this model has {left + max_new_tokens} positions: "
+                          "choose fewer")  # fmt: skip
+    batch = prompts(examples, tokenizer, left, chosen)
     if not isinstance(getattr(model, "base_model", None), MoPsModel):
         batch.pop("gate_mask", None)
     batch = {name: value.to(model.device) for name, value in batch.items()}

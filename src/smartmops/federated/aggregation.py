@@ -287,7 +287,10 @@ class Aggregator:
 
     def _middle(self, deltas: Float[Tensor, "clients ..."]) -> Float[Tensor, ...]:
         count = len(deltas)
-        cut = (count - 1) // 2 if self.config.aggregation == "median" else int(self.config.trim * count)
+        most, share = (count - 1) // 2, self.config.trim
+        # One at least, or one client among few would be averaged in whatever it sends; 0.29 of 100 are 29, not 28.999.
+        asked = max(1, math.floor(share * count + 1e-9)) if share else 0
+        cut = most if self.config.aggregation == "median" else min(asked, most)
         return deltas.sort(0).values[cut : count - cut].mean(0)
 
     def _through_adam(self, name: str, delta: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from smartmops.clients.roster import Roster
 from smartmops.evaluation.measure import gates, measured
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.flow.steps import adapted, begun, opened, shown
-from smartmops.options.federation import FederateConfig
+from smartmops.options.federation import FederateConfig, ServerConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
 from smartmops.progress.bars import console
@@ -179,6 +179,9 @@ def _server(
         train_locally(model, lambda chosen: collate([rows[i] for i in chosen]), range(len(rows)), local)
         return _given(model)
 
+    if config.server_steps and config.clients_data is None and not isinstance(config, ServerConfig):
+        console.print(f"--server-steps {config.server_steps} trains on DATA, which the clients hold here: give "
+                      "--clients-data, so that DATA is the server's own")  # fmt: skip
     private = None
     if config.noise_multiplier is not None:
         private = Private(config, len(members), config.clients_per_round / len(members))

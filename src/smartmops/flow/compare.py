@@ -29,13 +29,14 @@ from .steps import Adapted, Frozen, adapted, begun, fitted, opened, shown
 
 
 def shots_of(task: Task, count: int, max_length: int) -> list[Encoded]:
-    """Each test example after `count` solved training examples of its own task, drawn at random."""
+    """Each test example after `count` solved training examples of its own task, drawn at random, or all there are."""
     rng, by_task = random.Random(0), defaultdict(list)
     for example in task.train_examples:
         by_task[example.category].append(example)
     return [
-        few_shot(example, rng.sample(by_task[example.category], count), task.tokenizer, max_length, task.template)
+        few_shot(example, rng.sample(own, min(count, len(own))), task.tokenizer, max_length, task.template)
         for example in task.test_examples
+        for own in (by_task[example.category],)
     ]
 
 

@@ -6,7 +6,7 @@ Knows a PEFT model of our method and examples. Trains nothing but the gate, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def prepare(
         setattr(config, name, value)
     with named_in_python(settings):
         names, accuracy = start(task, model, method, pretraining, seed)
-    return Prepared(names, accuracy, task.train, task.collator)
+    return Prepared(names, accuracy, task.train, replace(task.collator, gate_mask=True))
 
 
 def _config(model: Any) -> MoPsConfig:
@@ -95,7 +95,11 @@ def _config(model: Any) -> MoPsConfig:
                            "MoPsConfig(...))")  # fmt: skip
     config = model.peft_config.get("default")
     if not isinstance(config, MoPsConfig):
-        raise AdapterError(f"the adapters {sorted(model.peft_config)} are none called 'default': prepare that one")
+        raise AdapterError(f"the adapters {sorted(model.peft_config)} are none called 'default', which alone is "
+                           "prepared: give the adapter that name")  # fmt: skip
+    if model.active_adapters != ["default"]:
+        raise AdapterError(f"the active adapters are {model.active_adapters}, and the one called 'default' alone is "
+                           "prepared: activate it with set_adapter('default') first")  # fmt: skip
     if config.num_recovery_prompts:
         raise AdapterError(f"num_recovery_prompts={config.num_recovery_prompts}: they are trained on the bare base, as "
                            "`smartmops.train` does; choose 0 of them")  # fmt: skip

@@ -24,6 +24,7 @@ Alpha = Annotated[float, Number("a number above 0 and at most 1000000, such as 0
 Skew = Annotated[float, Number("1 or more (15 in the paper)", 1)]
 Trim = Annotated[float, Number("a share from 0 up to, but not, 0.5", 0, 0.5, below=True)]
 Chance = Annotated[float, Number("a chance between 0 and 1, below 1 / clients", 0, 1, above=True, below=True)]
+LEAST_NOISE = 0.1  # in multiples of the clipping norm
 Mass = Annotated[float, Number("a gate weight from 0 to below 1", 0, 1, below=True)]
 Clients = Annotated[Path, Existing("a folder with one JSONL file for each client", folder=True)]
 
@@ -70,7 +71,8 @@ class AggregationConfig(Options):
 
     aggregation: Literal["fedavg", "uniform", "fedadam", "trimmed-mean", "median", "expert-weighted"] = "fedavg"
     """how the server combines the clients' updates"""
-    trim: Trim = 0.1  # share of clients left out at either end for each number (--aggregation trimmed-mean)
+    trim: Trim = 0.1
+    """share of clients left out at either end for each number, one at least (--aggregation trimmed-mean)"""
     server_lr: Positive = 0.01  # learning rate of the server (--aggregation fedadam)
     norm_limit: Positive = 10.0  # an update is refused if its norm exceeds this multiple of the round's median
 
@@ -141,6 +143,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         cores = os.cpu_count() or 1
         if self.engine == "flower-simulation" and self.actors > cores:
             yield f"--actors {self.actors}, but this machine has {cores} cores: choose 1 to {cores}"
+        yield from self._privacy_problems()
         plain = self.aggregation == "fedavg" and not self.share_above and not self.server_steps
         if self.noise_multiplier is not None and not plain:
             yield (f"--noise-multiplier {self.noise_multiplier} goes with plain averaging: leave --aggregation, "
@@ -148,6 +151,19 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         if self.aggregation == "expert-weighted" and (not self.traits.reads or self.experts < 2):
             yield ("--aggregation expert-weighted needs at least 2 experts, but this adapter has none: choose --method "
                    "mops, or another aggregation")  # fmt: skip
+
+    def _privacy_problems(self) -> Iterator[str]:
+        """Noise that is missing, or too little for an account of it."""
+        given = {"--epsilon-budget": self.epsilon_budget, "--delta": self.delta,
+                 "--clip-norm": self.clip_norm if self.clip_norm != PrivacyConfig.clip_norm else None}  # fmt: skip
+        if self.noise_multiplier is None:
+            for name, value in given.items():
+                if value is not None:
+                    yield (f"{name} {value} goes with --noise-multiplier, without which nothing is clipped and nothing "
+                           "is private: give that, or leave this away")  # fmt: skip
+        elif self.noise_multiplier < LEAST_NOISE:
+            yield (f"--noise-multiplier {self.noise_multiplier}: choose {LEAST_NOISE} or more; with less, epsilon says "
+                   "nothing, and takes the memory of a machine to work out")  # fmt: skip
 
     def taken(self) -> RunError | None:
         """As `Options`."""

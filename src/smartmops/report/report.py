@@ -42,6 +42,7 @@ class Page:
 
     label: str
     config: dict[str, Any]
+    test_split: str  # fingerprint; empty where the run kept none
     results: Results
     bars: dict[str, Any] | None
     curves: list[dict[str, Any]]
@@ -130,6 +131,7 @@ def _page(run: Run, label: str) -> Page:
     return Page(
         label=label,
         config=run.config,
+        test_split=run.read_inputs().get("test split", ""),
         results=found,
         bars=_bars(found),
         curves=_curves(run.read_curves(), found.headline or str(run.config.get("method") or "loss")),
@@ -264,4 +266,6 @@ def _comparison(pages: Sequence[Page]) -> dict[str, Any]:
     differing = [(key, [known.get(key, "–") for known in settings]) for key in keys]
     differing = [(key, values) for key, values in differing if len(set(values)) > 1 and not key.startswith("versions.")]
     other = [key for key in ("base", "data") if len({str(page.config.get(key)) for page in pages}) > 1]
+    if not other and len({page.test_split for page in pages if page.test_split}) > 1:
+        other = ["test split"]
     return {"results": merged, "pages": shown, "changes": changes, "differing": differing, "incomparable": other}

@@ -136,7 +136,8 @@ def _tasks_won(results: Results) -> str:
     if len(tasks) < 2:
         return ""
     if len(results.per_task) > 1:
-        won = sum(results.headline in results.lowest(task) for task in tasks)
+        lowest = [results.lowest(task) for task in tasks]
+        won = sum(results.headline in each and not each & {"frozen"} - {results.headline} for each in lowest)
         return f"{name(results.headline)} has the lowest perplexity on {won} of {len(tasks)} tasks."
     row = next(iter(results.per_task.values()))
     low, high = min(row, key=lambda t: row[t].mean), max(row, key=lambda t: row[t].mean)

@@ -52,7 +52,7 @@ def listed(run: Path, config: ListConfig) -> dict[str, Any]:
     rows = subject.held("validation")
     weights = subject.weights(rows, "validation")
     usage = _by_task(rows, weights)
-    first = {task: max(range(len(found)), key=lambda e: each[e]) for task, each in usage.items()}
+    first = {task: max(range(len(found)), key=lambda e: each[e]) for task, each in usage.items() if max(each) > 0}
     before = subject.measure(subject.own, rows)
     for number, (name, each) in enumerate(found.items()):
         each["tasks"] = [task for task, expert in first.items() if expert == number]

@@ -192,7 +192,7 @@ class Subject:
             if out is None:
                 shutil.rmtree(place, ignore_errors=True)
             try:
-                self._fill(place, command, said, metrics)
+                self._fill(place, target.name, command, said, metrics)
             except BaseException:
                 shutil.rmtree(place, ignore_errors=True)
                 raise
@@ -200,9 +200,12 @@ class Subject:
                 _swap(place, target)
         return target
 
-    def _fill(self, place: Path, command: str, said: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> None:
+    def _fill(
+        self, place: Path, name: str, command: str, said: Mapping[str, Any], metrics: Mapping[str, Any] | None
+    ) -> None:
+        """A folder with the changed run, which will be called `name`."""
         config = {name: value for name, value in self.run.config.items() if name != "versions"}
-        config["arguments"] = config["arguments"] | {"out": place.name}
+        config["arguments"] = config["arguments"] | {"out": name}
         config |= {"changed": [*self.run.config.get("changed", []), {"command": command, "run": self.run.path.name}]}
         run = Run.create(place, config)
         if (self.run.path / "base").is_dir():
