@@ -151,7 +151,7 @@ def fuzz_options(folder: Path, drawn: tuple[type, bytes]) -> bool:
 
 def fuzz_instructions(folder: Path, drawn: tuple[str, bytes]) -> bool:
     rows = refused(read_rows, folder / f"fuzzed{drawn[0]}", drawn[1])
-    assert rows is None or all(row["instruction"].strip() for row in rows)
+    assert rows is None or all(question.instruction.strip() for _, question in rows)
     return rows is not None
 
 

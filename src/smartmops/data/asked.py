@@ -51,6 +51,8 @@ def question_of(row: Any) -> Example:
         system, history, question = opened(messages_of(row, talk))
         if question is None:
             raise DataError(f"`{talk}` ends with the assistant, so nothing is asked: leave the last answer out")
+        if not question.strip():
+            raise DataError(f"`{talk}` ends with a user who says nothing: give a text")
         return Example(question, "", "", system=system or _text(row, "system"), history=history)
     column = next((name for name in ASKED if name in row), ASKED[0])
     if not isinstance(row.get(column), str) or not row[column].strip():
