@@ -212,8 +212,8 @@ def page(out: Path) -> list[str]:
             share = f"{each['flops'] / each['seconds'] / found['peak']:.2f}" if found["peak"] else "unknown"
             lines.append(f"| {row['shape']} | {row['side']} | {said} | {1e3 * each['seconds']:.1f} | "
                          f"{each['bytes'] / 2**30:.2f} | {share} |")  # fmt: skip
-    measured = [(row["shape"], row["side"]) for row in found["rows"]]
-    sides = dict.fromkeys(side for _, side in measured)
+    measured = {(row["shape"], row["side"]) for row in found["rows"]}
+    sides = (*adapters(dict), "bare")
     missing = [f"{shape} / {side}" for shape in found["shapes"] for side in sides if (shape, side) not in measured]
     if missing:
         lines += ["", f"**Not measured:** {', '.join(missing)}."]

@@ -78,6 +78,7 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
         if pattern is not None:
             with _progress("pruning", len(layerwise.decoder_layers(model))) as step:
                 stats = layerwise.prune(model, rows.calibration, pattern, config.method, solver, device, partial, step)
+        metrics["sparsity"] = _sparsity(stats) if stats else _zeros(modules)
         done_at = partial / ("model" if quantisation is None else "pruned")
         _save(model, tokenizer, done_at)
         if quantisation is None:
@@ -86,12 +87,11 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
             zeros = {
                 name: (layerwise.matrix(each)[:, :LOOKED_AT] == 0).float().mean() for name, each in modules.items()
             }
-            metrics["sparsity"] = _zeros(modules)
             del model, modules
             _quantise(done_at, partial / "model", quantisation, tokenizer, zeros)
             model, _ = load_base(str(partial / "model"), "float32")
             metrics["perplexity_after"] = _perplexity(model, rows.held_out, model.device, "perplexity after")
-        metrics |= ({"sparsity": _sparsity(stats)} if stats else {}) | _cost(partial / "model", size, started, device)
+        metrics |= _cost(partial / "model", size, started, device)
         record = {
             "model": config.model, "pattern": None if pattern is None else str(pattern), "quantisation": quantisation,
             "metrics": metrics, "calibration": _told(config, rows), "layers": stats, "begun_with": _state(config),

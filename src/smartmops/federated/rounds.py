@@ -301,7 +301,7 @@ def _of_clients(updates: Sequence[Update]) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    """Without markup: names and reasons are others' words."""
+    """To the operator, as it is."""
     console.print(line, highlight=False)
 
 

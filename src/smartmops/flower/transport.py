@@ -116,7 +116,7 @@ class OverFlower:
             named = listed(sorted(map(repr, filter(None, keys.values()))))
             if len(keys) != told:
                 told = len(keys)
-                console.print(f"{told} of {self.clients} clients are there{named}, waiting for the others")  # fmt: skip
+                console.print(f"{told} of {self.clients} clients are there{named}, waiting for the others")
             if time.monotonic() > end:
                 raise FederationTimeout(
                     f"{told} of {self.clients} clients came within {self.patience:g} s{named}: "

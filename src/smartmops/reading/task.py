@@ -22,7 +22,7 @@ from smartmops.progress.bars import console
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.runs import ranks
-from smartmops.runs.folder import Run
+from smartmops.runs.folder import TEST_SPLIT, Run
 from smartmops.states.fingerprint import inputs_of, of_examples
 from smartmops.states.states import States
 from smartmops.tokens.batches import Collator, Encoded, Encoding, NoneFits, encode_all
@@ -145,7 +145,7 @@ def same_test_split(run: Run, task: Task) -> None:
     Raises:
         RunError: they give others, among which may be some that the run was trained on.
     """
-    then = run.read_inputs().get("test split", task.test_split)
+    then = run.read_inputs().get(TEST_SPLIT, task.test_split)
     if then != task.test_split:
         raise RunError(f"the data of {run.path} have changed since it was trained (test split {then}, now "
                        f"{task.test_split}), so what is drawn to test on may be what it was trained on: bring back the "

@@ -14,7 +14,7 @@ from typing import Any
 
 from smartmops.checks.errors import ConfigError, MissingExtra, RunError
 from smartmops.data.several import names_of
-from smartmops.runs.folder import Run, write_text
+from smartmops.runs.folder import TEST_SPLIT, Run, write_text
 from smartmops.settings.writing import versions
 from smartmops.traits import BY_NAME
 
@@ -131,7 +131,7 @@ def _page(run: Run, label: str) -> Page:
     return Page(
         label=label,
         config=run.config,
-        test_split=run.read_inputs().get("test split", ""),
+        test_split=run.read_inputs().get(TEST_SPLIT, ""),
         results=found,
         bars=_bars(found),
         curves=_curves(run.read_curves(), found.headline or str(run.config.get("method") or "loss")),
@@ -267,5 +267,5 @@ def _comparison(pages: Sequence[Page]) -> dict[str, Any]:
     differing = [(key, values) for key, values in differing if len(set(values)) > 1 and not key.startswith("versions.")]
     other = [key for key in ("base", "data") if len({str(page.config.get(key)) for page in pages}) > 1]
     if not other and len({page.test_split for page in pages if page.test_split}) > 1:
-        other = ["test split"]
+        other = [TEST_SPLIT]
     return {"results": merged, "pages": shown, "changes": changes, "differing": differing, "incomparable": other}

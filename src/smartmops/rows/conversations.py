@@ -27,18 +27,17 @@ def _parents(examples: Sequence[Example]) -> dict[int, int]:
     """Of each turn that goes on from another, that one."""
     ending: dict[int, list[int]] = {}  # by a hash of all that was said up to its answer
     for index, example in enumerate(examples):
-        ending.setdefault(_said(example, example.turns()), []).append(index)
+        ending.setdefault(_said(example, (*example.history, (example.instruction, example.response))), []).append(index)
     found, claimed = dict[int, int](), set[int]()
     for index, example in enumerate(examples):
-        for turns in range(len(example.history), 0, -1):
-            if alike := ending.get(_said(example, example.turns()[:turns])):
-                free = [each for each in alike if each not in claimed] or alike
-                before = [each for each in free if each < index]
-                found[index] = before[-1] if before else free[0]
-                claimed.add(found[index])
-                break
+        longest = range(len(example.history), 0, -1)
+        if alike := next(filter(None, (ending.get(_said(example, example.history[:n])) for n in longest)), None):
+            free = [each for each in alike if each not in claimed] or alike
+            before = [each for each in free if each < index]
+            found[index] = before[-1] if before else free[0]
+            claimed.add(found[index])
     return found
 
 
-def _said(example: Example, turns: Sequence[Example]) -> int:
-    return hash((example.category, example.system, *((turn.instruction, turn.response) for turn in turns)))
+def _said(example: Example, turns: tuple[tuple[str, str], ...]) -> int:
+    return hash((example.category, example.system, turns))

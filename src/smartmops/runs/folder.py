@@ -28,6 +28,7 @@ from smartmops.settings.writing import KINDS, NAME, resolved, versions
 
 # A moved folder, a newer library or another tracker is the same run.
 MAY_DIFFER = ("versions", "arguments.out", "arguments.resume", "arguments.report_to")
+TEST_SPLIT = "test split"  # of the fingerprints in inputs.json, that of the test examples as they were drawn
 _TEMPORARY = ".tmp"  # ending of everything half-written; a resumed run sweeps them away
 _REPLACED = ".adapter.replaced"  # the former adapter, for the instant between the two renames of a swap
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smartmops.backbone import halves
 from smartmops.checks.errors import AdapterError, BaseModelError
+from smartmops.runs.folder import TEST_SPLIT
 from smartmops.tokens.batches import Encoded
 from smartmops.tokens.template import Template
 from smartmops.tuner.engine import Engine
@@ -117,7 +118,7 @@ def inputs_of(task: Any) -> dict[str, str]:
     """
     data = of_examples(task.train_examples, task.test_examples, [row.input_ids for row in task.validation])
     found = _of_parts(task.base, task.tokenizer, task.template) | {"data set": data, SAMPLED: sampled(task.base)}
-    return found | ({"test split": task.test_split} if task.test_split else {})
+    return found | ({TEST_SPLIT: task.test_split} if task.test_split else {})
 
 
 def sampled(base: Any) -> str:
