@@ -16,18 +16,18 @@ from smartmops.attention.packed import IGNORED, Packed, Segments, each_nats, mea
 from tiny_models import batch
 
 HEADS, WIDTH, PROMPTS, SCALE = 3, 16, 5, 0.3
+LEAST = torch.finfo(torch.float32).min
 LENGTHS = [6, 1, 9, 4]
 
 
-def tensors(tokens: int, rows: int = 1, closed: bool = False) -> list[torch.Tensor]:
+def tensors(tokens: int, rows: int = 1, closed: float | None = None) -> list[torch.Tensor]:
     """query, key, value of the text; key and value of the prompts; a bias for each row and prompt."""
     torch.manual_seed(0)
     text = [torch.randn(rows, HEADS, tokens, WIDTH) for _ in range(3)]
     prompts = [torch.randn(1, HEADS, PROMPTS, WIDTH) for _ in range(2)]
     bias = torch.randn(len(LENGTHS) if rows == 1 else rows, PROMPTS)
-    if closed:
-        bias[:, 2] = torch.finfo(torch.float32).min
-        bias[0, :] = torch.finfo(torch.float32).min
+    if closed is not None:
+        bias[:, 2] = bias[0, :] = closed
     return [*text, *prompts, bias]
 
 
@@ -50,7 +50,7 @@ def gradients(function, inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return out, list(torch.autograd.grad((out * weight).sum(), inputs))
 
 
-@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("closed", [None, LEAST])
 def test_text_and_prompts_merged_are_one_softmax_in_output_and_gradients(closed):
     segments = Segments(LENGTHS, torch.device("cpu"))
     inputs = tensors(sum(LENGTHS), closed=closed)
@@ -64,7 +64,7 @@ def test_text_and_prompts_merged_are_one_softmax_in_output_and_gradients(closed)
         torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5 * float(right.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("closed", [None, LEAST])
 def test_what_came_before_a_segment_is_part_of_its_softmax(closed):
     """Two query heads share a key head; one segment has nothing before it."""
     segments, before = Segments(LENGTHS, torch.device("cpu")), torch.tensor([5, 0, *[3] * (len(LENGTHS) - 2)])
@@ -104,16 +104,19 @@ def test_what_came_before_a_segment_is_part_of_its_softmax(closed):
 
 @pytest.mark.parametrize("queries", [1, 7])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("closed", [False, True])
-def test_inference_over_rows_is_one_softmax(queries, masked, closed):
+@pytest.mark.parametrize("closed", [None, LEAST, -torch.inf])
+@pytest.mark.parametrize("times", [1, 2])
+def test_inference_over_rows_is_one_softmax(queries, masked, closed, times):
     query, key, value, prompt_key, prompt_value, bias = tensors(7, rows=2, closed=closed)
-    query = query[:, :, -queries:]
+    query = torch.cat([query, query.flip(-1)], 1)[:, : HEADS * times, -queries:]
     hide = torch.ones(queries, 7, dtype=torch.bool).triu(8 - queries).expand(2, 1, -1, -1).clone()
     if masked:
         hide[0, ..., :3] = True
-    mask = torch.zeros(hide.shape).masked_fill(hide, torch.finfo(torch.float32).min) if masked else None
-    ready = Prefix(prompt_key, prompt_value, bias).ready(query, SCALE)
-    got = merged.over_rows(query, key, value, mask, ready, SCALE)
+    mask = torch.zeros(hide.shape).masked_fill(hide, LEAST) if masked else None
+    got = merged.over_rows(query, key, value, mask, Prefix(prompt_key, prompt_value, bias).ready(query), SCALE)
+    key, value, prompt_key, prompt_value = (
+        each.repeat_interleave(times, 1) for each in (key, value, prompt_key, prompt_value)
+    )
     logits = torch.cat(
         [
             query @ prompt_key.transpose(-1, -2) * SCALE + bias[:, None, None],
@@ -122,7 +125,7 @@ def test_inference_over_rows_is_one_softmax(queries, masked, closed):
         -1,
     ).double()
     want = logits.softmax(-1) @ torch.cat([prompt_value.expand(2, -1, -1, -1), value], -2).double()
-    everywhere = ~(hide.all(-1).squeeze(1) & (bias == torch.finfo(torch.float32).min).all(-1)[:, None])
+    everywhere = ~(hide.all(-1).squeeze(1) & (bias <= LEAST).all(-1)[:, None])
     assert everywhere.any()
     kept = everywhere[:, None, :, None].expand_as(want)
     torch.testing.assert_close(got.double()[kept], want[kept], rtol=1e-5, atol=1e-6)

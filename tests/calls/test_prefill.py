@@ -231,8 +231,10 @@ def test_rows_of_several_adapters_are_read_once_too(names, monkeypatch):
     assert relative(got, scores(model, adapter_names=names, **inputs)) < 1e-5
 
 
-def test_a_text_left_to_the_base_has_its_logits_bit_for_bit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_left_to_the_base_has_its_logits_bit_for_bit(dtype):
     model, inputs = answering(**ANSWERS["above it"], null_expert=True)
+    model.to(dtype)
     model.base_model.layer().configs["default"].null_threshold = 0.0  # all is left to the base
     one = {name: x[-1:] for name, x in inputs.items()}
     got = scores(model, **one)
@@ -247,3 +249,17 @@ def test_rows_that_are_told_who_answers_are_read_once_too(monkeypatch):
     got = scores(model, gate_weights=told, **inputs)
     twice(monkeypatch)
     assert relative(got, scores(model, gate_weights=told, **inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("options", [{}, ANSWERS["above it"]], ids=["all see experts", "answers see experts"])
+def test_in_16_bits_the_head_gets_last_tokens_as_one_block(rows, options):
+    """A slice of all tokens has every other token's memory between its rows."""
+    model, inputs = answering(**options)
+    model.to(torch.bfloat16)
+    seen: list[tuple[int, ...]] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].stride()))
+    full = {name: x[-1:].expand(rows, -1) for name, x in inputs.items()}
+    model.generate(**full, max_new_tokens=2, min_new_tokens=2)
+    width = model.get_input_embeddings().embedding_dim
+    assert len(seen) >= 2 and {each[:-1] for each in seen} <= {(width, width), (rows * width, width)}

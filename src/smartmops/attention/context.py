@@ -22,13 +22,16 @@ KeyValue = tuple[
 ]  # one row serves all
 
 
+CLOSED = -1e30  # for the logit of a column that a row does not see: with -inf alone, flash calls the log-sum-exp 0
+
+
 @dataclass
 class Ready:
     """A layer's prefix as every step of a generation wants it."""
 
-    key: Float[Tensor, "heads head prompts"]  # times the scale
-    value: Float[Tensor, "heads prompts head"]
-    bias: Float[Tensor, "1 rows prompts"]
+    key: Float[Tensor, "1 kv_heads prompts head"]
+    value: Float[Tensor, "1 kv_heads prompts head"]
+    bias: Float[Tensor, "1 1 queries prompts"]  # of each row, as often as query heads share a key head; float32
 
 
 @dataclass
@@ -40,13 +43,12 @@ class Prefix:
     bias: Float[Tensor, "#rows prompts"]
     kept: Ready | None = None
 
-    def ready(self, query: Float[Tensor, "rows heads queries head"], scale: float) -> Ready:
-        """Made for the first query and kept: one row of keys and values, each of which serves several query heads."""
+    def ready(self, query: Float[Tensor, "rows heads queries head"]) -> Ready:
+        """Made for the first query and kept: one row of keys and values for all."""
         if self.kept is None:
             times = query.shape[1] // self.key.shape[1]
-            key, value = (each[0].to(query.dtype).repeat_interleave(times, 0) for each in (self.key, self.value))
-            bias = self.bias.to(query.dtype).expand(len(query), -1)[None]
-            self.kept = Ready((scale * key).transpose(1, 2).contiguous(), value, bias)
+            bias = self.bias.float().clamp(min=CLOSED).expand(len(query), -1).repeat_interleave(times, 0)
+            self.kept = Ready(self.key.to(query.dtype), self.value.to(query.dtype), bias[None, None])
         return self.kept
 
 

@@ -85,8 +85,7 @@ def attend(
     whole = mask is not None or query.shape[-2] in (1, key.shape[-2])
     if whole and not torch.is_grad_enabled() and own.merges(query, value, prefix):
         full = None if mask is None else additive(mask, query, key.shape[-2])
-        ready, scale = prefix.ready(query, own.scale(query)), own.scale(query)
-        return merged.over_rows(query, key, value, full, ready, scale).transpose(1, 2), None
+        return merged.over_rows(query, key, value, full, prefix.ready(query), own.scale(query)).transpose(1, 2), None
     return _in_front(own, query, key, value, additive(mask, query, key.shape[-2]), prefix)
 
 

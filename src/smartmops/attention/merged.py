@@ -144,30 +144,6 @@ def _before(keys: Tensor, values: Tensor, lengths: Tensor, dtype: torch.dtype, s
             for key, value, count in zip(keys, values, lengths.tolist(), strict=True)]  # fmt: skip
 
 
-def _one_token(
-    query: Float[Tensor, "rows heads 1 head"],
-    key: Float[Tensor, "rows kv_heads keys head"],
-    value: Float[Tensor, "rows kv_heads keys head"],
-    mask: Float[Tensor, "#rows #heads 1 keys"] | None,
-    prefix: Ready,
-    scale: float,
-) -> Float[Tensor, "rows heads 1 head"]:
-    """One token of each row, in as few and as small products as will do.
-
-    Query heads that share a key head are the rows of one product, so no key is repeated.
-    """
-    count, heads, _, width = query.shape
-    pairs, times, prompts = count * key.shape[1], heads // key.shape[1], prefix.key.shape[-1]
-    seen = torch.bmm(query.reshape(pairs, times, width), key.flatten(0, 1).transpose(1, 2)).mul_(scale)
-    seen = seen.view(count, heads, -1)
-    logits = torch.baddbmm(prefix.bias, query[:, :, 0].transpose(0, 1), prefix.key).transpose(0, 1)
-    seen = seen if mask is None else seen + mask[:, :, 0]
-    weights = torch.cat([logits, seen], -1).float().softmax(-1).to(query.dtype)
-    made = torch.bmm(weights[..., :prompts].transpose(0, 1), prefix.value).transpose(0, 1)
-    text = weights[..., prompts:].reshape(pairs, times, -1)
-    return torch.baddbmm(made.reshape(pairs, times, width), text, value.flatten(0, 1)).view(count, heads, 1, width)
-
-
 def over_rows(
     query: Float[Tensor, "rows heads queries head"],
     key: Float[Tensor, "rows kv_heads keys head"],
@@ -178,18 +154,22 @@ def over_rows(
 ) -> Float[Tensor, "rows heads queries head"]:
     """Without gradient: padded rows, or a step of decoding, over their text (`mask` None: causally) and the prefix.
 
-    Keys are not lengthened: what a token sees of the text enters the softmax over the prompts as one more column, with
-    its log-sum-exp for a logit and its attention output for a value.
+    Query heads that share a key head are queries of one head to the prefix, whose keys all rows share; in a step of
+    decoding to the text too. Both parts have a softmax of their own, and weigh by their log-sum-exp.
     """
     count, heads, queries, width = query.shape
+    shared, times = key.shape[1], heads // key.shape[1]
+    grouped = query.reshape(count, shared, times * queries, width)
     if queries == 1:
-        return _one_token(query, key, value, mask, prefix, scale)
-    if (times := heads // key.shape[1]) > 1:
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    text, seen = _flash(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
-    flat = query.transpose(0, 1).reshape(heads, count * queries, width)
-    logits = torch.bmm(flat, prefix.key).add_(prefix.bias.repeat_interleave(queries, 1)).float()
-    column = seen.transpose(0, 1).reshape(heads, count * queries, 1)
-    weights = torch.cat([logits, column], -1).softmax(-1).to(query.dtype)
-    made = torch.bmm(weights[..., :-1], prefix.value).view(heads, count, queries, width).transpose(0, 1)
-    return torch.addcmul(made, weights[..., -1:].view(heads, count, queries, 1).transpose(0, 1), text)
+        text, seen = _flash(grouped, key, value, 0.0, False, attn_mask=mask, scale=scale)
+    else:
+        if times > 1:
+            key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+        text, seen = _flash(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
+        text, seen = text.reshape(grouped.shape), seen.reshape(grouped.shape[:-1])
+    flat = grouped.transpose(0, 1).reshape(1, shared, -1, width)
+    bias = prefix.bias if queries == 1 else prefix.bias.repeat_interleave(queries, 2)
+    made, share = _flash(flat, prefix.key, prefix.value, 0.0, False, attn_mask=bias, scale=scale)
+    share = share.view(shared, count, -1).transpose(0, 1)
+    weight = (share - seen).sigmoid()[..., None].to(query.dtype)
+    return torch.lerp(text, made.view(shared, count, -1, width).transpose(0, 1), weight).view(query.shape)

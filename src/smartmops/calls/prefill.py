@@ -43,6 +43,17 @@ def plain(model: Any, names: list[str], kwargs: Mapping[str, Any], real: Bool[Te
     return at is None or (bool(at.shape == real.shape) and torch.equal(at[real], text_positions(real)[real]))
 
 
+def last_alone(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of a pass, where it wants the last token's logits alone: the head gets that token as one block.
+
+    As a slice of all tokens it is none, and in 16 bits a CPU then copies the head's weights for every row.
+    """
+    found, keep, halved = dict(kwargs), kwargs.get("logits_to_keep"), model.dtype in (torch.bfloat16, torch.float16)
+    if type(keep) is int and keep == 1 and halved and model.device.type == "cpu":
+        found["logits_to_keep"] = torch.tensor([-1])
+    return found
+
+
 def thin(real: Bool[Tensor, "rows seq"]) -> bool:
     """Whether so much of a batch is padding that to leave it out is worth the trouble."""
     return bool(real.float().mean() <= 1 - PADDING)

@@ -43,15 +43,15 @@ def arranged(
     if engine.call.now.once:
         own = [part.context for part in context.parts] or [context][: not context.row_adapters]
         carried = ForwardContext(injection_layer=len(engine.layers), attended=True)
+        kwargs = prefill.last_alone(engine.model, kwargs)
         carried.reading = Reading(context, dict(kwargs), real, {_gate_layer(engine, each): None for each in own})
         if len(real) == 1 and not context.row_adapters and bool(real.all()):
             _turns(engine, carried)
         kwargs["mops"] = carried
         return prefill.pack(kwargs, real, carried) if prefill.thin(real) else kwargs
-    if context.row_adapters or context.visible_from is not None or _config(engine, context).reads_ahead:
-        return kwargs
-    packs = prefill.thin(real) and prefill.plain(engine.model, engine.names, kwargs, real)
-    return prefill.pack(kwargs, real, context) if packs else kwargs
+    whole = context.row_adapters or context.visible_from is not None or _config(engine, context).reads_ahead
+    packs = not whole and prefill.thin(real) and prefill.plain(engine.model, engine.names, kwargs, real)
+    return prefill.pack(kwargs, real, context) if packs else prefill.last_alone(engine.model, kwargs)
 
 
 def finished(engine: Any, context: ForwardContext, cache: Any, output: Any) -> Any:
