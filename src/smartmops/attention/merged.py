@@ -6,7 +6,6 @@ What came before a segment takes no gradient, so none is computed for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,63 +16,127 @@ from torch import Tensor
 from .context import Ready
 from .packed import Segments
 
+SHORT = 128  # tokens of a segment up to which plain products are quicker than flash, forward and backward together
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
-class Before:
-    """Keys and values of what came before one segment; query heads that share a key head are rows of one product."""
+class Products:
+    """Keys and values by plain products, in which query heads that share a key head are rows of one."""
 
-    key: Float[Tensor, "kv_heads tokens head"]
-    value: Float[Tensor, "kv_heads tokens head"]
+    key: Float[Tensor, "kv_heads keys head"]
+    value: Float[Tensor, "kv_heads keys head"]
+    own: int  # the last keys, which take gradients
+    bias: Float[Tensor, "tokens keys"] | None  # added to logits
     scale: float
 
-    def _grouped(self, x: Float[Tensor, "1 heads own last"]) -> Float[Tensor, "kv_heads rows last"]:
+    def _grouped(self, x: Float[Tensor, "1 heads tokens last"]) -> Float[Tensor, "kv_heads queries last"]:
         return x.reshape(len(self.key), -1, x.shape[-1])
 
-    def logits(self, query: Float[Tensor, "1 heads own head"]) -> Float[Tensor, "kv_heads rows tokens"]:
-        """Scaled products, in float32."""
-        return torch.bmm(self._grouped(query), self.key.transpose(1, 2)).float().mul_(self.scale)
+    def _logits(self, query: Float[Tensor, "1 heads tokens head"]) -> Float[Tensor, "kv_heads queries keys"]:
+        found = torch.bmm(self._grouped(query), self.key.transpose(1, 2)).float().mul_(self.scale)
+        if self.bias is not None:
+            found.view(len(found), -1, *self.bias.shape).add_(self.bias)
+        return found
 
-    def merge(self, query: Tensor, out: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp over these tokens too, from those over the segment alone."""
-        logits = self.logits(query)
-        both = torch.logaddexp(text, logits.logsumexp(-1).view(text.shape))
-        weights = (logits - self._grouped(both[..., None])).exp_().to(query.dtype)
-        made = torch.bmm(weights, self.value).view(out.shape)
-        return made + out * (text - both).exp().unsqueeze(-1).to(out.dtype), both
+    def over(self, query: Float[Tensor, "1 heads tokens head"]) -> tuple[Tensor, Float[Tensor, "1 heads tokens"]]:
+        """Output and log-sum-exp."""
+        logits = self._logits(query)
+        top = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out = torch.bmm(weights.to(query.dtype), self.value).div_(total)
+        return out.view(query.shape), total.log_().add_(top).view(query.shape[:-1])
 
-    def back(self, grad: Tensor, query: Tensor, both: Tensor, delta: Tensor) -> Tensor:
-        """The queries' gradient, where `both` is the log-sum-exp over all and `delta` what all outputs take back."""
-        weights = (self.logits(query) - self._grouped(both[..., None])).exp_()
-        change = torch.bmm(self._grouped(grad), self.value.transpose(1, 2)).float() - self._grouped(delta)
-        change = (self.scale * (weights * change)).to(query.dtype)
-        return torch.bmm(change, self.key).view(query.shape)
+    def back(self, grad: Tensor, query: Tensor, both: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of queries, own keys and own values, and of the logits, [kv_heads, queries, keys].
+
+        `both` is the log-sum-exp over all that the queries see, `delta` the sum of its gradient's products with it.
+        """
+        first, grad = self.key.shape[1] - self.own, self._grouped(grad)
+        weights = self._logits(query).sub_(self._grouped(both[..., None])).exp_()
+        change = torch.bmm(grad, self.value.transpose(1, 2)).float().sub_(self._grouped(delta)).mul_(weights)
+        scaled = (self.scale * change).to(query.dtype)
+        in_key = torch.bmm(scaled[..., first:].transpose(1, 2), self._grouped(query))
+        in_value = torch.bmm(weights[..., first:].to(query.dtype).transpose(1, 2), grad)
+        return torch.bmm(scaled, self.key).view(query.shape), in_key, in_value, change
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one segment sees of text: itself, causally, and what came before it."""
+
+    flash: tuple[Float[Tensor, "1 heads own head"], Float[Tensor, "1 heads own head"]] | None  # itself, if it is long
+    products: Products | None  # the rest
+    scale: float
+
+    def over(self, query: Float[Tensor, "1 heads own head"]) -> tuple[Tensor, Float[Tensor, "1 heads own"]]:
+        """Output and log-sum-exp."""
+        parts = [] if self.products is None else [self.products.over(query)]
+        if self.flash is not None:
+            parts.append(_flash(query, *self.flash, 0.0, True, scale=self.scale))
+        return parts[0] if len(parts) == 1 else _merge(*parts)
+
+    def back(
+        self, grad: Tensor, query: Tensor, both: Tensor, delta: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, own keys and own values; `out` too is over all that the queries see."""
+        rest = None if self.products is None else self.products.back(grad, query, both, delta)
+        if self.flash is None:
+            assert rest is not None
+            return rest[:3]
+        found = _flash_backward(grad, query, *self.flash, out, both, 0.0, True, scale=self.scale)
+        return found[0] if rest is None else found[0] + rest[0], *found[1:]
+
+
+def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Outputs of two softmaxes as that of one over both, and its log-sum-exp."""
+    weight = (other[1] - one[1]).sigmoid().unsqueeze(-1).to(one[0].dtype)
+    return torch.lerp(one[0], other[0], weight), torch.logaddexp(one[1], other[1])
+
+
+def _texts(
+    key: Float[Tensor, "1 kv_heads tokens head"], value: Float[Tensor, "1 kv_heads tokens head"], times: int,
+    segments: Segments, scale: float, past: tuple[Tensor, Tensor, Tensor] | None,
+) -> list[Text]:  # fmt: skip
+    """Of each segment, where `times` query heads share a key head."""
+    counts = [None] * len(segments.lengths) if past is None else past[2].tolist()
+    found = []
+    for number, (part, count) in enumerate(zip(segments.slices(), counts, strict=True)):
+        own, short = segments.lengths[number], segments.lengths[number] <= SHORT
+        pairs = [(key[0, :, part], value[0, :, part])] if short else []
+        if past is not None:
+            pairs.insert(0, tuple(each[number, :, :count].to(key.dtype) for each in past[:2]))  # type: ignore[arg-type]
+        whole = None if short else tuple(each[:, :, part].repeat_interleave(times, 1) for each in (key, value))
+        bias = segments.later(own, count or 0) if short else None
+        rest = None
+        if pairs:
+            keys, values = (torch.cat(each, 1) for each in zip(*pairs, strict=True))
+            rest = Products(keys, values, own if short else 0, bias, scale)
+        found.append(Text(whole, rest, scale))  # type: ignore[arg-type]
+    return found
 
 
 class _Merged(torch.autograd.Function):
-    """With text logits s_t and prefix logits s_p: out = e^(L_t - L) o_t + e^(s_p - L) v_p, L = log(e^L_t + e^L_p).
+    """With text logits s_t and prefix logits s_p: out = e^(L_t - L) o_t + e^(L_p - L) o_p, L = log(e^L_t + e^L_p).
 
     The flash kernel's backward treats its own log-sum-exp as a constant and takes its output for all there is, so it
-    is handed the merged ones (as in ring attention, Liu et al. 2023).
+    is handed the merged ones (as in ring attention, Liu et al. 2023), and so are plain products.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, bias: Tensor,
-        segments: Segments, scale: float, past: Sequence[Before],
+        segments: Segments, scale: float, past: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Tensor:  # fmt: skip
-        out, text = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
-        for number, part in enumerate(segments.slices()):
-            own, seen = _flash(query[:, :, part], key[:, :, part], value[:, :, part], 0.0, True, scale=scale)
-            if past:
-                own, seen = past[number].merge(query[:, :, part], own, seen)
-            out[:, :, part], text[:, :, part] = own, seen
-        logits = _logits(query, prefix_key, bias, segments, scale)
-        both = torch.logaddexp(text, logits.logsumexp(-1))
-        weights = (logits - both.unsqueeze(-1)).exp_().to(query.dtype)
-        out = out * (text - both).exp().unsqueeze(-1).to(out.dtype) + weights @ prefix_value
+        text = query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        texts = _texts(key, value, query.shape[1] // key.shape[1], segments, scale, past)
+        for part, own in zip(segments.slices(), texts, strict=True):
+            text[0][:, :, part], text[1][:, :, part] = own.over(query[:, :, part])
+        prefix = Products(prefix_key[0], prefix_value[0], prefix_key.shape[2], bias[segments.of].float(), scale)
+        out, both = _merge(prefix.over(query), text)
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, bias, out, both)
         ctx.segments, ctx.scale, ctx.past = segments, scale, past
         return out
@@ -82,31 +145,26 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, prefix_key, prefix_value, bias, out, both = ctx.saved_tensors
         segments, scale, grad = ctx.segments, ctx.scale, grads[0]
-        weights = (_logits(query, prefix_key, bias, segments, scale) - both.unsqueeze(-1)).exp_()
-        delta = (grad * out).sum(-1, keepdim=True)
-        change = weights * (grad @ prefix_value.transpose(-1, -2) - delta).float()
+        delta = (grad * out).sum(-1, keepdim=True).float()
+        prefix = Products(prefix_key[0], prefix_value[0], prefix_key.shape[2], bias[segments.of].float(), scale)
+        in_query, in_prefix_key, in_prefix_value, change = prefix.back(grad, query, both, delta)
         in_bias = None
         if ctx.needs_input_grad[5]:
-            in_bias = torch.zeros_like(bias).index_add_(0, segments.of, change.sum((0, 1)).to(bias.dtype))
-        change, weights = (scale * change).to(query.dtype), weights.to(query.dtype)
-        in_query, in_key, in_value = change @ prefix_key, torch.empty_like(key), torch.empty_like(value)
+            each = change.view(-1, *change.shape[1:]).sum(0).view(-1, len(segments.of), change.shape[-1]).sum(0)
+            in_bias = torch.zeros_like(bias).index_add_(0, segments.of, each.to(bias.dtype))
+        in_key, in_value = torch.empty_like(key), torch.empty_like(value)
         if any(ctx.needs_input_grad[:3]):
-            for number, part in enumerate(segments.slices()):
-                found = _flash_backward(grad[:, :, part], query[:, :, part], key[:, :, part], value[:, :, part],
-                                        out[:, :, part], both[:, :, part], 0.0, True, scale=scale)  # fmt: skip
+            texts = _texts(key, value, query.shape[1] // key.shape[1], segments, scale, ctx.past)
+            for part, own in zip(segments.slices(), texts, strict=True):
+                found = own.back(*(each[:, :, part] for each in (grad, query, both, delta, out)))
                 in_query[:, :, part] += found[0]
-                in_key[:, :, part], in_value[:, :, part] = found[1:]
-                if ctx.past:
-                    ends = grad[:, :, part], query[:, :, part], both[:, :, part], delta[:, :, part]
-                    in_query[:, :, part] += ctx.past[number].back(*ends)
-        in_prefix_key, in_prefix_value = change.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ grad
-        return in_query, in_key, in_value, in_prefix_key, in_prefix_value, in_bias, None, None, None
+                in_key[0, :, part], in_value[0, :, part] = (_shared(each, key.shape[1]) for each in found[1:])
+        return in_query, in_key, in_value, in_prefix_key[None], in_prefix_value[None], in_bias, None, None, None
 
 
-def _logits(query: Tensor, prefix_key: Tensor, bias: Tensor, segments: Segments, scale: float) -> Tensor:
-    """[1, heads, tokens, prompts] float32: scaled products with the prompts' keys, and the bias of the segment."""
-    logits = (query @ prefix_key.transpose(-1, -2)).float() * scale
-    return logits + bias[segments.of].float()
+def _shared(gradient: Float[Tensor, "*one heads own head"], kv_heads: int) -> Float[Tensor, "kv_heads own head"]:
+    """Of what query heads share, the sum."""
+    return gradient.view(kv_heads, -1, *gradient.shape[-2:]).sum(1)
 
 
 def over_segments(
@@ -122,9 +180,9 @@ def over_segments(
 
     With a prefix also over keys, values and lengths of what came before each segment (`past`).
     """
-    times = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     if prefix is None:
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
         parts = [
             torch.nn.functional.scaled_dot_product_attention(
                 query[:, :, part], key[:, :, part], value[:, :, part], is_causal=True, scale=scale
@@ -132,16 +190,9 @@ def over_segments(
             for part in segments.slices()
         ]
         return torch.cat(parts, 2)
-    seen = (each.to(query.dtype).repeat_interleave(times, 1) for each in prefix[:2])
-    bias = prefix[2].expand(len(segments.lengths), -1)
-    before = [] if past is None else _before(*past, query.dtype, scale)
-    out: Tensor = _Merged.apply(query, key, value, *seen, bias, segments, scale, before)  # type: ignore[no-untyped-call]
+    seen, bias = (each.to(query.dtype) for each in prefix[:2]), prefix[2].expand(len(segments.lengths), -1)
+    out: Tensor = _Merged.apply(query, key, value, *seen, bias, segments, scale, past)  # type: ignore[no-untyped-call]
     return out
-
-
-def _before(keys: Tensor, values: Tensor, lengths: Tensor, dtype: torch.dtype, scale: float) -> list[Before]:
-    return [Before(key[:, :count].to(dtype), value[:, :count].to(dtype), scale)
-            for key, value, count in zip(keys, values, lengths.tolist(), strict=True)]  # fmt: skip
 
 
 def over_rows(
@@ -170,6 +221,5 @@ def over_rows(
     flat = grouped.transpose(0, 1).reshape(1, shared, -1, width)
     bias = prefix.bias if queries == 1 else prefix.bias.repeat_interleave(queries, 2)
     made, share = _flash(flat, prefix.key, prefix.value, 0.0, False, attn_mask=bias, scale=scale)
-    share = share.view(shared, count, -1).transpose(0, 1)
-    weight = (share - seen).sigmoid()[..., None].to(query.dtype)
-    return torch.lerp(text, made.view(shared, count, -1, width).transpose(0, 1), weight).view(query.shape)
+    other = made.view(shared, count, -1, width).transpose(0, 1), share.view(shared, count, -1).transpose(0, 1)
+    return _merge((text, seen), other)[0].view(query.shape)

@@ -114,6 +114,14 @@ class Segments:
             self.masks[key] = full.masked_fill(gone, torch.finfo(dtype).min)[None, None]
         return self.masks[key]
 
+    def later(self, own: int, before: int) -> Float[Tensor, "own keys"]:
+        """Added to the logits of `own` tokens over themselves and `before` earlier ones: -inf on what comes later."""
+        key = ("later", own, before)
+        if key not in self.masks:
+            full = torch.full((own, own), -torch.inf, device=self.device).triu(1)
+            self.masks[key] = F.pad(full, (before, 0))
+        return self.masks[key]
+
     def before(
         self, lengths: Int[Tensor, " segments"], longest: int, window: int | None, dtype: torch.dtype
     ) -> Float[Tensor, "segments 1 queries before"]:
