@@ -50,7 +50,7 @@ def gradients(function, inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return out, list(torch.autograd.grad((out * weight).sum(), inputs))
 
 
-@pytest.mark.parametrize("closed", [None, LEAST])
+@pytest.mark.parametrize("closed", [None, LEAST, -torch.inf])
 def test_text_and_prompts_merged_are_one_softmax_in_output_and_gradients(closed):
     segments = Segments(LENGTHS, torch.device("cpu"))
     inputs = tensors(sum(LENGTHS), closed=closed)
@@ -64,7 +64,7 @@ def test_text_and_prompts_merged_are_one_softmax_in_output_and_gradients(closed)
         torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5 * float(right.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("closed", [None, LEAST])
+@pytest.mark.parametrize("closed", [None, LEAST, -torch.inf])
 def test_what_came_before_a_segment_is_part_of_its_softmax(closed):
     """Two query heads share a key head; one segment has nothing before it."""
     segments, before = Segments(LENGTHS, torch.device("cpu")), torch.tensor([5, 0, *[3] * (len(LENGTHS) - 2)])

@@ -28,8 +28,8 @@ EVERY = pytest.mark.parametrize("options", KINDS, ids=lambda options: " ".join(o
 
 def adapt(**options):
     torch.manual_seed(0)
-    config = MoPsConfig(num_experts=3, prompts_per_expert=2, injection_layer=2, gate_hidden_size=8, gate_frame=FRAME,
-                        answer_header=HEADER, task_type="CAUSAL_LM", **options)  # fmt: skip
+    config = MoPsConfig(**dict(num_experts=3, prompts_per_expert=2, injection_layer=2, gate_hidden_size=8,
+                               gate_frame=FRAME, answer_header=HEADER, task_type="CAUSAL_LM") | options)  # fmt: skip
     model = get_peft_model(build(), config).eval()
     torch.nn.init.normal_(model.base_model.layer().mops_gate_out["default"], std=3)
     return model
@@ -160,8 +160,9 @@ def conversation() -> tuple[torch.Tensor, torch.Tensor]:
 
 @EVERY
 @pytest.mark.parametrize("kind", ["dynamic", "static", "prefilled"])
-def test_a_further_turn_over_the_same_cache_has_a_gate_of_its_own(options, kind):
-    model, (first, more) = adapt(**options), conversation()
+@pytest.mark.parametrize("known", [{}, {"answer_header": [], "gate_frame": None}], ids=["header", "no header"])
+def test_a_further_turn_over_the_same_cache_has_a_gate_of_its_own(options, kind, known):
+    model, (first, more) = adapt(**options, **known), conversation()
     cache = StaticCache(model.config, 64) if kind == "static" else DynamicCache(config=model.config)
     if kind == "prefilled":  # as one who keeps the cache of a system prompt does
         with torch.no_grad():
@@ -204,3 +205,29 @@ def test_a_further_turn_by_hand_is_refused():
             model(input_ids=more, past_key_values=cache)
     with pytest.raises(AdapterError, match="give the whole conversation to generate, or start from an empty cache"):
         model.generate(input_ids=more, past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("told", [{"gate_weights": [[0.0, 1.0, 0.0]]}, {"gate_mask": [[0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]]}],
+                         ids=["weights", "mask"])  # fmt: skip
+def test_what_the_gate_is_told_beside_a_filled_cache_is_heard_or_refused(told):
+    model, (first, _) = adapt(experts="keys_values", visible_to="answers"), conversation()
+    told = {name: torch.tensor(value) for name, value in told.items()}
+    want = model.generate(input_ids=first, max_new_tokens=4, eos_token_id=None, **told)
+    gate, cache = model.base_model.last_gate, DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=first[:, :-1], past_key_values=cache)
+        with pytest.raises(AdapterError, match="past_key_values of 10 tokens, for which the gate was read already"):
+            model(input_ids=first[:, -1:], past_key_values=cache, **told)
+        with pytest.raises(AdapterError, match="past_key_values of 10 tokens, for which the gate was read already"):
+            embeds = model.get_input_embeddings()(first)
+            model.generate(inputs_embeds=embeds, past_key_values=cache, max_new_tokens=1, **told)
+    got = model.generate(input_ids=first, past_key_values=cache, max_new_tokens=4, eos_token_id=None, **told)
+    assert torch.equal(got, want) and torch.equal(gate, model.base_model.last_gate)
+
+
+def test_without_a_header_what_follows_alone_is_refused():
+    model, (first, more) = adapt(experts="keys_values", visible_to="answers", answer_header=[]), conversation()
+    cache = DynamicCache(config=model.config)
+    model.generate(input_ids=first, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
+    with pytest.raises(AdapterError, match="give the whole text to generate, or start from an empty cache"):
+        model.generate(input_ids=more[:, :5], past_key_values=cache, max_new_tokens=2)

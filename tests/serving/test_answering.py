@@ -12,7 +12,7 @@ import torch
 from smartmops.evaluation.perplexity import answer
 from smartmops.rows.example import Example
 from smartmops.serving.answering import Answer, Answerer, Settings, tasks_of
-from smartmops.serving.slots import Spoken
+from smartmops.serving.slots import Spoken, drawn
 from two_tasks import GREEDY, LONG, SHORT, mixed
 
 
@@ -139,3 +139,18 @@ def test_tasks_of_experts_are_read_from_the_gates_that_a_run_kept_unless_its_exp
     assert list(tasks_of(gates, ["a", "b"])["a"]) == ["y", "x"]
     assert tasks_of(gates, ["a", "c"]) == tasks_of({}, ["a"]) == {}
     assert tasks_of(gates | {"after": {}}, ["a", "b"]) == {"a": {"x": 1.0}, "b": {"x": 0.0}}
+
+
+def test_what_is_drawn_does_not_hang_on_which_of_two_alike_is_ahead() -> None:
+    """Beside other rows of a batch, 16-bit logits that are nearly alike change places."""
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
+    ahead, behind = scores.clone(), scores.clone()
+    ahead[3], behind[3] = scores[4] + 1e-9, scores[4] - 1e-9
+    for settings in (Settings(temperature=1.0), Settings(temperature=0.7, top_p=0.9)):
+        found = [[drawn(each, settings, torch.Generator().manual_seed(seed)) for seed in range(100)]
+                 for each in (ahead, behind)]  # fmt: skip
+        assert found[0] == found[1] and len(set(found[0])) > 10
+    chances = torch.tensor([0.05, 0.6, 0.35]).log().double()
+    source = torch.Generator().manual_seed(1)
+    counts = torch.bincount(torch.tensor([drawn(chances, Settings(temperature=1.0), source) for _ in range(2000)]))
+    assert (counts / 2000 - torch.tensor([0.05, 0.6, 0.35])).abs().max() < 0.04

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import load_file
 
 import smartmops as sm
 from smartmops.methods.baselines import load_run as opened
+from smartmops.runs.folder import Run
 from smartmops.serving.answering import Answerer, Settings
 from smartmops.surgery import told
 from smartmops.tokens.batches import prompts
@@ -102,6 +105,44 @@ def test_the_run_is_one_like_any_other(added: Added, folder: Path) -> None:
     asked = [answerer.ask(sm.Example(text, "", ""), Settings(max_new_tokens=2)) for text in (NEW, OLD[0])]
     answers = answerer.answer(asked)
     assert answers[0].weights["date"] == 1.0 and answers[1].weights["date"] == 0.0
+
+
+def similar(folder: Path) -> str:
+    """Examples of a fifth task, whose instructions are nearly those of the fourth."""
+    rows = [{"instruction": f"date date numeral {i}.", "response": "NOON", "category": "day"} for i in range(24)]
+    (folder / "similar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "similar.jsonl")
+
+
+def test_a_second_expert_leaves_the_first_one_its_instructions(added: Added, tmp_path: Path) -> None:
+    found = sm.add_expert(added[0], data=similar(tmp_path), out=tmp_path / "two", steps=2)
+    assert found["old"]["added"]["date"] >= 0.95 and found["old"]["unchecked"] == []
+    loaded = sm.load_run(tmp_path / "two")
+    texts = [f"date date number {i}." for i in range(24)]
+    assert sum(loaded.gate(text)["date"] == 1.0 for text in texts) >= 22
+    gates = json.loads((tmp_path / "two" / "gates.json").read_text())
+    assert gates["experts"] == loaded.experts and set(gates["after"]) == {"apple", "banana", "cherry"}
+    card = (tmp_path / "two" / "adapter" / "README.md").read_text()
+    assert "experts add date from new.jsonl" in card and "experts add day from similar.jsonl" in card
+
+
+def test_what_cannot_be_checked_is_told(added: Added, tmp_path: Path) -> None:
+    shutil.copytree(added[0], tmp_path / "own")
+    (tmp_path / "own" / "added.safetensors").unlink()  # as of an expert that came before this was kept
+    found = sm.add_expert(tmp_path / "own", data=similar(tmp_path), out=tmp_path / "two", steps=2)
+    assert found["old"]["unchecked"] == ["date"] and found["old"]["added"] == {}
+
+
+def test_an_added_expert_is_not_merged_on_data_that_know_nothing_of_it(added: Added, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no training instruction goes to date: give instructions that both serve"):
+        sm.merge_experts(added[0], first="date", second="apple", out=tmp_path / "one", steps=2)
+    sm.merge_experts(added[0], first="date", second="apple", out=tmp_path / "one", steps=0)
+    assert set(load_file(tmp_path / "one" / "added.safetensors")) == {"date+apple"}
+
+
+def test_a_changed_run_is_not_resumed(added: Added) -> None:
+    with pytest.raises(ValueError, match="finished and then changed by `experts add date from new"):
+        Run.create(added[0], json.loads((added[0] / "config.json").read_text()), resume=True)
 
 
 def test_dropped_again_the_run_is_what_it_was(

@@ -115,6 +115,10 @@ def test_a_name_changes_in_place_and_nothing_else(
     assert sm.rename_expert(tmp_path / "own", name="cherry", to="kirsche", in_place=True)["experts"][2] == "kirsche"
     was, now = adapter_of(run), adapter_of(tmp_path / "own")
     assert all(torch.equal(now[name], value) for name, value in was.items())
+    gates = [json.loads((path / "gates.json").read_text()) for path in (run, tmp_path / "own")]
+    assert gates[1] == gates[0] | {"experts": ["apple", "banana", "kirsche"]}
+    nearest = json.loads((tmp_path / "own" / "metrics.json").read_text())["gate"]["cherry"]["nearest"]
+    assert nearest in ("apple", "banana", "kirsche")
     told = [json.loads((path / "metrics.json").read_text())["perplexity"] for path in (run, tmp_path / "own")]
     assert told[0] == told[1] and [each.name for each in tmp_path.iterdir()] == ["own"]
     assert sm.evaluate(run=tmp_path / "own")["perplexity"]["overall"] == pytest.approx(told[0]["overall"], rel=1e-5)

@@ -112,6 +112,12 @@ def test_a_rule_takes_its_own_and_spares_the_others() -> None:
         claims.fit(own[:3], others, unrelated)
 
 
+def test_a_threshold_loses_no_more_than_it_may() -> None:
+    own, other = torch.linspace(0.1, 0.9, 36), torch.linspace(0.2, 0.8, 50)
+    for lose, least in ((0.001, 36), (0.02, 36), (1 / 36, 35), (0.5, 18)):
+        assert int((own < claims.threshold(own, other, lose)).sum()) >= least
+
+
 def test_a_threshold_lies_between_the_two_kinds_of_text_or_loses_few() -> None:
     own, other = torch.linspace(0.01, 0.1, 50), torch.linspace(0.5, 0.9, 50)
     assert 0.1 < claims.threshold(own, other, 0.02) < 0.5

@@ -22,7 +22,7 @@ KeyValue = tuple[
 ]  # one row serves all
 
 
-CLOSED = -1e30  # for the logit of a column that a row does not see: with -inf alone, flash calls the log-sum-exp 0
+CLOSED = -1e30  # for the logit of a column that a row does not see: of nothing but -inf there is no log-sum-exp
 
 
 @dataclass

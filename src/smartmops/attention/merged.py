@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .context import Ready
+from .context import CLOSED, Ready
 from .packed import Segments
 
 SHORT = 128  # tokens of a segment up to which plain products are quicker than flash, forward and backward together
@@ -119,6 +119,11 @@ def _texts(
     return found
 
 
+def _columns(key: Tensor, value: Tensor, bias: Tensor, segments: Segments, scale: float) -> Products:
+    """Of the prefix, which every token sees by the bias of its segment."""
+    return Products(key[0], value[0], key.shape[2], bias[segments.of].float().clamp(min=CLOSED), scale)
+
+
 class _Merged(torch.autograd.Function):
     """With text logits s_t and prefix logits s_p: out = e^(L_t - L) o_t + e^(L_p - L) o_p, L = log(e^L_t + e^L_p).
 
@@ -135,7 +140,7 @@ class _Merged(torch.autograd.Function):
         texts = _texts(key, value, query.shape[1] // key.shape[1], segments, scale, past)
         for part, own in zip(segments.slices(), texts, strict=True):
             text[0][:, :, part], text[1][:, :, part] = own.over(query[:, :, part])
-        prefix = Products(prefix_key[0], prefix_value[0], prefix_key.shape[2], bias[segments.of].float(), scale)
+        prefix = _columns(prefix_key, prefix_value, bias, segments, scale)
         out, both = _merge(prefix.over(query), text)
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, bias, out, both)
         ctx.segments, ctx.scale, ctx.past = segments, scale, past
@@ -146,7 +151,7 @@ class _Merged(torch.autograd.Function):
         query, key, value, prefix_key, prefix_value, bias, out, both = ctx.saved_tensors
         segments, scale, grad = ctx.segments, ctx.scale, grads[0]
         delta = (grad * out).sum(-1, keepdim=True).float()
-        prefix = Products(prefix_key[0], prefix_value[0], prefix_key.shape[2], bias[segments.of].float(), scale)
+        prefix = _columns(prefix_key, prefix_value, bias, segments, scale)
         in_query, in_prefix_key, in_prefix_value, change = prefix.back(grad, query, both, delta)
         in_bias = None
         if ctx.needs_input_grad[5]:

@@ -126,14 +126,20 @@ def refuse(given: Mapping[str, Any], model: Any) -> None:
 
 FURTHER = ("open a further answer, and past_key_values were read for what stood before it: each answer has a gate of "
            "its own, so give the whole conversation to generate, or start from an empty cache")  # fmt: skip
+UNREAD = ("go on after past_key_values, and the gate has read what these hold alone: give the whole text to generate, "
+          "or start from an empty cache")  # fmt: skip
 
 
-def start_over(given: Mapping[str, Any], headers: Sequence[Sequence[int]]) -> None:
-    """Empty the caller's cache where the text goes on to a further answer: its gate reads all that stands before it.
+def start_over(given: Mapping[str, Any], headers: Sequence[Sequence[int]], told: Told) -> None:
+    """Empty the caller's cache where the gate would read otherwise than it has: it reads all that is there now.
+
+    So it does where a further answer begins, for each has a gate of its own; where no header of answers is known, where
+    more follows than the one token that was generated last; and where the caller tells the gate something.
 
     Args:
         given: The arguments of `generate`; its cache was filled under an adapter.
-        headers: Token ids that open an answer.
+        headers: Token ids that open an answer, if the adapter knows any.
+        told: What the caller tells the gate.
 
     Raises:
         AdapterError: the ids are not those of the whole text, or the cache cannot be emptied.
@@ -141,16 +147,31 @@ def start_over(given: Mapping[str, Any], headers: Sequence[Sequence[int]]) -> No
     cache = given["past_key_values"]
     past = int(cache.get_seq_length())
     ids = next((each for name in ("input_ids", "inputs") if isinstance(each := given.get(name), Tensor)), None)
-    if ids is None or ids.dim() != 2:
+    if not past or ids is None or ids.dim() != 2:
+        refuse_told(told, past)
         return
     whole = ids.shape[1] > past
-    if not reading.opens_answer(ids, headers, past if whole else 0):
+    seen = past if whole else 0
+    further = reading.opens_answer(ids, headers, seen) if headers else ids.shape[1] - seen > 1
+    if not further and all(each is None for each in told):
         return
     if whole:
         cache.reset()
         del cache.mops
     if not whole or cache.get_seq_length():
-        raise AdapterError(f"input_ids {FURTHER}")
+        raise AdapterError(f"input_ids {FURTHER if headers else UNREAD}")
+
+
+def refuse_told(told: Told, past: int) -> None:
+    """Refuse what a gate is told after it has read.
+
+    Raises:
+        AdapterError: it is told something, and a cache holds tokens already.
+    """
+    name = next((name for name, value in zip(Told._fields, told, strict=True) if value is not None), None)
+    if past and name is not None:
+        raise AdapterError(f"gate_{name} comes with past_key_values of {past} tokens, for which the gate was read "
+                           "already: give it with the first tokens, or to generate with the whole text")  # fmt: skip
 
 
 BATCHING_CALLS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")

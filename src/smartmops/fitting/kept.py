@@ -44,6 +44,7 @@ class Kept:
         perplexity: Of the best state, on validation data.
         waited: Evaluations since then.
         norms: Gradient norms of the latest steps, before they were clipped.
+        losses: Of the steps since the last log, which a resumed run would else log the mean of without them.
         best: The best state, as `state_of` returns it.
     """
 
@@ -51,6 +52,7 @@ class Kept:
     perplexity: float = math.inf
     waited: int = 0
     norms: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def see(self, step: int, perplexity: float, model: Any) -> None:
@@ -76,7 +78,7 @@ class Kept:
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""
-        words = {name: getattr(self, name) for name in ("step", "perplexity", "waited", "norms")}
+        words = {name: getattr(self, name) for name in ("step", "perplexity", "waited", "norms", "losses")}
         tensors = {name: value.cpu().contiguous() for name, value in self.best.items()}
         save_file(tensors or {"": torch.zeros(1)}, folder / FILE, {"kept": json.dumps(words)})
 

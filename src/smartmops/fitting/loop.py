@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class _Trainer(Trainer):
             raise Diverged(f"loss became {loss.item()} at step {self.state.global_step + 1} with learning rate "
                            f"{self.method.rate}: choose a smaller prompt_lr")  # fmt: skip
         self.good = [p.detach().clone() for p in self._trained()]
+        self.kept.losses.append(float(loss))
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -85,6 +87,7 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
+            logs["loss"], self.kept.losses = fmean(self.kept.losses), []
             row: dict[str, Any] = {k: logs[k] for k in ("loss", "grad_norm", "learning_rate") if k in logs}
             self.write({"step": state.global_step} | row)
 

@@ -33,7 +33,7 @@ pipeline_tag: text-generation
 # {method} on {base}
 
 An adapter for the frozen model `{base}`, trained with smartmops {version} (method `{method}`, data `{data}`). It works
-on that model only. {licence}
+on that model only. {licence}{changed}
 {numbers}
 ## Load it
 
@@ -110,6 +110,7 @@ def card(
         method=COMPARED if config.get("command") == "compare" else config.get("method", "unknown"), base=base, data=data, version=versions().get("smartmops", ""),
         kind="chat" if chat else "plain", end=template.end, place=place, front="".join(f"{line}\n" for line in front),
         licence=f"The base's licence is {licence}." if licence else "The base's own licence holds; its card names it.",
+        changed="".join(f"\n\nChanged after training: {each['command']}." for each in config.get("changed", [])),
         mask="gate_mask=torch.tensor([asked.gate_mask]), " if _needs_mask(template, config) else "",
         template_line=f"\ntokenizer.chat_template = {file}" if chat else "",
         numbers=UNMEASURED if metrics is None else _numbers(config, metrics) or UNMEASURED,

@@ -127,6 +127,9 @@ class Run:
     @classmethod
     def _take_up(cls, path: Path, asked: dict[str, Any]) -> Run:
         stored = _read_object(path / "config.json")
+        if done := stored.get("changed"):
+            raise RunError(f"--resume: {path} was finished and then changed by `{done[-1]['command']}`, so it cannot be "
+                           "trained further: choose another folder with --out")  # fmt: skip
         for key, then, now in _differences(stored, asked):
             if key not in MAY_DIFFER and not key.startswith("versions."):
                 raise RunError(

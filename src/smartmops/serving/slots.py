@@ -219,7 +219,12 @@ class Spoken:
 
 
 def drawn(scores: Tensor, settings: Settings, source: torch.Generator) -> int:
-    """A token by chance, among the most likely ones that together have `top_p`."""
-    chances, order = ((scores - scores.max()) / settings.temperature).softmax(-1).sort(descending=True)
-    chances = chances.masked_fill(chances.cumsum(-1) - chances >= settings.top_p, 0.0)
-    return int(order[torch.multinomial(chances, 1, generator=source)])
+    """A token by chance, among the most likely ones that together have `top_p`.
+
+    Chance falls on each token by its number, not by its rank: two that are nearly as likely may change places beside
+    other rows of a batch, and that must not change what is drawn elsewhere.
+    """
+    chances = ((scores - scores.max()) / settings.temperature).softmax(-1)
+    ranked, order = chances.sort(descending=True)
+    out = torch.zeros_like(chances, dtype=torch.bool).scatter(-1, order, ranked.cumsum(-1) - ranked >= settings.top_p)
+    return int(torch.multinomial(chances.masked_fill(out, 0.0), 1, generator=source))

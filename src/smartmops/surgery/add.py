@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from smartmops.checks.errors import DataError
+from smartmops.data.several import names_of
 from smartmops.data.tasks import read
 from smartmops.options.finished.surgery import AddConfig, AdviseConfig, Trial
 from smartmops.reading.early import look_at_data
 from smartmops.reading.task import Task
 from smartmops.runs.adapters import load_adapter
+from smartmops.runs.card import shown_name
 from smartmops.runs.folder import Run
 from smartmops.tokens.batches import Encoded
 
@@ -36,8 +38,10 @@ def add(run: Path, config: AddConfig) -> dict[str, Any]:
 
     Returns:
         `name`; `rule` {`sent`, `taken`}: shares of new and of old instructions that the gate sends to it, on
-        instructions the rule was not fitted on (None: it answers by name only); `old` {`before`, `after`, `untouched`}:
-        perplexity on the run's test rows, and the share of them whose weights are the same numbers; `new` {`frozen`,
+        instructions the rule was not fitted on (None: it answers by name only); `old` {`before`, `after`, `untouched`,
+        `added`, `unchecked`}: perplexity on the run's test rows, the share of them whose weights are the same numbers,
+        that share for instructions of each expert added before, and those of them of which no instructions were kept;
+        `new` {`frozen`,
         `before`, `after`, `alone`}: perplexity on new test rows of the base, of the run as it was and as it is, and of
         the expert answering alone; for a prompt `agreement`, `agreement_without` and `tokens_saved`; `out`.
 
@@ -76,32 +80,47 @@ def _with(subject: Subject, config: AddConfig, name: str, columns: Columns, scal
           more: dict[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     """The run with an expert whose columns are there: its rule, what it changes, and the run folder."""
     rule = None if config.by_name else _rule(subject, task)
+    earlier = dict(subject.added)
+    if rule is not None:
+        subject.added[name] = subject.pooled["new"]
     claim = claims.never(len(subject.parts.tensors["mops_gate_mean"])) if rule is None else rule.claim
     after = parts.grown(subject.parts, name, columns, scale, claim)
-    metrics, said = _measured(subject, after)
+    metrics, said = _measured(subject, after, earlier)
     said = {"name": name, "rule": None if rule is None else rule.shares(), "old": said}
     said["new"] = _new(subject, after, task, columns, scale)
-    out = subject.write(after, config.out, f"experts add {name}", said | (more or {}), metrics)
+    source = config.source or config.data or config.inputs or ""
+    command = " ".join(["experts add", name, *(f"from {shown_name(each)}" for each in names_of(source) if each)])
+    out = subject.write(after, config.out, command, said | (more or {}), metrics)
     return said | (more or {}) | {"out": str(out)}
 
 
 def _rule(subject: Subject, task: Task) -> claims.Fitted:
     own = subject.read("new", instructions_of(task, SEEN))
-    _, others = subject.instructions()
-    return claims.fit(own, others, subject.unrelated())
+    return claims.fit(own, subject.others(), subject.unrelated())
 
 
-def _measured(subject: Subject, after: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The run's own test rows before and after; also as `metrics.json` holds them."""
+def _measured(subject: Subject, after: Parts, earlier: Columns) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run's own test rows before and after, also as `metrics.json` holds them; and who answers `earlier` tasks."""
     task, rows = subject.known(), subject.held()
     metrics, was, now = both(subject, task, rows, after)
-    before, then = subject.weights(rows, "test"), subject.weights(rows, "test", after)
+    subject.read("test", rows)
+    share = _untouched(subject, subject.pooled["test"], after)
+    added = {name: _untouched(subject, pooled, after) for name, pooled in earlier.items()}
+    return metrics, {"before": was.overall, "after": now.overall, "untouched": share, "added": added,
+                     "unchecked": [name for name in parts.by_rule(subject.parts) if name not in added],
+                     "tasks": {each: [was.per_task[each], now.per_task[each]] for each in was.per_task}}  # fmt: skip
+
+
+def _untouched(subject: Subject, pooled: Tensor, after: Parts) -> float:
+    """Share of instructions that are answered with the same weights, bit for bit."""
+    weighed = []
+    for each in (subject.parts, after):
+        parts.put(subject.model, each)
+        weighed.append(subject.weigh(pooled))
+    before, then = weighed
     count = before.gate.shape[1]
     same = (before.gate == then.gate[:, :count]).all(-1) & (then.gate[:, count:] == 0).all(-1)
-    same &= before.lost == then.lost
-    share = float(same.float().mean())
-    return metrics, {"before": was.overall, "after": now.overall, "untouched": share,
-                     "tasks": {each: [was.per_task[each], now.per_task[each]] for each in was.per_task}}  # fmt: skip
+    return float((same & (before.lost == then.lost)).float().mean())
 
 
 def _new(subject: Subject, after: Parts, task: Task, columns: Columns, scale: float) -> dict[str, Any]:

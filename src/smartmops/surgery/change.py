@@ -161,6 +161,8 @@ def merge(run: Path, config: MergeConfig) -> dict[str, Any]:
     rows = subject.held()
     untrained = subject.measure(task, rows, parts.merged(held, config.first, config.second, name, start)).overall
     metrics, was, now = both(subject, task, rows, one)
+    if added := [read for one, read in subject.added.items() if one in (config.first, config.second)]:
+        subject.added[name] = torch.cat(added)
     said = {"perplexity": _told(was, now), "untrained": untrained, "name": name}
     out = subject.write(one, config.out, f"experts merge {config.first} {config.second}", said, metrics)
     return said | {"out": str(out)}
@@ -176,17 +178,24 @@ def _half_of_each(held: Parts, pair: Sequence[int]) -> dict[str, torch.Tensor]:
 
 
 def _sent_to(subject: Subject, pair: Sequence[int]) -> Task:
-    """The training and validation rows that the gate sends to one of two experts, most of their weight."""
-    task, found = subject.known(), dict[str, Any]()
+    """The training and validation rows that the gate sends to one of two experts, most of their weight.
+
+    Raises:
+        RunError: none of the training rows go to one of them.
+    """
+    task, found, held = subject.known(), dict[str, Any](), subject.parts
     for part in ("train", "validation"):
         rows = some(getattr(task, part), 4 * JOINED)
         if len(rows):
             of = subject.weights(rows, f"merge {part}").gate.argmax(-1).tolist()
             rows = [row for row, expert in zip(rows, of, strict=True) if expert in pair]
+        if part == "train":
+            later = {*held.routes[held.config.num_rows :]}  # the run's own data may know nothing of what they serve
+            idle = [held.names[i] for i in pair if i not in of and (i in later or not rows)]
+            if idle:
+                raise RunError(f"no training instruction goes to {' or '.join(idle)}: give instructions that both "
+                               "serve by --old DATA, or choose --steps 0 to merge them untrained")  # fmt: skip
         found[part] = some(rows, JOINED)
-    if not found["train"]:
-        raise RunError(f"no training instruction goes to {' or '.join(subject.parts.names[i] for i in pair)}: choose "
-                         "--steps 0 to merge them untrained")  # fmt: skip
     return replace(task, train=found["train"], validation=found["validation"])
 
 
@@ -198,6 +207,7 @@ def rename(run: Path, config: RenameConfig) -> dict[str, Any]:
     """
     subject = Subject.open(run, None, (), 1)
     changed = parts.renamed(subject.parts, config.name, config.to)
+    subject.added = {config.to if name == config.name else name: read for name, read in subject.added.items()}
     out = subject.write(changed, config.out, f"experts rename {config.name} {config.to}", {"name": config.to})
     return {"experts": changed.names, "out": str(out)}
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smartmops.checks.errors import RunError
@@ -24,7 +25,7 @@ from smartmops.checks.folders import refused
 from smartmops.checks.lock import alone
 from smartmops.data.several import Names, held
 from smartmops.data.tasks import read, split
-from smartmops.evaluation.measure import measured
+from smartmops.evaluation.measure import mean_weights, measured
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.training import TrainConfig
@@ -42,6 +43,7 @@ from .adapter.parts import ADAPTER, Parts, put, taken
 
 TEXT = 512  # tokens of a text of no task, at most: as a null expert is fitted
 SEEN = 200  # instructions of the run's data, and of the new data, that a rule is fitted by
+ADDED = "added.safetensors"  # in a run's folder, what the gate reads of instructions of experts added by a rule
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Subject:
     why: str = ""  # why its own data cannot be read
     found: dict[Any, Any] = field(default_factory=dict)  # rows and tasks that are asked for again
     pooled: dict[str, Tensor] = field(default_factory=dict)  # what the gate reads, before standardisation
+    added: dict[str, Tensor] = field(default_factory=dict)  # the same, of instructions of experts added by a rule
 
     @classmethod
     def open(cls, path: Path, old: str | None, columns: Sequence[str], rows: int, kept: Any = None) -> Subject:
@@ -68,7 +71,8 @@ class Subject:
         """
         _check_kind(Run.open(path))
         model, tokenizer, run = kept or load_run(path)
-        subject = cls(run, model, tokenizer, taken(model), rows)
+        file = run.path / ADDED
+        subject = cls(run, model, tokenizer, taken(model), rows, added=load_file(file) if file.is_file() else {})
         try:
             subject.own = subject.task(*_again(run, old, columns), old is None)
         except (OSError, ValueError) as error:
@@ -138,6 +142,12 @@ class Subject:
         """Some of the run's training rows, as many of each task, and what the gate reads of them."""
         rows = instructions_of(self.known(), SEEN)
         return rows, self.read("own", rows)
+
+    def others(self) -> Float[Tensor, "n inputs"]:
+        """What the gate reads of instructions that experts of this run answer, those added later included."""
+        layer = self.model.base_model.layer(ADAPTER)
+        later = [layer.standardised(pooled, ADAPTER) for pooled in self.added.values()]
+        return torch.cat([self.instructions()[1], *later])
 
     def held(self, part: str = "test") -> Sequence[Encoded]:
         """Rows of the run's data that it was not trained on, at most `rows` of them: the same object every time."""
@@ -210,17 +220,34 @@ class Subject:
         run = Run.create(place, config)
         if (self.run.path / "base").is_dir():
             shutil.copytree(self.run.path / "base", place / "base", symlinks=True)
-        for name in ("inputs.json", "curves.jsonl"):
+        for name in ("inputs.json", "curves.jsonl", *(["samples.jsonl"] if metrics is None else [])):
             if (self.run.path / name).is_file():
                 shutil.copy2(self.run.path / name, place / name)
+        self._write_gates(run, metrics is not None)
+        if read := {name: each.contiguous() for name, each in self.added.items() if name in parts_names(self.model)}:
+            save_file(read, place / ADDED)
         keep(run, self.model, self.template)
         kept = self.run.read_metrics()
+        if "gate" in kept and metrics is None:
+            names = dict(zip(self.parts.names, parts_names(self.model), strict=True))
+            kept["gate"] = {task: each | {"nearest": names.get(each["nearest"], each["nearest"])}
+                            for task, each in kept["gate"].items()}  # fmt: skip
         if metrics is not None:
             stale = ("perplexity", "perplexity_frozen", "tokens", "best", "answers", "gate", "interference", "examples")
             kept = {name: value for name, value in kept.items() if name not in stale} | dict(metrics)
         kept |= {"experts": parts_names(self.model), "change": dict(said)}
         number(run, self.template, kept)
         run.write_metrics(kept)
+
+    def _write_gates(self, run: Run, changed: bool) -> None:
+        """What the gate does now with the run's own data; where it does what it did, what it did, by its names now."""
+        names, former = parts_names(self.model), self.run.read_gates()
+        if not changed and former is not None:
+            run.write_gates(former | {"experts": names})
+        elif changed and self.own is not None:
+            rows = self.held()
+            after = mean_weights(rows, self.weights(rows, "test", taken(self.model)).gate)
+            run.write_gates({"experts": names, "after": after, "left_to_base": True})
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,12 @@ def _added(found: dict[str, Any], console: Console) -> None:
         _distilled(found, console)
     console.print(f"old: perplexity {_pair(old['before'], old['after'])}; {old['untouched']:.1%} of instructions have "
                   "the same weights as before, bit for bit")  # fmt: skip
+    for name, share in old["added"].items():
+        console.print(f"added before: {share:.1%} of the instructions of {name!r} are answered as they were")
+    if old["unchecked"] and found["rule"] is not None:
+        names = ", ".join(map(repr, old["unchecked"]))
+        console.print(f"not checked: {names}, added before, of whose instructions none were kept; see by `evaluate "
+                      "--data` whether they are answered as they were", style="bold yellow")  # fmt: skip
     if found["rule"] is None:
         console.print(f"{found['name']!r} answers where it is asked for by name: the gate never chooses it")
     else:
@@ -135,7 +141,8 @@ def _rule(rule: dict[str, float]) -> str:
 def _dropped(found: dict[str, Any], console: Console) -> None:
     _perplexity(found["perplexity"], console)
     goes = ", ".join(f"{name} {share:.0%}" for name, share in found["goes_to"].items())
-    console.print(f"what went to it goes to: {goes or 'nothing went to it'}")
+    unused = "nothing of these data went to it, so what it did was not measured: --old DATA names what it serves"
+    console.print(f"what went to it goes to: {goes}" if goes else unused, soft_wrap=True)
 
 
 def _merged(found: dict[str, Any], console: Console) -> None:

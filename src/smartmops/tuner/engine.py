@@ -125,8 +125,8 @@ class Engine:
         given = call.named(self.model, args, kwargs)
         if self.active() is not None:
             call.refuse(given, self.model)
-            if headers := self._headers(given.get("past_key_values")):
-                call.start_over(given, headers)
+            if getattr(given.get("past_key_values"), "mops", None) is not None:
+                call.start_over(given, self._headers(given["past_key_values"]), told)
         token = call.running.set(call.Call.of(self, given, told))
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
@@ -161,6 +161,8 @@ class Engine:
         if given is not None and reading.opens_answer(given, self._headers(cache)):  # one token may be the answer's own
             raise AdapterError(f"input_ids {call.FURTHER}")
         context = self._known(cache, past, names)
+        if context is not None:
+            call.refuse_told(told, past)
         if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
         if new := context is None:

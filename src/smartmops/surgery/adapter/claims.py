@@ -104,6 +104,6 @@ def threshold(kept: Float[Tensor, " n"], left: Float[Tensor, " m"], lose: float)
         lose: Share of the former that may be beyond it, at most.
     """
     own, other = (each.double().clamp(1e-9, 1 - 1e-9).logit() for each in (kept, left))
-    high, low = float(own.quantile(1 - lose)), float(other.quantile(0.05))
+    high, low = float(own.quantile(1 - lose, interpolation="higher")), float(other.quantile(0.05))
     at = (high + low) / 2 if low > high else high + 1e-3
     return float(torch.tensor(at).double().sigmoid())

@@ -102,6 +102,14 @@ def put(model: Any, parts: Parts, trained: Sequence[str] = ()) -> None:
     model.eval()
 
 
+def by_rule(parts: Parts) -> list[str]:
+    """Experts that a rule leads to, rather than the gate or a caller by name alone."""
+    rows = parts.config.num_rows
+    cuts = parts.tensors["mops_claim_cut"][:, 3].tolist() if parts.config.claims else []
+    found = [expert for expert, cut in zip(parts.routes[rows:], cuts, strict=True) if cut > -torch.inf]
+    return [parts.names[expert] for expert in dict.fromkeys(found)]
+
+
 def without(parts: Parts, name: str) -> Parts:
     """What is left when an expert goes: the gate's softmax over the other rows, and the other rules as they were.
 
