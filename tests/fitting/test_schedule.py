@@ -114,7 +114,7 @@ def test_a_loss_a_thousand_times_as_large_trains_the_same(config: Make, tmp_path
 
 
 def test_what_is_kept_survives_its_file(tmp_path: Path) -> None:
-    kept = Kept(7, 1.1, 2, [0.1, 1 / 3], {"a.b": torch.randn(2, 3)})
+    kept = Kept(7, 1.1, 2, [0.1, 1 / 3], [2.5], {"a.b": torch.randn(2, 3)})
     kept.save(tmp_path)
     again = Kept.load(tmp_path)
     assert torch.equal(again.best["a.b"], kept.best["a.b"])

@@ -227,7 +227,7 @@ def test_an_expert_of_a_prompt_has_the_base_s_answers_for_a_target_and_not_those
 def test_a_gain_is_told_by_what_the_expert_was_to_learn(changes: dict[str, Any], said: str) -> None:
     nats = changes.pop("nats", None)
     found: dict[str, Any] = {
-        "name": "date", "old": {"before": 3.0, "after": 3.0, "untouched": 1.0}, "new": GAINED,
+        "name": "date", "old": {"before": 3.0, "after": 3.0, "untouched": 1.0, "added": {}, "unchecked": []}, "new": GAINED,
         "rule": {"sent": 0.9, "taken": 0.0},
     } | changes  # fmt: skip
     if nats is not None:

@@ -63,8 +63,18 @@ def _gated(
     of = None if segments is None else segments.of
     added = [each.output(query, own.scale(query), of) for each in context.added.get(own.layer, [])]
     before = None if past is None else past.of(own.layer)
+    mask = mask if segments is not None else _numbers(mask, query, key.shape[-2], context)
     out, weights = attend(own, query, key, value, mask, context.prefix.get(own.layer), segments, before)
     return out + sum(added[1:], added[0]) if added else out, weights
+
+
+def _numbers(mask: Tensor | None, query: Tensor, keys: int, context: ForwardContext) -> Tensor | None:
+    """A mask of truth values as numbers, made once for all layers that it is handed to."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    if context.mask is None or context.mask[0] is not mask or context.mask[1].dtype != query.dtype:
+        context.mask = mask, additive(mask, query, keys)
+    return context.mask[1]
 
 
 def _where_visible(

@@ -143,6 +143,7 @@ class ForwardContext:
     parts: list[Part] = field(default_factory=list)  # those adapters' rows (see mixed.py)
     reading: Reading | None = None  # of a pass by the bare base, what gates read as it goes by
     seen: tuple[Any, ...] | None = None  # what `seeing` found last, behind what it found it from
+    mask: tuple[Tensor, Tensor] | None = None  # of truth values, and the same as numbers
 
     def __deepcopy__(self, memo: Any) -> ForwardContext:
         """Of a copied cache: nothing that is held is ever written to, so only the shells are new."""

@@ -226,5 +226,6 @@ def over_rows(
     flat = grouped.transpose(0, 1).reshape(1, shared, -1, width)
     bias = prefix.bias if queries == 1 else prefix.bias.repeat_interleave(queries, 2)
     made, share = _flash(flat, prefix.key, prefix.value, 0.0, False, attn_mask=bias, scale=scale)
-    other = made.view(shared, count, -1, width).transpose(0, 1), share.view(shared, count, -1).transpose(0, 1)
-    return _merge((text, seen), other)[0].view(query.shape)
+    other, share = made.view(shared, count, -1, width).transpose(0, 1), share.view(shared, count, -1).transpose(0, 1)
+    weight = (share - seen).sigmoid_().unsqueeze(-1).to(query.dtype)
+    return torch.lerp(text, other, weight).view(query.shape)

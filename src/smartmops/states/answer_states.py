@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smartmops.attention.packed import IGNORED, side_by_side
 from smartmops.runs import ranks
-from smartmops.tokens.batches import Encoded, pack
+from smartmops.tokens.batches import Encoded, by_budget, pack
 from smartmops.tuner.states import Opening
 
 from .activations import evaluating, free_memory
@@ -36,8 +36,10 @@ class AnswerStates:
         kept: Bytes that are.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Encoded], room: int | None = None, least: int = LEAST) -> None:
-        self.model, self.rows = model, rows
+    def __init__(
+        self, model: Any, rows: Sequence[Encoded], room: int | None = None, budget: int = 1024, least: int = LEAST
+    ) -> None:
+        self.model, self.rows, self.budget = model, rows, budget
         self.shared = openings([_before_answer(row) for row in rows], least)
         free = free_memory()
         self.room = room if room is not None else None if free is None else int(SHARE * free / ranks.on_this_machine())
@@ -52,17 +54,20 @@ class AnswerStates:
 
     def __call__(self, indices: Sequence[int]) -> dict[str, dict[str, Tensor]]:
         """The keyword arguments of the model's `forward` for these examples."""
-        return {"packed": self.batch(indices)}
+        return {"packed": self.batch(indices, alone=True)}
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, indices: Sequence[int], alone: bool = False) -> dict[str, Tensor]:
         """Headers and answers of these examples end to end, and what came before (see `packed.Packed`).
+
+        States that are not there yet are computed with each row `alone` where one trains on them: beside others the
+        last digits hang on which those are, and a run that goes on after a kill meets other rows first.
 
         Raises:
             IndexError: an index is none of the rows'.
         """
         if outside := [i for i in indices if not 0 <= i < len(self)]:
             raise IndexError(f"example {outside[0]} of {len(self)}: choose 0 to {len(self) - 1}")
-        fresh = self._compute([i for i in dict.fromkeys(indices) if i not in self._found])
+        fresh = self._compute([i for i in dict.fromkeys(indices) if i not in self._found], alone)
         stored, device = [fresh[i] if i in fresh else self._found[i] for i in indices], self._device()
         begun = [self._begun(int(part["opening"])) for part in stored]
         parts: list[dict[str, Tensor]] = send_to_device(stored, device)
@@ -136,27 +141,33 @@ class AnswerStates:
         config = self.model.base_model.layer().configs["default"]
         return torch.zeros(config.embedding_size or config.base_hidden_size)
 
-    def _compute(self, indices: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """States of these rows; kept where there is room.
-
-        Each row goes through the base alone: beside others its last digits would hang on which those are, and a run
-        that goes on after a kill asks for other rows together.
-        """
+    def _compute(self, indices: Sequence[int], alone: bool = False) -> dict[int, dict[str, Tensor]]:
+        """States of these rows, kept where there is room; each `alone`, or as many at once as `budget` allows."""
         made: dict[int, dict[str, Tensor]] = {}
         device = self._device()
+        groups = [[k] for k in range(len(indices))] if alone else by_budget(
+            [len(self.rows[i].input_ids) for i in indices], self.budget
+        )  # fmt: skip
         with evaluating(self.model):
-            for i in indices:
-                number = self.shared.of[i]
-                begun = None if number is None else self._opening(number)
-                given = send_to_device(pack([self.rows[i]]), device)
-                found = self.model.base_model.answers(given, send_to_device([begun], device))
-                assert found.past_keys is not None and found.past_values is not None
-                made[i] = {
-                    "hidden": found.hidden.clone(), "labels": found.labels.clone(), "pooled": found.pooled[0].clone(),
-                    "past_keys": found.past_keys[:, 0].clone(), "past_values": found.past_values[:, 0].clone(),
-                    "opening": torch.tensor(-1 if begun is None else number),  # of `shared.tokens`
-                }  # fmt: skip
-                self._keep(i, made[i])
+            for group in groups:
+                chosen = [indices[k] for k in group]
+                given = pack([self.rows[i] for i in chosen])
+                numbers = [self.shared.of[i] for i in chosen]
+                begun = [None if number is None else self._opening(number) for number in numbers]
+                found = self.model.base_model.answers(send_to_device(given, device), send_to_device(begun, device))
+                assert found.past_keys is not None and found.past_values is not None and found.past_lengths is not None
+                ends = found.lengths.cumsum(0).tolist()
+                for k, i in enumerate(chosen):
+                    own = slice(ends[k] - int(found.lengths[k]), ends[k])
+                    before = int(found.past_lengths[k])
+                    part = {
+                        "hidden": found.hidden[own], "labels": found.labels[own], "pooled": found.pooled[k],
+                        "past_keys": found.past_keys[:, k, :, :before],
+                        "past_values": found.past_values[:, k, :, :before],
+                        "opening": torch.tensor(-1 if begun[k] is None else numbers[k]),  # of `shared.tokens`
+                    }  # fmt: skip
+                    made[i] = {name: value.clone() for name, value in part.items()}
+                    self._keep(i, made[i])
         return made
 
     def _begun(self, number: int) -> Opening | None:
