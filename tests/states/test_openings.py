@@ -110,6 +110,18 @@ def test_what_enters_every_layer_is_what_transformers_shows(shape: str) -> None:
     assert not hasattr(frozen, "mops_engine"), "the base is left as it was"
 
 
+def test_rows_that_one_trains_on_are_computed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, model = beginning_alike(), adapted(**ANSWERS)
+    together, answers = list[int](), type(model.base_model).answers
+    monkeypatch.setattr(type(model.base_model), "answers", lambda self, batch, begun: (
+        together.append(len(batch["lengths"])), answers(self, batch, begun))[1])  # fmt: skip
+    states = AnswerStates(model, rows)
+    states([5, 2, 7])
+    assert together == [1, 1, 1]
+    states.batch(range(8))
+    assert sum(together) == 8 and max(together) > 1, "what is only measured is computed together"
+
+
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_a_gate_reads_the_same_at_any_layer(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, model = beginning_alike(), adapted(gate_layer=layer, **ANSWERS)
