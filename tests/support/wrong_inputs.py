@@ -232,6 +232,7 @@ WRONG: list[tuple[str, str]] = [
     ("chat DIR/done --max-new-tokens 0", "--max-new-tokens 0: choose 1 or more"),
     ("chat DIR/done --seed -1", "--seed -1: choose 0 to 4294967295"),
     ("serve DIR/begun", "begun is unfinished"),
+    ("serve DIR/done --api-key-file DIR/comment.txt", "comment.txt holds no key: give a file with one key a line"),
     ("serve DIR/done --port eighty", "--port: invalid literal for int() with base 10: 'eighty'"),
     ("serve DIR/done --port -1", "--port -1: choose 0 to 65535"),
     ("serve DIR/done --batch-size 0", "--batch-size 0: choose 1 or more"),
@@ -290,6 +291,10 @@ WRONG: list[tuple[str, str]] = [
     ("experts DIR/done drop c --out NEW", "'c' is no expert of DIR/done: choose one of a, b"),
     ("experts DIR/done drop a", "--out DIR or --in-place: give one of them"),
     ("experts DIR/done merge a --out NEW", "Missing from smartmops experts merge: B"),
+    ("experts DIR/done rename a b:c --out NEW", "b:c holds ':', by which names could not be told from what stands"),
+    ("experts DIR/done rename a b/c --out NEW", "b/c holds '/', by which names"),
+    (f"experts DIR/done rename a {'x' * 101} --out NEW", " has 101 characters: choose 100 at most"),
+    (f"{ADD} --data DIR/doc.jsonl --name {'x' * 101}", " has 101 characters: choose 100 at most"),
     ("experts DIR/done merge a c --out NEW", "'c' is no expert of DIR/done"),
     ("experts DIR/done merge a a --out NEW", "'a' cannot be merged with itself: name two experts"),
     ("experts DIR/done rename a --out NEW", "Missing from smartmops experts rename:"),
@@ -325,6 +330,10 @@ def prepare(folder: Path) -> None:
     for name in "abc":
         (folder / f"tasks/{name}.jsonl").write_text(rows(*[""] * 20))
     (folder / "single.jsonl").write_text(rows(*"abcde"))
+    (folder / "comment.txt").write_text("# of whom\n")
+    for name in ("ca.crt", "server.crt", "server.key", "clients/a.pub", "clients/b.pub"):
+        (folder / "keys" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "keys" / name).touch()
     (folder / "bare.jsonl").write_text(rows(*[""] * 60))
     (folder / "torn.jsonl").write_text(rows("a") + '{"instruction": "x", "resp\n' + rows("a"))
     (folder / "silent.jsonl").write_text('{"instruction": null}\n{"instruction": "x"}\n{}\n')

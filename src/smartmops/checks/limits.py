@@ -24,6 +24,7 @@ from smartmops.checks.errors import ConfigError, RunError, SmartmopsError
 FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 GIVEN = re.compile(rf"^{FLAG.pattern} ([^\s:,]+)(?=[:,])", re.MULTILINE)  # a line that opens with a value
 LARGEST = 2**31 - 1  # of a count: what every library takes
+LONGEST_NAME = 100  # characters
 
 
 @runtime_checkable
@@ -90,6 +91,21 @@ class Unreserved(Text):
         if value in (AUTO, BASE):
             return f" is what a server calls the {'gate' if value == AUTO else 'base'}: choose another"
         return super().wrong(value)
+
+
+@dataclass(frozen=True)
+class Fresh(Unreserved):
+    """A new name that can be typed again wherever it is asked for, `RUN:NAME` and addresses of a server among them."""
+
+    def wrong(self, value: Any) -> str | None:
+        """As `Limit`."""
+        if (said := super().wrong(value)) is not None:
+            return said
+        if value != value.strip():
+            return " begins or ends with a blank: leave that out"
+        if bad := next((each for each in value if each in ":/" or not each.isprintable()), None):
+            return f" holds {bad!r}, by which names could not be told from what stands around them: leave it out"
+        return f" has {len(value)} characters: choose {LONGEST_NAME} at most" if len(value) > LONGEST_NAME else None
 
 
 @dataclass(frozen=True)
@@ -220,6 +236,7 @@ def _wrong(hint: Any, value: Any) -> Iterator[tuple[Any, str]]:
             kinds = [each for each in inner if each is not type(None)]
             kinds = [each for each in kinds if _of_several(each) == isinstance(value, list | tuple)] or kinds
             answers = [list(_wrong(each, value)) for each in kinds]
+            said = said if said.isprintable() else repr(said)  # a fault is told in one line
             yield from [] if [] in answers else answers[0]
     elif origin is Literal:
         if value not in inner:

@@ -37,8 +37,9 @@ class Keys:
 
 
 def keys_in(file: Path) -> list[str]:
-    """The keys of a file, without blank lines."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The keys of a file, without blank lines and comments, which begin with #."""
+    lines = map(str.strip, file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def experts_of(run: Path) -> list[str]:
@@ -120,7 +121,7 @@ class ServeConfig(Options):
     """address to listen on; others than 127.0.0.1 can be reached from outside"""
     port: AnyPort = 8000  # 0: any that is free
     api_key_file: Annotated[Path, Keys()] | None = (
-        None  # file with one key a line, one of which a client sends; no key is needed by default
+        None  # file with one key a line (# begins a comment), one of which a client sends; none is needed by default
     )
     queue: Count = 64  # answers that may wait; more are refused with status 429
     batch_size: Count = 16  # answers that are generated at once

@@ -11,7 +11,7 @@ import tyro
 
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
-from smartmops.checks.limits import Count, Options, Rate, Seed, Share, Text, Unreserved, Whole, check, listed
+from smartmops.checks.limits import Count, Fresh, Options, Rate, Seed, Share, Text, Whole, check, listed
 from smartmops.options.method import Unrelated
 from smartmops.options.training import Columns, Data
 
@@ -20,7 +20,7 @@ from .serving import experts_of
 
 Run = Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Name = Annotated[str, Text("an expert's name")]
-New = Annotated[str, Unreserved("an expert's name")]
+New = Annotated[str, Fresh("an expert's name")]
 Whose = Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 PROMPT = "a text file with a system prompt"
