@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from smartmops.checks.folders import Existing, OutFile
-from smartmops.checks.limits import Count, NotNegative, Number, Options, Positive, Seed, Text, listed
+from smartmops.checks.limits import Count, NotNegative, Number, Options, Positive, Seed, Text, listed, unused
 
 from .reading import RunFolder
 
@@ -69,6 +69,11 @@ class AnswerConfig(Options):
     top_p: TopP = 1.0  # sample among the most likely tokens that together have this probability
     seed: Seed = 0  # seed of sampling
 
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from unused(self, ("top_p", "seed"), self.temperature > 0, "is of tokens that are sampled, and at "
+                          "--temperature 0 none are: give one above 0, or leave it away")  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class GenerateConfig(AnswerConfig):
@@ -103,6 +108,12 @@ class GenerateConfig(AnswerConfig):
         if self.expert is not None and self.expert not in (names := experts_of(self.run)):
             has = f"is no expert of {self.run}: choose {listed(names)}" if names else f"but {self.run} has no experts"
             yield f"--expert {self.expert} {has}"
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from super().idle()
+        yield from unused(self, ("batch_size",), self.file is not None,
+                          "is of the rows of --file: give that, or leave it away")  # fmt: skip
 
 
 @dataclass(kw_only=True)
