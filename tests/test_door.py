@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,6 +134,26 @@ def test_what_cannot_be_prepared_is_refused() -> None:
     model = get_peft_model(base, sm.MoPsConfig(task_type="CAUSAL_LM", num_recovery_prompts=2))
     with pytest.raises(ValueError, match=r"num_recovery_prompts=2: .* choose 0"):
         sm.prepare(model, tokenizer, sm.read("office")[:10])
+    base, tokenizer = sm.load_base("tiny", "float32")
+    model = get_peft_model(base, sm.MoPsConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(sm.DataError, match=r"examples=\[\]: give a list of one smartmops.Example or more"):
+        sm.prepare(model, tokenizer, [])
+
+
+def test_what_is_of_another_type_is_one_line_of_ours() -> None:
+    """In a process of its own: here every signature is checked before the function is."""
+    code = """if True:
+        import smartmops as sm
+        from smartmops.rows.example import opened
+        for call, words in ((lambda: sm.read(3), "data=3 names no data"), (lambda: opened("hello"), "message 1 is 'h'")):
+            try:
+                call()
+            except sm.DataError as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError(words)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_another_adapter_than_the_active_one_is_not_prepared() -> None:

@@ -143,7 +143,7 @@ percent, in {kept} of {len(found)} data sets. {changed}**
 
 SmolLM2, change of the perplexity of Wikipedia text that nobody trained on. A lower perplexity there is no gain to rely on: the
 model has changed where nobody asked it to. On Dolly, whose instructions are about anything, the null expert lets some text
-through. `--null-threshold` says how sure it has to be, `--no-null-expert` takes it away."""
+through. `--null-threshold` says how sure it has to be, `--null-expert False` takes it away."""
 
 
 def how_many_experts() -> str:

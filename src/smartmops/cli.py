@@ -297,7 +297,7 @@ def _report(runs: list[Path], out: Path) -> Path:
 
 def _ready(config: Options) -> None:
     """All that can be known of options, of data and of the base before anything that takes time."""
-    check(config)
+    check(config, given=True)
     from smartmops.reading.early import look_at
 
     look_at(config)

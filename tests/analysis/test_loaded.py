@@ -33,6 +33,8 @@ def test_it_measures_what_training_measured(trained: tuple[Path, dict[str, Any]]
     assert run.evaluate()["perplexity"]["overall"] == pytest.approx(trained[1]["perplexity"]["overall"], rel=1e-5)
     with pytest.raises(ValueError, match=r"^batch_size=0: choose 1 or more$"):
         run.evaluate(batch_size=0)
+    with pytest.raises(sm.ConfigError, match="'foo' is no option of evaluate: choose from columns, max_length"):
+        run.evaluate(foo=1)
 
 
 def test_it_answers_and_weighs_as_inspect_does(trained: tuple[Path, dict[str, Any]], run: sm.LoadedRun) -> None:

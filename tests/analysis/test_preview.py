@@ -55,6 +55,15 @@ def test_tokens_are_the_tokenizers_and_what_is_cut_is_counted(file: Path) -> Non
         assert each["prompt"].count(f"{each['task']} number") == 1 and "answer" not in each["prompt"]
 
 
+def test_texts_that_spell_control_tokens_are_counted(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(BASE)
+    file.write_text(file.read_text().replace("answer 5", f"answer {tokenizer.eos_token} 5"))
+    found = data_command(DataConfig(data=str(file), model="tiny"))["controls"]
+    assert sum(int(said.split()[1]) for said in found) == 2
+    assert all(f"examples spell control tokens of this model ({tokenizer.eos_token})" in said for said in found)
+    assert found[0] in " ".join(capsys.readouterr().out.split())
+
+
 def test_rows_that_do_not_fit_are_counted_and_none_at_all_is_an_error(file: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.jsonl"
     long.write_text(file.read_text() + json.dumps({**rows()[0], "response": "word " * 100}) + "\n")

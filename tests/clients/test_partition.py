@@ -301,3 +301,10 @@ def test_clients_may_have_columns_of_other_names(tmp_path: Path) -> None:
     (tmp_path / "berlin.jsonl").write_text('{"question": "How many?", "response": "Two."}\n')
     (found,) = read_clients(tmp_path, ("instruction=question",))
     assert (found.instruction, found.response, found.source) == ("How many?", "Two.", "berlin")
+
+
+def test_files_of_clients_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("berlin.ndjson", "paris.JSONL", "rome.csv", "README.md", ".hidden.jsonl"):
+        (tmp_path / name).write_text('{"instruction": "i", "response": "r"}\n')
+    assert [example.source for example in read_clients(tmp_path)] == ["berlin", "paris"]
+    assert f"{tmp_path}: 1 files of other forms are not read (rome.csv)" in caplog.messages

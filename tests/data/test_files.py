@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from smartmops.data import files, tasks
+from smartmops.data.files import named
 from smartmops.data.tasks import read, read_stored
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import encode_all
@@ -85,6 +86,22 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     DatasetDict(train=table, test=table).save_to_disk(tmp_path / "two")
     for name in ("one", "two"):
         assert read(tmp_path / name) == [Example("a", "", "NA"), Example("b", "", "02116")]
+
+
+def test_classes_are_read_by_their_names_and_splits_that_are_not_read_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    kinds = Features(instruction=Value("string"), response=Value("string"), category=ClassLabel(names=["qa", "sums"]))
+    table = Dataset.from_dict({"instruction": ["a", "b"], "response": ["c", "d"], "category": [1, 0]}, kinds)
+    DatasetDict(train=table, test=table).save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "table.parquet")
+    with caplog.at_level(logging.INFO, "smartmops.data"):
+        for name in ("saved", "table.parquet"):
+            assert [example.category for example in read(tmp_path / name)] == ["sums", "qa"]
+    assert f"{tmp_path / 'saved'}: 1 splits beside the training split are not read (test)" in caplog.messages
+    assert named({"category": -1, "response": "c"}, {"category": ["qa"]}) == {"category": None, "response": "c"}
 
 
 @given(st.lists(st.tuples(*[st.text(st.characters(codec="utf-8"), max_size=12)] * 2), max_size=6))
@@ -277,7 +294,7 @@ def test_a_category_is_on_all_rows_or_on_none(tmp_path: Path) -> None:
 
 
 def test_hub_rows_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_load", lambda *_, **__: [{"prompt": "a", "completion": n} for n in ("b", 3, 4)])
+    monkeypatch.setattr(tasks, "_loaded", lambda *_, **__: [{"prompt": "a", "completion": n} for n in ("b", 3, 4)])
     with pytest.raises(
         ValueError, match="owner/data, row 2: `completion` is 3, not text: store the column as text; row 3"
     ):

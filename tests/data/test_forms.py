@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,35 @@ def test_one_of_two_contexts_is_not_dropped(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl", columns=["context=input"])[0].context == "Good morning"
     alpaca = {"instruction": "Translate.", "input": "", "context": "Good evening", "output": "Bonsoir"}
     assert read(write(tmp_path / "c.jsonl", [alpaca]))[0].context == "Good evening"
+
+
+def test_one_of_two_answers_is_not_dropped(tmp_path: Path) -> None:
+    row = {"instruction": "Say it.", "response": "A", "output": "B"}
+    said = "`response` and `output` both hold an answer, and not the same: leave one out, or name the right one by"
+    with pytest.raises(DataError, match=f"{said} --columns response=response or response=output"):
+        read(write(tmp_path / "a.jsonl", [row]))
+    for chosen, answer in (("response", "A"), ("output", "B")):
+        assert read(tmp_path / "a.jsonl", columns=[f"response={chosen}"])[0].response == answer
+    for other in ("A ", "", None):
+        assert read(write(tmp_path / "b.jsonl", [row | {"output": other}]))[0].response == "A"
+    chat = {"messages": OPENAI, "instruction": "Who?", "response": "Bob."}
+    with pytest.raises(
+        DataError, match=r"`messages` and `response` both hold .*messages=messages or response=response"
+    ):
+        read(write(tmp_path / "c.jsonl", [chat]))
+    assert read(write(tmp_path / "d.jsonl", [chat | {"response": "Ada."}])) == [replace(e, category="") for e in TALK]
+    assert read(tmp_path / "c.jsonl", columns=["response=response"])[0].response == "Bob."
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "tools"])
+def test_thoughts_and_tools_of_a_chat_are_not_dropped(tmp_path: Path, field: str) -> None:
+    def row(value: Any) -> Mapping[str, Any]:
+        answer = {"role": "assistant", "content": "Ada."} | ({} if field == "tools" else {field: value})
+        return {"messages": [OPENAI[1], answer]} | ({field: value} if field == "tools" else {})
+
+    assert len(read(write(tmp_path / "a.jsonl", [row(None), row("")]))) == 2
+    with pytest.raises(DataError, match=f"{field}`?, and .* are not read"):
+        read(write(tmp_path / "b.jsonl", [row("look it up")]))
 
 
 @pytest.mark.parametrize("blank", [None, "", "  "])

@@ -222,6 +222,39 @@ def test_files_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCap
     assert "2 files beside the training split are not read (labels.jsonl, test.jsonl)" in caplog.text
 
 
+def test_files_of_other_forms_are_named_but_for_what_people_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.ndjson", "notes.txt", "more.zip", "README.md", "LICENSE", "dataset_info.json", ".hidden.bin"):
+        (tmp_path / name).write_text('{"instruction": "i", "response": "r"}\n')
+    assert [example.category for example in read(tmp_path)] == ["a"], "JSON lines, as some call them"
+    assert f"{tmp_path}: 2 files of other forms are not read (more.zip, notes.txt)" in caplog.messages
+
+
+def test_linked_folders_are_read_once_and_hidden_ones_never(tmp_path: Path) -> None:
+    for name in ("far/cooking.jsonl", "data/travel.jsonl", "data/sub/.ipynb_checkpoints/travel-checkpoint.jsonl"):
+        lines(tmp_path / name, ROW)
+    (tmp_path / "data/linked").symlink_to(tmp_path / "far", target_is_directory=True)
+    (tmp_path / "data/sub/circle").symlink_to(tmp_path / "data", target_is_directory=True)
+    assert sorted(example.category for example in read(tmp_path / "data")) == ["cooking", "travel"]
+    (tmp_path / "data/gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match=r"gone\.jsonl cannot be read .No such file"):
+        read(tmp_path / "data")
+
+
+def test_task_files_and_rows_in_one_folder_are_not_half_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "task1.json").write_text(
+        json.dumps({"Definition": "Do.", "Instances": [{"input": "i", "output": "o"}]})
+    )
+    lines(tmp_path / "deep/a.jsonl", ROW)
+    with pytest.raises(DataError, match=r"and data of other forms \(deep/a.jsonl\), which are not read together"):
+        read(tmp_path)
+    (tmp_path / "deep/a.jsonl").rename(tmp_path / "deep/a.bak")
+    (tmp_path / "raw.csv").write_text("LJ001|what the task was made of\n")
+    assert [example.category for example in read(tmp_path)] == ["task1"]
+    assert f"{tmp_path}: 2 files of other forms are not read (deep/a.bak, raw.csv)" in caplog.messages
+
+
 @pytest.mark.parametrize("name", ["more.jsonl.gz", "more.csv.zip", "deep/more.JSON.zst"])
 def test_a_compressed_file_is_not_passed_over(tmp_path: Path, name: str) -> None:
     (tmp_path / "cooking.jsonl").write_text('{"instruction": "i", "response": "r"}\n')

@@ -118,7 +118,6 @@ def test_the_lines_of_a_page_run_one_after_the_other(page: str, run: Run, desk: 
 
 def test_every_option_and_command_that_is_named_is_there() -> None:
     known = {option for command in cli.COMMANDS for option in options(command)} | FOREIGN
-    known |= {option.replace("--", "--no-", 1) for option in known}
     texts = {page: (ROOT / page).read_text() for page in PAGES}
     texts |= {file.name: file.read_text() for file in (ROOT / "docs/figures").glob("*.svg")}
     named = {(page, option) for page, text in texts.items() for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}

@@ -222,6 +222,13 @@ def test_columns_with_weights_are_as_many_copies(tmp_path: Path) -> None:
         columns_of.Columns(one.keys, one.values, torch.tensor([1.5, 2.0]).log()).repeated()
 
 
+def test_files_of_experts_have_names_that_every_disk_takes() -> None:
+    long = ["a long name " * 40, "A long name " * 40, "длинное имя" * 30, "b_2", "b", "B"]
+    found = exporting._file_names(long)
+    assert max(len(name.encode()) for name in found.values()) <= 110
+    assert len({name.lower() for name in found.values()}) == len(long)
+
+
 @pytest.mark.parametrize("page", [kv_page, peft_page])
 def test_a_base_that_is_ours_alone_is_saved_for_others_by_the_page_s_own_line(
     page: Callable[[dict[str, Any]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

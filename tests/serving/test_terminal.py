@@ -92,6 +92,9 @@ def test_a_file_asks_what_training_would_read(run: Path, answerer: Answerer, tmp
     ({"instruction": "a", "history": "b"}, "`history` is \"b\", no list of pairs"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "ends with the assistant"),
     ({"messages": []}, "none of a user"),
+    ({"instruction": "a", "prompt": "b"}, "`instruction` and `prompt` both ask something, and not the same"),
+    ({"messages": [{"role": "user", "content": "a"}], "prompt": "b"}, "`messages` and `prompt` both ask something"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "a chat with `tools`, and calls are not read"),
     ({"question": "a"}, "`instruction` is null: give a text"),
 ])  # fmt: skip
 def test_a_row_that_would_be_answered_otherwise_than_asked_is_named(tmp_path: Path, row: object, said: str) -> None:

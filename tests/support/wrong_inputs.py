@@ -9,14 +9,10 @@ import json
 import re
 from pathlib import Path
 
-TRAIN = "train tiny --data DIR/doc.jsonl --batch-size 4 --experts 3 --steps 2 --out NEW"
-COMPARE = "compare tiny --data DIR/doc.jsonl --steps 2 --experts 3 --batch-size 4 --out NEW"
-FEDERATE = "federate tiny --data DIR/doc.jsonl --clients 4 --clients-per-round 2 --out NEW"
-GENERATE = "generate DIR/done"
-EXPORT = "export DIR/done --out NEW"
-ADD = "experts DIR/done add --out NEW"
-COMPRESS = "compress tiny --out NEW --sparsity 0.5"
+from idle_inputs import ADD, COMPARE, COMPRESS, EXPORT, FEDERATE, GENERATE, IDLE, TRAIN
+
 WRONG: list[tuple[str, str]] = [
+    *IDLE,
     # sizes, rates and shares of training
     (f"{TRAIN} --batch-size 1000000", "--batch-size 1000000, but there are 54 training examples: choose 1 to 54"),
     (f"{TRAIN} --batch-size 0", "--batch-size 0: choose 1 or more"),
@@ -62,7 +58,7 @@ WRONG: list[tuple[str, str]] = [
     (f"{FEDERATE} --delta 0.01", "--delta 0.01 goes with --noise-multiplier"),
     (f"{FEDERATE} --clip-norm 0.5", "--clip-norm 0.5 goes with --noise-multiplier"),
     (f"{FEDERATE} --noise-multiplier 0.05", "--noise-multiplier 0.05: choose 0.1 or more"),
-    (f"{COMPARE} --methods mops prompt-tuning", "--methods: every name takes a value after it, such as NAME None"),
+    (f"{COMPARE} --methods mops prompt-tuning", "--methods: every name takes its learning rate after it, such as NAME 0.03"),
     ("compare tiny --data DIR/tasks --experts 2 --out NEW", "--experts 2, but there are 3 tasks: choose 3"),
     (f"{TRAIN} --prompts-per-expert 0", "--prompts-per-expert 0: choose 1 or more"),
     (f"{TRAIN} --prompts-per-expert 2000000", "choose 1000000 at most"),
@@ -236,6 +232,7 @@ WRONG: list[tuple[str, str]] = [
     ("serve DIR/done --port -1", "--port -1: choose 0 to 65535"),
     ("serve DIR/done --batch-size 0", "--batch-size 0: choose 1 or more"),
     ("serve DIR/done --max-tokens 99999999999", "--max-tokens 99999999999: choose at most 2147483647"),
+    ("serve DIR/done --api-key-file DIR/comment.txt", "comment.txt holds no key: give a file with one key a line"),
     ("serve DIR/done --api-key-file DIR/notes", "notes is a folder: give a file with one key a line"),
     # runs that are handed on
     (f"{EXPORT.replace('done', 'nowhere')} --format kv", "nowhere does not exist: give a run folder"),
@@ -294,6 +291,10 @@ WRONG: list[tuple[str, str]] = [
     ("experts DIR/done merge a a --out NEW", "'a' cannot be merged with itself: name two experts"),
     ("experts DIR/done rename a --out NEW", "Missing from smartmops experts rename:"),
     ("experts DIR/done rename a b --out NEW", "'b' is an expert of DIR/done already: give another name"),
+    ("experts DIR/done rename a b:c --out NEW", "b:c holds ':', by which names could not be told from what stands"),
+    ("experts DIR/done rename a b/c --out NEW", "b/c holds '/', by which names"),
+    (f"experts DIR/done rename a {'x' * 101} --out NEW", " has 101 characters: choose 100 at most"),
+    (f"{ADD} --data DIR/doc.jsonl --name {'x' * 101}", " has 101 characters: choose 100 at most"),
     ("experts DIR/done rename c d --out NEW", "'c' is no expert of DIR/done"),
     ("experts DIR/done freeze c --out NEW", "'c' is no expert of DIR/done"),
     ("experts DIR/done calibrate --out NEW", "Missing from smartmops experts calibrate: --unrelated"),
@@ -329,6 +330,10 @@ def prepare(folder: Path) -> None:
     (folder / "torn.jsonl").write_text(rows("a") + '{"instruction": "x", "resp\n' + rows("a"))
     (folder / "silent.jsonl").write_text('{"instruction": null}\n{"instruction": "x"}\n{}\n')
     (folder / "empty.txt").write_text("\n")
+    (folder / "comment.txt").write_text("# of whom\n")
+    for name in ("ca.crt", "server.crt", "server.key", "clients/a.pub", "clients/b.pub"):
+        (folder / "keys" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "keys" / name).touch()
     run = {"command": "train", "arguments": {"method": "mops", "model": "tiny", "data": "office"}, "seed": 0}
     for name in ("begun", "notes", "done/adapter", "lone/adapter", "pruned"):
         (folder / name).mkdir(parents=True, exist_ok=True)

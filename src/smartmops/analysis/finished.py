@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smartmops.checks.errors import DataError, RunError
+from smartmops.checks.errors import DataError, RunError, UnknownOption
 from smartmops.checks.limits import check_named
 from smartmops.data.several import held
 from smartmops.evaluation import harness
@@ -184,6 +185,9 @@ class LoadedRun:
             UnknownOption: an option is unknown.
             RunError: an option is outside its limits, or the data cannot be read.
         """
+        known = [each.name for each in fields(EvaluateConfig) if each.name not in ("run", "data")]
+        if unknown := [name for name in options if name not in known]:
+            raise UnknownOption(f"{unknown[0]!r} is no option of evaluate: choose from {', '.join(known)}")
         config = EvaluateConfig(run=self.path, data=data if data is None else held(data), **options)
         check_named(config)
         if config.suite is not None:

@@ -23,6 +23,7 @@ from smartmops.reading.early import shape_of
 from smartmops.reading.held_out import hold_out
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import Encoded, Encoding, NoneFits, Truncation, encode_all
+from smartmops.tokens.controls import controls_said
 from smartmops.tokens.template import Template, check_template
 from smartmops.tokens.unfit import Limit, Lost
 
@@ -36,8 +37,9 @@ def preview(config: DataConfig) -> dict[str, Any]:
     Returns:
         `examples` {part: count}, `tasks` {task: {part: count}}, `sources` (how many there are), `repeated` (see
         `repeated`); with a model also `max_length` in tokens, `tokens` {task: numbers of tokens and of examples that
-        are cut or dropped}, `lost` (a sentence for each task of a part, and each source, that is dropped entirely) and
-        `rendered`, a list of {task, prompt, answer}, whose answer is what is trained on.
+        are cut or dropped}, `lost` (a sentence for each task of a part, and each source, that is dropped entirely),
+        `controls` (a sentence for each part whose texts spell control tokens) and `rendered`, a list of {task, prompt,
+        answer}, whose answer is what is trained on.
 
     Raises:
         DataError: the data cannot be read or rendered; the message names file, lines and way out.
@@ -114,6 +116,7 @@ def tokens(config: DataConfig, parts: Parts) -> dict[str, Any]:
         "max_length": limit.tokens,
         "tokens": {task: _numbers(own, dropped[task]) for task, own in by_task.items()},
         "lost": list(lost.said(as_typed(config.data))),
+        "controls": [said for name, part in parts.items() for said in controls_said(name, part, tokenizer)],
         "rendered": _rendered(rows, tokenizer, config.shown),
     }
 

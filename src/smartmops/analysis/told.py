@@ -24,7 +24,7 @@ def print_data(found: dict[str, Any]) -> None:
         console.print(table)
         console.print(f"row and answer: median numbers of tokens; a row may have {found['max_length']}. A longer one "
                       "loses the end of its context, and is dropped where that does not do.")  # fmt: skip
-        for said in found["lost"]:
+        for said in (*found["lost"], *found["controls"]):
             console.print(said)
     if found["sources"]:
         console.print(f"sources: {found['sources']}")

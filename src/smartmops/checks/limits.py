@@ -24,6 +24,7 @@ from smartmops.checks.errors import ConfigError, RunError, SmartmopsError
 FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 GIVEN = re.compile(rf"^{FLAG.pattern} ([^\s:,]+)(?=[:,])", re.MULTILINE)  # a line that opens with a value
 LARGEST = 2**31 - 1  # of a count: what every library takes
+LONGEST_NAME = 100  # characters
 
 
 @runtime_checkable
@@ -93,6 +94,21 @@ class Unreserved(Text):
 
 
 @dataclass(frozen=True)
+class Fresh(Unreserved):
+    """A new name that can be typed again wherever it is asked for, `RUN:NAME` and addresses of a server among them."""
+
+    def wrong(self, value: Any) -> str | None:
+        """As `Limit`."""
+        if (said := super().wrong(value)) is not None:
+            return said
+        if value != value.strip():
+            return " begins or ends with a blank: leave that out"
+        if bad := next((each for each in value if each in ":/" or not each.isprintable()), None):
+            return f" holds {bad!r}, by which names could not be told from what stands around them: leave it out"
+        return f" has {len(value)} characters: choose {LONGEST_NAME} at most" if len(value) > LONGEST_NAME else None
+
+
+@dataclass(frozen=True)
 class Several:
     """One at least, each once."""
 
@@ -134,19 +150,40 @@ class Options:
         """What is wrong with several options together; asked once each is right by itself."""
         yield from ()
 
+    def idle(self) -> Iterator[str]:
+        """Which options were given and do nothing; asked where a user gives them, not of settings that code tries."""
+        yield from ()
+
     def taken(self) -> RunError | None:
         """Why nothing can be written where it is to be written, or gone on with there; None: it can."""
         return None
 
 
-def check(config: Options) -> None:
+def unused(config: Any, names: Iterable[str], acts: bool, why: str) -> Iterator[str]:
+    """Those of some options that are not as they are by default, and `why` that does nothing; none where it `acts`."""
+    by_default = {each.name: each.default for each in fields(config)}
+    for name in () if acts else names:
+        value = getattr(config, name)
+        if value != by_default[name]:
+            if isinstance(value, bool):
+                yield f"{typed(name if value else f'no_{name}')} {why}"
+            else:
+                yield f"{typed(name)} {' '.join(value) if isinstance(value, tuple) else value} {why}"
+
+
+def check(config: Options, *, given: bool = False) -> None:
     """Whether every option of a config is within its limits, and whether what it writes has a place.
+
+    Args:
+        config: Options of a command.
+        given: Whether a user gave them, so that none may do nothing.
 
     Raises:
         ConfigError: some are not; one line for each, with its value, its limit and the way out.
         RunError: the place alone is wrong: taken already, or not there where it is to be gone on with.
     """
-    found = list(dict.fromkeys(_each(config))) or list(dict.fromkeys(config.problems()))
+    found = list(dict.fromkeys(_each(config)))
+    found = found or list(dict.fromkeys([*config.problems(), *(config.idle() if given else ())]))
     if (place := config.taken()) is not None:
         if not found:
             raise place
@@ -156,13 +193,13 @@ def check(config: Options) -> None:
 
 
 def check_named(config: Options) -> None:
-    """`check` for options that were given in Python.
+    """`check` for options that a user gave in Python.
 
     Raises:
         ConfigError: as `check`, with the options as Python writes them.
     """
     with named_in_python(config):
-        check(config)
+        check(config, given=True)
 
 
 @contextmanager
@@ -199,6 +236,7 @@ def _each(config: Any) -> Iterator[str]:
         value = getattr(config, name)
         for item, wrong in _wrong(hint, value):
             said = " ".join(map(str, item)) if isinstance(item, tuple) else str(item)
+            said = said if said.isprintable() else repr(said)  # a fault is told in one line
             yield " ".join(filter(None, (_shown(name, hint), said))) + wrong
 
 

@@ -17,6 +17,8 @@ from typing import Literal
 from numpy.random import Generator, SeedSequence, default_rng
 
 from smartmops.checks.errors import ConfigError, DataError
+from smartmops.data.files import ending
+from smartmops.data.several import tell_unread
 from smartmops.data.tasks import read_jsonl
 from smartmops.options.federation import LARGEST_ALPHA, PartitionConfig
 from smartmops.rows.example import Example
@@ -82,7 +84,7 @@ def partition(examples: Sequence[Example], config: PartitionConfig, seed: int) -
 
 
 def read_clients(folder: str | Path, columns: Sequence[str] = ()) -> list[Example]:
-    """One client a JSONL file: the examples of all of them, `source` being the file's name without `.jsonl`.
+    """One client a JSONL file: the examples of all of them, `source` being the file's name without its ending.
 
     Files are read in the order of their names; hidden files and folders within the folder are not.
 
@@ -93,10 +95,12 @@ def read_clients(folder: str | Path, columns: Sequence[str] = ()) -> list[Exampl
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise ConfigError(f"clients={str(folder)!r} {problem}: give a folder with one JSONL file for each client")
-    files = sorted(file for file in folder.glob("*.jsonl") if file.is_file() and not file.name.startswith("."))
+    visible = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    files = [file for file in visible if ending(file) in (".jsonl", ".ndjson") and file.is_file()]
     if not files:
         raise DataError(f"clients={str(folder)!r} holds no file ending in .jsonl: write one for each client, such as "
                         "berlin.jsonl")  # fmt: skip
+    tell_unread(folder, (file for file in visible if file not in files))
     return [replace(example, source=file.stem) for file in files for example in read_jsonl(file, columns)]
 
 

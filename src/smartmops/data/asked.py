@@ -47,6 +47,7 @@ def question_of(row: Any) -> Example:
         raise DataError(f"{shown(row)} is no object: write one with an `instruction`")
     if taken := next((name for name in TOLD if name in row), None):
         raise DataError(f"`{taken}` is what the answer is written to: call that column otherwise")
+    _check_one(row)
     if talk := next((name for name in TALKS if name in row), None):
         system, history, question = opened(messages_of(row, talk))
         if question is None:
@@ -61,6 +62,21 @@ def question_of(row: Any) -> Example:
     if len(given) > 1:
         raise DataError("`context` and `input` both say something, and one is the context: join them")
     return Example(row[column], "".join(given.values()), "", system=_text(row, "system"), history=history_of(row))
+
+
+def _check_one(row: Mapping[str, Any]) -> None:
+    """Whether one column asks, or several the same."""
+    asking = [name for name in (*TALKS, *ASKED) if row.get(name)]
+    first, *others = asking or [""]
+    for name in others:
+        if row[name] != row[first] and not (first in TALKS and row[name] == _last(row[first])):
+            raise DataError(f"`{first}` and `{name}` both ask something, and not the same: leave one out")
+
+
+def _last(talk: Any) -> Any:
+    """What a conversation ends with; None where it is none."""
+    message = talk[-1] if isinstance(talk, list) and talk else None
+    return message.get("content", message.get("value")) if isinstance(message, dict) else None
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from pyarrow import parquet
 from smartmops.checks.errors import DataError
 from smartmops.rows.faults import Faults, shown
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+OWN = (".jsonl", ".ndjson", ".json")  # what an owner writes by hand, and can mend
+SUFFIXES = (*OWN, ".csv", ".tsv", ".parquet")
 LONGEST = 2**26  # characters of a line: a file without line ends must not fill the memory
 BATCH = 256  # Parquet rows that are in memory at once
 ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
@@ -40,6 +42,20 @@ def rows_of(file: Path, faults: Faults) -> Iterator[Row]:
     if ending(file) in (".csv", ".tsv"):
         return _csv(file, faults, "," if ending(file) == ".csv" else "\t")
     return _list(file, faults) if first_character(file) == "[" else _jsonl(file, faults)
+
+
+def under(folder: Path) -> list[Path]:
+    """All files within a folder and the folders that it links to, but for hidden ones and those in hidden folders."""
+    found, seen = list[Path](), set[str]()
+    for around, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(around)) in seen:  # a link to what is read already, or a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = [Path(around, name) for name in names if not name.startswith(".")]
+        found += [file for file in files if file.is_file() or file.is_symlink()]  # who reads a link to nothing says so
+    return sorted(found)
 
 
 def ending(file: Path) -> str:
@@ -199,14 +215,32 @@ def _parquet(file: Path) -> Iterator[Row]:
     number = 0
     try:
         with parquet.ParquetFile(file) as opened:
+            classes = _classes(opened.schema_arrow)
             for batch in opened.iter_batches(BATCH):
                 for row in _values(batch):
                     number += 1
-                    yield number, row
+                    yield number, named(row, classes)
     # Arrow raises what its decoders do; names of columns that are not UTF-8 break only when they are asked for.
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
         raise DataError(f"{file}, row {number + 1}: not Parquet ({reason}): write the file again") from error
+
+
+def named(row: dict[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A row with the names of classes in place of their numbers, by column; nothing for a number of no class."""
+    numbers = {column: row[column] for column in classes if isinstance(row.get(column), int)}
+    return row | {column: classes[column][number] if 0 <= number < len(classes[column]) else None
+                  for column, number in numbers.items()}  # fmt: skip
+
+
+def _classes(schema: pa.Schema) -> dict[str, list[str]]:
+    """Names of classes by column, where `datasets` wrote the file and noted them."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b""))["info"]["features"]
+        return {column: list(map(str, feature["names"])) for column, feature in features.items()
+                if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"}  # fmt: skip
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,8 @@ CATEGORY = ("category", "task", "task_name")  # columns that may say which task 
 SOURCE = ("source", "client")
 TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")  # how a list of messages begins when it is text
 CALLS = ("tool_calls", "function_call")  # what a message says beside its text
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+TOOLS = ("tools", "functions")  # what a chat may call, in a column of its own
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "developer": "system",
@@ -130,9 +132,29 @@ class _Reader:
                 f"no column `{self.category}`" if self.category else f"a column `{column}`, which rows before lack"
             )
             raise DataError(f"{problem} (found: {_names(row)}): give every row a category, or none")
-        found = self._chat(form, row) if form in CHATS or _is_talk(form, row) else [self._text(form, row)]
+        found = self._examples(form, row)
+        self._check_alone(form, row, found)
         self.form, self.category = form, column
         return found
+
+    def _check_alone(self, form: Form, row: Mapping[str, Any], found: Sequence[Example]) -> None:
+        """Whether columns of another form say the same as those that were read, unless `--columns` chose these."""
+        if set(form.needed) & self.chosen.keys():
+            return
+        for other in (*CHATS, *TEXTS):
+            if other is form or not row.keys() >= set(other.needed) or other.answered == form.answered:
+                continue
+            try:
+                answers = [each.response for each in self._examples(other, row)]
+            except ValueError:
+                continue  # it has no such form
+            if {each.strip() for each in answers} - {each.response.strip() for each in found}:
+                both, choice = f"`{form.answered}` and `{other.answered}`", f"{_choice(form)} or {_choice(other)}"
+                raise DataError(f"{both} both hold an answer, and not the same: leave one out, or name the right one "
+                                f"by --columns {choice}")  # fmt: skip
+
+    def _examples(self, form: Form, row: Mapping[str, Any]) -> list[Example]:
+        return self._chat(form, row) if form in CHATS or _is_talk(form, row) else [self._text(form, row)]
 
     def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
         if missing := [f"{field}={column}" for field, column in self.chosen.items() if column not in row]:
@@ -203,6 +225,10 @@ class _Reader:
         return found if found.strip() else ""
 
 
+def _choice(form: Form) -> str:
+    return f"{'messages' if form in CHATS else 'response'}={form.answered}"
+
+
 def _is_talk(form: Form, row: Mapping[str, Any], kind: type = list) -> bool:
     """Whether prompt and completion are lists of messages, as TRL has them, or such lists written as text."""
     values = [row.get(name) for name in form.needed]
@@ -217,6 +243,9 @@ def messages_of(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     `learnt` is False of a turn that is to be read and not learnt (`weight` 0, `loss` or `train` false).
     """
     value = row.get(column)
+    if named := next((name for name in TOOLS if row.get(name) not in (None, "", "[]", [], {})), None):
+        raise DataError(f"a chat with `{named}`, and calls are not read: write them into the system's text, or leave "
+                        "the column out")  # fmt: skip
     if isinstance(value, str):
         raise DataError(f"`{column}` is text, not a list of messages: {CELL}")
     if not isinstance(value, list):
@@ -239,6 +268,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if called := next((name for name in CALLS if message.get(name)), None):
         raise DataError(f"{where} has {called}, and calls are not read: write the call as text, or leave the "
                         "conversation out")  # fmt: skip
+    if thought := next((name for name in THOUGHTS if message.get(name)), None):
+        raise DataError(f"{where} has {thought}, and thoughts are not read: write them into the content, or leave "
+                        "them out")  # fmt: skip
     return {"role": ROLES.get(role, role)[:40], "content": content, "learnt": _is_learnt(message, where)}
 
 

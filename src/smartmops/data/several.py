@@ -5,6 +5,7 @@ Reads names, never what stands in a file.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,17 @@ from pathlib import Path
 
 from smartmops.checks.errors import DataError
 from smartmops.rows.example import Example
+from smartmops.rows.faults import some
 
-from .files import SUFFIXES, ending
+from .files import SUFFIXES, ending, under
+
+log = logging.getLogger(__name__)
 
 Names = str | Path | Sequence[str | Path]
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # files about data, without any
+PROSE = re.compile(
+    r"(readme|licen[cs]e|copying|notice|authors|citation|changelog|contributing)\b|.*\.(md|rst)$", re.I
+)  # files that are read by people
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 SPLIT = re.compile(
     r"(?<![a-z])(?:(?P<train>train(?:ing)?)|test(?:ing)?|eval(?:uation)?|val(?:id(?:ation)?)?|dev)(?![a-z])", re.I
@@ -27,7 +34,13 @@ SHARD = re.compile(
 
 
 def names_of(data: Names) -> tuple[str, ...]:
-    """Each name by itself."""
+    """Each name by itself.
+
+    Raises:
+        DataError: it is no name, and no list of names.
+    """
+    if not isinstance(data, str | Path | Iterable):
+        raise DataError(f"data={data!r} names no data: give office, a file, a folder or a hub id, or a list of them")
     return (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
 
 
@@ -89,8 +102,7 @@ def files_of(folder: Path, every_split: bool) -> tuple[list[tuple[Path, str]], l
     Raises:
         DataError: there is no file of a known form, or a compressed one.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in ABOUT
-                   and not file.relative_to(folder).as_posix().startswith("."))  # fmt: skip
+    files = [file for file in under(folder) if file.name not in ABOUT]
     packed = [file for file in files if file.suffix.lower() in PACKED and ending(file.with_suffix("")) in SUFFIXES]
     if packed:
         raise DataError(f"data={str(folder)!r} holds {packed[0].relative_to(folder)}, which is compressed: unpack it, "
@@ -107,3 +119,16 @@ def files_of(folder: Path, every_split: bool) -> tuple[list[tuple[Path, str]], l
     several = len({each.rest for each in chosen}) > 1
     left = [each.file for each in named if each not in chosen]
     return [(each.file, each.rest if several else "") for each in chosen], left
+
+
+def tell_unread(folder: Path, files: Iterable[Path]) -> None:
+    """Say that these `files` of a folder are not read, but for those that tell of data, to people or to programs."""
+    left = [file.relative_to(folder).as_posix() for file in files
+            if file.name not in ABOUT and not PROSE.match(file.name)]  # fmt: skip
+    if left:
+        log.warning("%s: %d files of other forms are not read (%s)", folder, len(left), some(left))
+
+
+def others(folder: Path) -> Iterator[Path]:
+    """Files of a folder that have no form that is read."""
+    return (file for file in under(folder) if ending(file) not in SUFFIXES)

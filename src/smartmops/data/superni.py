@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from smartmops.checks.errors import DataError
 from smartmops.rows.example import Example
-from smartmops.rows.faults import Faults, shown
+from smartmops.rows.faults import Faults, shown, some
 
-from .files import NoJSON, first_character, value_of, whole
+from .files import SUFFIXES, NoJSON, ending, first_character, rows_of, under, value_of, whole
+from .forms import Columns, examples_of
+from .several import tell_unread
 
 
 def read_superni(file: str | Path) -> list[Example]:
@@ -46,8 +49,31 @@ def read_superni(file: str | Path) -> list[Example]:
 
 def task_files(folder: Path) -> list[Path]:
     """Task files anywhere under a folder; none where its JSON files are something else."""
-    files = sorted(file for file in folder.rglob("*.json") if not file.name.upper().startswith("INDEX"))
+    files = [file for file in under(folder) if ending(file) == ".json" and not file.name.upper().startswith("INDEX")]
     return files if any('"Instances"' in whole(file) for file in files) else []
+
+
+def tell_beside(folder: Path, files: Sequence[Path], chosen: Columns) -> None:
+    """Say what lies beside the task files of a folder and is not read.
+
+    Raises:
+        DataError: some of it holds examples.
+    """
+    beside = sorted({*under(folder)} - {*files})
+    rows = [str(file.relative_to(folder)) for file in beside if ending(file) in SUFFIXES and _has_rows(file, chosen)]
+    if rows:
+        raise DataError(f"data={str(folder)!r} holds task files of Super-NaturalInstructions and data of other forms "
+                        f"({some(rows)}), which are not read together: give each kind a folder of its own, and name "
+                        "both")  # fmt: skip
+    tell_unread(folder, beside)
+
+
+def _has_rows(file: Path, chosen: Columns) -> bool:
+    faults = Faults(file)
+    try:
+        return next(examples_of(rows_of(file, faults), faults, chosen), None) is not None
+    except DataError:
+        return False  # of some other kind
 
 
 def is_task(file: Path) -> bool:

@@ -22,14 +22,14 @@ from smartmops.checks.errors import ConfigError, DataError
 from smartmops.rows.ahead import once, taken
 from smartmops.rows.conversations import conversations
 from smartmops.rows.example import Example
-from smartmops.rows.faults import Faults
+from smartmops.rows.faults import Faults, some
 from smartmops.rows.office import office
 from smartmops.rows.stored import store, take
 
-from .files import SUFFIXES, ending, rows_of, unit_of
+from .files import OWN, SUFFIXES, ending, named, rows_of, unit_of
 from .forms import CATEGORY, examples_of
-from .several import Names, files_of, labelled, labels, names_of
-from .superni import is_task, read_superni, task_files
+from .several import Names, files_of, labelled, labels, names_of, others, tell_unread
+from .superni import is_task, read_superni, task_files, tell_beside
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def read(
     hold text: a number is an error.
 
     Args:
-        data: `office`, `dolly`, `superni`, a file ending in .jsonl, .json, .csv, .tsv or .parquet, a
+        data: `office`, `dolly`, `superni`, a file ending in .jsonl, .ndjson, .json, .csv, .tsv or .parquet, a
             Super-NaturalInstructions .json file or a folder of them, a folder of files (the training split where their
             names tell splits; else each file's name is the task of its rows that have none), one that `datasets` saved,
             or a hub id. Of several, each one's name is the task of its rows that have none, and the source likewise.
@@ -238,6 +238,7 @@ def restored(*parts: Any) -> Example:
 def _path(name: str, columns: Sequence[str]) -> Iterator[Example]:
     path = Path(name)
     if path.is_dir() and (files := task_files(path)):
+        tell_beside(path, files, chosen_columns(columns))
         return _without_empty((example for file in files for example in read_superni(file)), name)
     if path.is_file() and ending(path) == ".json" and is_task(path):
         return _without_empty(read_superni(path), name)
@@ -258,7 +259,7 @@ def _file(
     """Examples of one file, those of the categories `of`; what is wrong with it is told when all of it was read."""
     faults, found = Faults(file, unit_of(file)), 0
     rows = _only(rows_of(file, faults), of)
-    lenient = leave_out or ending(file) not in (".jsonl", ".json")
+    lenient = leave_out or ending(file) not in OWN
     for example in examples_of(rows, faults, chosen_columns(columns), task, leave_out_empty=lenient):
         found += 1
         yield example
@@ -281,7 +282,7 @@ def _hub(name: str, tasks: Collection[str] | None = None, columns: Sequence[str]
         examples = _folder(path, columns, tasks)
     else:
         faults = Faults(name, "row")
-        rows = _only(enumerate(_load(name, every_split=tasks is not None), 1), tasks)
+        rows = _only(enumerate(_loaded(name, every_split=tasks is not None), 1), tasks)
         examples = examples_of(rows, faults, chosen_columns(columns), leave_out_empty=True)
         examples = _checked(examples, faults)
     for example in examples:
@@ -307,8 +308,9 @@ def _folder(folder: Path, columns: Sequence[str], tasks: Collection[str] | None)
     """Examples of its files: of the training split where names tell splits, else of all, named for their tasks."""
     chosen, left = files_of(folder, tasks is not None)
     if left:
-        names = ", ".join(str(file.relative_to(folder)) for file in left[:5]) + (", ..." if len(left) > 5 else "")
+        names = some([str(file.relative_to(folder)) for file in left])
         log.info("%s: %d files beside the training split are not read (%s)", folder, len(left), names)
+    tell_unread(folder, others(folder))
     for file, task in chosen:
         yield from _file(file, columns, task, tasks, leave_out=True)
 
@@ -349,20 +351,31 @@ def _without_empty(examples: Iterable[Example], name: str) -> Iterator[Example]:
         log.warning("%s: %d examples with an empty response left out", name, empty)
 
 
-def _load(name: str, *, every_split: bool) -> Any:
-    """All rows as one `datasets.Dataset`."""
+def _loaded(name: str, *, every_split: bool) -> Iterator[dict[str, Any]]:
+    """Rows of a `datasets.Dataset`, classes by their names; says which splits are not read."""
+    found = _load(name)
+    splits = found if isinstance(found, dict) else {"train": found}
+    chosen = ["train"] if "train" in splits and not every_split else list(splits)
+    if left := [each for each in splits if each not in chosen]:
+        log.info("%s: %d splits beside the training split are not read (%s)", name, len(left), some(left))
+    for each in chosen:
+        classes = {column: kind.names for column, kind in splits[each].features.items() if hasattr(kind, "names")}
+        yield from (named(row, classes) for row in splits[each])
+
+
+def _load(name: str) -> Any:
+    """A `datasets.Dataset`, or several by their splits."""
     # takes seconds to import, and most data need none of it
-    from datasets import Features, Value, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
+    from datasets import Features, Value, load_dataset, load_dataset_builder, load_from_disk
 
     try:
         if Path(name).is_dir():
-            found = load_from_disk(name)
-        elif load_dataset_builder(name).name == "csv":  # types that nobody gave, `datasets` guesses by pandas
+            return load_from_disk(name)
+        if load_dataset_builder(name).name == "csv":  # types that nobody gave, `datasets` guesses by pandas
             (first, *_) = load_dataset(name, nrows=1).values()
             as_text = Features({column: Value("string") for column in first.column_names})
-            found = load_dataset(name, features=as_text, na_filter=False)
-        else:
-            found = load_dataset(name)
+            return load_dataset(name, features=as_text, na_filter=False)
+        return load_dataset(name)
     except Exception as error:  # the loaders of `datasets` raise whatever their format's parser does
         reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         problem, way_out = "could not be loaded", "save it again"
@@ -370,7 +383,3 @@ def _load(name: str, *, every_split: bool) -> Any:
             problem = "is no file or folder here and could not be loaded from the hub"
             way_out = "check the name and the network, or download the data and give their folder or a JSONL file"
         raise DataError(f"data={name!r} {problem} ({reason}): {way_out}") from error
-    if not isinstance(found, dict):
-        return found
-    splits = [found["train"]] if "train" in found and not every_split else list(found.values())
-    return concatenate_datasets(splits)

@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from smartmops.checks.errors import AdapterError
+from smartmops.checks.errors import AdapterError, DataError
 from smartmops.checks.limits import named_in_python
 from smartmops.options.method import GatePretraining, MethodConfig
 from smartmops.options.training import TaskConfig
@@ -67,10 +67,14 @@ def prepare(
         seed: Of the drawn text.
 
     Raises:
+        DataError: there are no examples, or they are something else.
         AdapterError: the model has no adapter `default` of ours or one that asks for recovery prompts or an embedder;
             no example fits; more tasks than experts; the message names value and way out.
     """
     config = _config(model)
+    if not isinstance(examples, Sequence) or not examples or not isinstance(examples[0], Example):
+        raise DataError(f"examples={str(examples)[:40]}: give a list of one smartmops.Example or more, as "
+                        "smartmops.read returns it")  # fmt: skip
     ungated = config.num_experts == 1
     method = MethodConfig(
         method="prompt-tuning" if ungated else "mops", experts=config.num_experts, unrelated=unrelated,

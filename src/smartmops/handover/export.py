@@ -39,6 +39,7 @@ TEXTS = ("Name three rivers.", "Summarise this in one sentence: the ship left at
 TOKENS = 12  # of an answer that is compared
 LIMIT = {torch.float32: 1e-3}  # largest difference of log probabilities, in nats; of other dtypes:
 COARSE = 0.5
+LONGEST = 100  # bytes of an expert's name in that of its file
 LIMIT_OF_WEIGHTS = {torch.float32: 1e-4}  # largest difference of gate weights
 OWN = 20  # questions of the run itself that its exported gate is asked
 
@@ -265,6 +266,9 @@ def _file_names(names: Sequence[str]) -> dict[str, str]:
     """A file name for each expert, no two alike."""
     found: dict[str, str] = {}
     for number, name in enumerate(names):
-        plain = re.sub(r"[^\w.-]+", "_", name).strip("._") or f"expert_{number}"
-        found[name] = plain if plain.lower() not in {each.lower() for each in found.values()} else f"{plain}_{number}"
+        short = re.sub(r"[^\w.-]+", "_", name).encode()[:LONGEST].decode(errors="ignore")  # file systems count bytes
+        plain = short.strip("._") or f"expert_{number}"
+        while plain.lower() in {each.lower() for each in found.values()}:
+            plain += f"_{number}"
+        found[name] = plain
     return found

@@ -12,7 +12,7 @@ import tyro
 
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
-from smartmops.checks.limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole
+from smartmops.checks.limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole, unused
 from smartmops.traits import CENTRAL, METHODS, Traits
 
 from .training import Activations, Base, Columns, TaskConfig, Template
@@ -165,6 +165,35 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
             yield (f"--noise-multiplier {self.noise_multiplier}: choose {LEAST_NOISE} or more; with less, epsilon says "
                    "nothing, and takes the memory of a machine to work out")  # fmt: skip
 
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from super().idle()
+        yield from self._shared_out()
+        for name, aggregation in (("trim", "trimmed-mean"), ("server_lr", "fedadam")):
+            yield from unused(self, (name,), self.aggregation == aggregation,
+                              f"is of --aggregation {aggregation}: choose that, or leave it away")  # fmt: skip
+        yield from unused(self, ("gate_lr", "share_above"), self.traits.reads and self.experts > 1,
+                          "is of a gate, and this adapter has none: choose --method mops, or "
+                          "leave it away")  # fmt: skip
+        yield from unused(self, ("relative_gate_lr",), False, "does not reach the clients: give --gate-lr")
+        yield from unused(self, ("head_lr",), self.prefix_attention != "separate",
+                          "does not reach the clients: leave it away")  # fmt: skip
+
+    def _shared_out(self) -> Iterator[str]:
+        """What does nothing of the options that share data out among clients on this machine."""
+        own, away = self.clients_data is None, "choose that, or leave it away"
+        yield from unused(self, ("clients",), self.shares_data_out,
+                          "is of DATA that are shared out, and each source or file is a client: "
+                          "leave it away")  # fmt: skip
+        yield from unused(self, ("partition",), own, "is of DATA that are shared out, and each client has a file of "
+                          "its own in --clients-data: leave one of them away")  # fmt: skip
+        yield from unused(self, ("skew", "skew_of"), own and self.partition == "skewed",
+                          f"is of --partition skewed: {away}")  # fmt: skip
+        yield from unused(self, ("dirichlet_alpha",), own and self.partition == "dirichlet",
+                          f"is of --partition dirichlet: {away}")  # fmt: skip
+        yield from unused(self, ("actors",), self.engine == "flower-simulation",
+                          f"is of --engine flower-simulation: {away}")  # fmt: skip
+
     def taken(self) -> RunError | None:
         """As `Options`."""
         return refused(self.out, self.resume)
@@ -205,6 +234,12 @@ class ServerConfig(FederateConfig):
         if known < self.clients:
             yield (f"--clients {self.clients}, but there are keys of {known} in {self.keys / 'clients'}: make more "
                    f"with `smartmops federate-keys`, or choose 1 to {known}")  # fmt: skip
+
+    def _shared_out(self) -> Iterator[str]:
+        """As `FederateConfig`: here nothing is."""
+        here = ("clients_data", "partition", "skew", "skew_of", "dirichlet_alpha", "skip_empty", "engine", "actors")
+        yield from unused(self, here, False, "is of `smartmops federate`, and this server's clients hold their data on "
+                          "machines of their own: leave it away")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from smartmops.checks.limits import Count, Number, Positive, Rate, Several, Text, Whole, typed
+from smartmops.checks.limits import Count, Number, Positive, Rate, Several, Text, Whole, typed, unused
 from smartmops.traits import METHODS, Traits
 
 Method = Literal[
@@ -129,7 +129,7 @@ class Rates:
 
     relative_lr: Rate = 0.03  # learning rate of prompts, as a share of their root mean square
     prompt_lr: Rate | None = None
-    """absolute learning rate of prompts, and that of LoRA and IA3; by default --relative-lr, or tuned rates"""
+    """rate of LoRA, IA3 and prompts (of keys_values a share of their size); by default --relative-lr, or tuned rates"""
     relative_gate_lr: Rate = 0.003  # learning rate of the gate, as a share of its weights' root mean square
     gate_lr: Rate | None = None  # absolute learning rate of the gate; by default --relative-gate-lr
     head_lr: Rate = 0.02  # learning rate of the weights per head of separate prefix attention, which start at zero
@@ -219,6 +219,39 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
     if config.experts * config.prompts_per_expert > MOST_PROMPTS:
         yield (f"--experts {config.experts} of --prompts-per-expert {config.prompts_per_expert} are "
                f"{config.experts * config.prompts_per_expert} prompts: choose {MOST_PROMPTS} at most")  # fmt: skip
+
+
+def method_idle(config: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
+    """Which options of experts and rates do nothing as the others are."""
+    traits = [METHODS[method] for method in methods]
+    ours = any(each.ours for each in traits)
+    yield from unused(
+        config, ("lora_rank", "lora_alpha", "lora_from", "lora_match"), any(each.adapter == "lora" for each in traits),
+        "is of LoRA, which is not trained here: choose that method, or leave it away",
+    )  # fmt: skip
+    yield from unused(
+        config, ("expert_attention",), ours and config.expert_kind == "hidden_states",
+        "is of experts that run through the layers: choose --expert-kind hidden_states, or leave it away",
+    )  # fmt: skip
+    yield from unused(
+        config, ("gate_renormalise",), config.gate_top_k is not None,
+        "is of the weights that --gate-top-k keeps: give that, or leave it away",
+    )  # fmt: skip
+    yield from unused(
+        config, ("head_lr",), ours and config.prefix_attention == "separate",
+        "is of --prefix-attention separate: choose that, or leave it away",
+    )  # fmt: skip
+
+
+def gate_idle(config: GatePretraining, method: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
+    """Which options of Adam's pretraining of the gate do nothing, because it is not pretrained, or in closed form."""
+    closed = method.expert_kind == "keys_values" and method.gate_granularity == "expert"
+    learned = any(METHODS[name].learned for name in methods) and config.gate_pretraining != "none"
+    yield from unused(
+        config, ("gate_pretraining_steps", "gate_pretraining_lr"),
+        learned and (config.gate_start == "gradient" or not closed),
+        "is of a gate that Adam pretrains: choose --gate-start gradient, or leave it away",
+    )  # fmt: skip
 
 
 def gate_problems(config: GatePretraining, experts: int) -> Iterator[str]:

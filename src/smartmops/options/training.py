@@ -13,10 +13,23 @@ import tyro
 from smartmops.checks.columns import FieldsOfColumns
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import OutFolder, WordOrFile, WordOrFolder, refused
-from smartmops.checks.limits import Count, Number, Options, Positive, Rate, Seed, Several, Share, Text, Whole, typed
+from smartmops.checks.limits import (
+    Count,
+    Number,
+    Options,
+    Positive,
+    Rate,
+    Seed,
+    Several,
+    Share,
+    Text,
+    Whole,
+    typed,
+    unused,
+)
 from smartmops.traits import METHODS
 
-from .method import GatePretraining, Method, MethodConfig, gate_problems, method_problems
+from .method import GatePretraining, Method, MethodConfig, gate_idle, gate_problems, method_idle, method_problems
 
 # The setting of the results on the embedded base in experiments/ and of `reproduce`, whose cells do not name it:
 # experts are hidden states as in the paper, and the schedule is what Hugging Face's Trainer does by itself, with a
@@ -146,6 +159,17 @@ class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, Data
             yield (f"--recovery-prompts {self.recovery_prompts} are seen by every token, and instructions are left to "
                    "the bare base: choose 0 of them, or --visible-to all")  # fmt: skip
 
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        methods = self.trained()
+        yield from method_idle(self, methods)
+        yield from gate_idle(self, self, methods)
+        yield from unused(
+            self, ("recovery_steps", "recovery_lr"),
+            self.recovered_by > 0 and any(METHODS[method].ours for method in methods),
+            "is of recovery prompts, and there are none: give --recovery-prompts, or leave it away",
+        )  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class ValidationConfig:
@@ -229,6 +253,19 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
             yield (f"--patience {self.patience} waits for evaluations on validation data, and there are none with "
                    "--validation-share 0: choose a share above 0, or leave --patience away")  # fmt: skip
 
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from super().idle()
+        away = "leave one of them away"
+        yield from unused(self, ("answer_tokens",), self.answers_per_task > 0,
+                          "is of scored answers, and there are none: give --answers-per-task, or "
+                          "leave it away")  # fmt: skip
+        yield from unused(self, ("validation_limit", "eval_every"), self.validation_share > 0,
+                          "is of validation data, and there are none: choose --validation-share, or "
+                          "leave it away")  # fmt: skip
+        yield from unused(self, ("warmup",), self.warmup_steps is None, f"gives way to --warmup-steps: {away}")
+        yield from unused(self, ("clip",), self.max_grad_norm is None, f"gives way to --max-grad-norm: {away}")
+
     def taken(self) -> RunError | None:
         """As `Options`."""
         return refused(self.out, self.resume)
@@ -264,3 +301,11 @@ class CompareConfig(TrainConfig):
         if self.hold_out is not None and self.shots:
             yield (f"--hold-out {self.hold_out} leaves no solved examples of that task for --shots {self.shots}: "
                    "choose --shots 0")  # fmt: skip
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`; and what stands for one method or seed where several are compared."""
+        yield from super().idle()
+        yield from unused(self, ("method", "prompt_lr"), False,
+                          "is of one method, and compare trains several: name each with its rate "
+                          "by --methods")  # fmt: skip
+        yield from unused(self, ("seed",), False, f"is one seed, and compare takes several: write --seeds {self.seed}")

@@ -17,7 +17,7 @@ from smartmops.checks.errors import ConfigError, DataError, SmartmopsError
 from smartmops.checks.limits import Options, Unreserved
 from smartmops.checks.resources import listening
 from smartmops.data.asked import read_rows
-from smartmops.data.files import SUFFIXES, ending
+from smartmops.data.files import SUFFIXES, ending, under
 from smartmops.data.several import Names, as_typed, names_of
 from smartmops.data.tasks import is_stored, splits
 from smartmops.options.bench import BenchConfig
@@ -167,7 +167,7 @@ def _at_hand(data: str) -> bool:
     if path.is_file():  # one of no form that is known is refused by its name
         return ending(path) not in TABLES and path.stat().st_size <= LOOKED_AT
     if path.is_dir():  # of files, not what `datasets` stores
-        files = [file for file in path.rglob("*") if ending(file) in SUFFIXES and file.is_file()]
+        files = [file for file in under(path) if ending(file) in SUFFIXES and file.is_file()]
         small = sum(file.stat().st_size for file in files) <= LOOKED_AT
         return small and bool(files) and not is_stored(path) and not any(ending(file) in TABLES for file in files)
     return not path.exists() and (ending(path) in SUFFIXES or data.startswith((".", "/")))

@@ -26,6 +26,7 @@ from smartmops.runs.folder import TEST_SPLIT, Run
 from smartmops.states.fingerprint import inputs_of, of_examples
 from smartmops.states.states import States
 from smartmops.tokens.batches import Collator, Encoded, Encoding, NoneFits, encode_all
+from smartmops.tokens.controls import controls_said
 from smartmops.tokens.template import Template, check_template
 from smartmops.tokens.unfit import Limit, Lost
 
@@ -163,4 +164,6 @@ def _encoded(name: str, part: Sequence[Example], tokenizer: Any, limit: Limit, *
     except NoneFits as error:
         raise DataError(f"{name}: {limit.none_fits(error.lengths, len(part))}") from error
     console.print(f"{name}: {len(encoding.rows)} examples; {encoding.truncation}")
+    for said in controls_said(name, part, tokenizer):
+        console.print(said)
     return encoding

@@ -76,6 +76,9 @@ def opened(messages: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[tuple[str,
     """
     system, history, question = "", list[tuple[str, str]](), None
     for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise DataError(f"message {number} is {str(message)[:40]!r}, no object with role and content: write "
+                            '[{"role": "user", "content": ...}]')  # fmt: skip
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise DataError(f"message {number} has role={role!r}: choose one of {', '.join(ROLES)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from smartmops.checks.errors import DataError
@@ -45,6 +46,11 @@ def places(unit: str, numbers: list[int]) -> str:
     """`line 3`, or `lines 3, 5 and 8`."""
     *first, last = map(str, numbers)
     return f"{unit}s {', '.join(first)} and {last}" if first else f"{unit} {last}"
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and whether there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def shown(value: Any) -> str:

@@ -139,7 +139,8 @@ def _plain(drawn: str) -> str:
     offered = re.findall(r"^[│|]\s+(--[\w-]+)", next((part for part in parts if "Perhaps you meant" in part), ""), re.M)
     others = [f"perhaps {' or '.join(dict.fromkeys(offered))} is meant"] if offered else []
     said = ": ".join(filter(None, [next(filter(None, words), "").rstrip("."), *others]))
-    return said.replace("Failed to parse key-value pairs!", "every name takes a value after it, such as NAME None")
+    pairs = "every name takes its learning rate after it, such as NAME 0.03 (in --methods, None is its default)"
+    return said.replace("Failed to parse key-value pairs!", pairs)
 
 
 def _later(command: Callable[..., Any]) -> Callable[..., Any]:

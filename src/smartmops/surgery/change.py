@@ -238,7 +238,7 @@ def calibrate(run: Path, config: CalibrateConfig) -> dict[str, Any]:
     subject = Subject.open(run, config.old, config.columns, config.rows)
     held = subject.parts
     if not held.config.null_expert or held.config.null_threshold <= 0:
-        raise RunError(f"{run} has no null expert whose threshold could be set: train with --null-expert")
+        raise RunError(f"{run} has no null expert whose threshold could be set: train with --null-expert True")
     task, rows = subject.known(), subject.held()
     subject.unrelated(config.unrelated)
     names = {"unrelated": f"unrelated {config.unrelated}", "own": "test"}

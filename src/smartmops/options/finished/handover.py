@@ -11,7 +11,7 @@ import tyro
 
 from smartmops.checks.errors import RunError, RunExists
 from smartmops.checks.folders import OutFolder, held_by
-from smartmops.checks.limits import Options, Text, listed
+from smartmops.checks.limits import Options, Text, listed, unused
 
 from .serving import Run, adapter_config, experts_of
 
@@ -39,6 +39,11 @@ class ExportConfig(Options):
             if name not in names:
                 yield f"--experts {name} is no expert of {self.run}: choose {listed(names)}"
         yield from (f"--format {self.format}{said}" for said in uncarried(self.format, found))
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from unused(self, ("experts",), self.format != "router", "is of forms that carry experts, and --format "
+                          "router carries the gate, which weighs all of them: leave it away")  # fmt: skip
 
     def taken(self) -> RunError | None:
         """As `Options`."""

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from smartmops.checks.folders import OutFile, near
-from smartmops.checks.limits import Count, Options, Seed, Share, Text, Whole
+from smartmops.checks.limits import Count, Options, Seed, Share, Text, Whole, unused
 from smartmops.options.training import Columns, Datas, Model, Template, ValidationConfig
 
 
@@ -61,6 +61,11 @@ class DataConfig(Options, ValidationConfig):
     data_seed: Seed = 0  # seed of the draw and of the split
     shown: Whole = 3  # number of rendered examples to show, one of each task first
 
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from unused(self, ("template", "max_length", "shown"), self.model is not None,
+                          "is of tokens, which a model makes: give --model, or leave it away")  # fmt: skip
+
 
 @dataclass
 class EvaluateConfig(Options):
@@ -87,6 +92,14 @@ class EvaluateConfig(Options):
                        "own: evaluate one after the other")  # fmt: skip
         if self.suite_limit is not None and self.suite is None:
             yield f"--suite-limit {self.suite_limit} is of tasks, and none are named: give --suite, or leave it away"
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from unused(self, ("answer_tokens",), self.answers > 0,
+                          "is of answers, and none are asked for: give --answers, or leave it away")  # fmt: skip
+        yield from unused(self, ("columns",), self.data is not None,
+                          "is of --data, and the run's own are read as in training: give that, or "
+                          "leave it away")  # fmt: skip
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from smartmops.checks.folders import Existing, OutFile
-from smartmops.checks.limits import Count, NotNegative, Number, Options, Positive, Seed, Text, listed
+from smartmops.checks.limits import Count, NotNegative, Number, Options, Positive, Seed, Text, listed, unused
 
 from .reading import RunFolder
 
@@ -37,8 +37,9 @@ class Keys:
 
 
 def keys_in(file: Path) -> list[str]:
-    """The keys of a file, without blank lines."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The keys of a file, without blank lines and comments, which begin with #."""
+    lines = map(str.strip, file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def experts_of(run: Path) -> list[str]:
@@ -67,6 +68,11 @@ class AnswerConfig(Options):
     temperature: NotNegative = 0.0  # 0: always the most likely token; above 0: tokens are sampled
     top_p: TopP = 1.0  # sample among the most likely tokens that together have this probability
     seed: Seed = 0  # seed of sampling
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from unused(self, ("top_p", "seed"), self.temperature > 0, "is of tokens that are sampled, and at "
+                          "--temperature 0 none are: give one above 0, or leave it away")  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -103,6 +109,12 @@ class GenerateConfig(AnswerConfig):
             has = f"is no expert of {self.run}: choose {listed(names)}" if names else f"but {self.run} has no experts"
             yield f"--expert {self.expert} {has}"
 
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from super().idle()
+        yield from unused(self, ("batch_size",), self.file is not None,
+                          "is of the rows of --file: give that, or leave it away")  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class ChatConfig(AnswerConfig):
@@ -120,7 +132,7 @@ class ServeConfig(Options):
     """address to listen on; others than 127.0.0.1 can be reached from outside"""
     port: AnyPort = 8000  # 0: any that is free
     api_key_file: Annotated[Path, Keys()] | None = (
-        None  # file with one key a line, one of which a client sends; no key is needed by default
+        None  # file with one key a line (# begins a comment), one of which a client sends; none is needed by default
     )
     queue: Count = 64  # answers that may wait; more are refused with status 429
     batch_size: Count = 16  # answers that are generated at once

@@ -11,7 +11,7 @@ import tyro
 
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
-from smartmops.checks.limits import Count, Options, Rate, Seed, Share, Text, Unreserved, Whole, check, listed
+from smartmops.checks.limits import Count, Fresh, Options, Rate, Seed, Share, Text, Whole, check, listed, unused
 from smartmops.options.method import Unrelated
 from smartmops.options.training import Columns, Data
 
@@ -20,7 +20,7 @@ from .serving import experts_of
 
 Run = Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Name = Annotated[str, Text("an expert's name")]
-New = Annotated[str, Unreserved("an expert's name")]
+New = Annotated[str, Fresh("an expert's name")]
 Whose = Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 PROMPT = "a text file with a system prompt"
@@ -110,6 +110,11 @@ class AddConfig(_Writing, _Reading, Trial):
         if self.source is not None:
             yield from (f"--from {self.source}{said}" for said in unmoved(self.source))
 
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from unused(self, ("answer_tokens", "questions"), self.prompt is not None,
+                          "is of questions for --prompt: give that, or leave it away")  # fmt: skip
+
 
 def unmoved(source: str) -> Iterator[str]:
     """Why no expert can be taken from OTHER_RUN:NAME, as it stands behind that."""
@@ -196,6 +201,10 @@ class ExpertsConfig(Options):
         except OSError:
             pass  # `taken` says it
         yield from self._names()
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from self.do.idle()
 
     def taken(self) -> RunError | None:
         """As `Options`."""
