@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smartmops.base import load_base
 from smartmops.clients.admission import admitted
-from smartmops.clients.holdings import holdings_of
+from smartmops.clients.holdings import holdings_of, inputs_of_clients
 from smartmops.clients.messages import Local, Transport
 from smartmops.clients.roster import Roster
 from smartmops.evaluation.measure import gates, measured
@@ -119,6 +119,8 @@ def _federate(
     same_inputs(run, task)
     here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
     held = holdings_of(config, task) if here else None
+    if held is not None and config.clients_data is not None:  # else they hold what the task does
+        run.same_inputs(inputs_of_clients(held))
     made, frozen = adapted(task, central)
     model, names = made.model, made.names
     layout = Layout(*split_by_expert(model))
