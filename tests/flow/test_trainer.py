@@ -74,6 +74,11 @@ def test_a_run_folder_holds_curves_gates_and_samples(config: Make) -> None:
     assert metrics["trainable_parameters"] == 2 * 3 * 32 + 64 * 32 + 2 * 64
 
 
+def test_first_columns_that_stay_are_not_counted_as_trained(config: Make) -> None:
+    metrics = train(config(steps=0, freeze_first_column=True))
+    assert metrics["trainable_parameters"] == 2 * 2 * 32 + 64 * 32 + 2 * 64
+
+
 def test_clusters_and_no_pretraining_and_an_external_embedder(config: Make, tmp_path: Path, base_folder: Path) -> None:
     train(config(out=tmp_path / "c", gate_pretraining="clusters"))
     gates = Run.open(tmp_path / "c").read_gates()

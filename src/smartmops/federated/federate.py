@@ -23,6 +23,7 @@ from smartmops.clients.roster import Roster
 from smartmops.evaluation.measure import gates, measured
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.flow.steps import adapted, begun, opened, shown
+from smartmops.methods.baselines import trained_numbers
 from smartmops.options.federation import FederateConfig, ServerConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
@@ -240,7 +241,7 @@ def _finish(
         "bytes_up": sum(row.get("bytes_up", 0) for row in rows),
         "bytes_down": sum(row.get("bytes_down", 0) for row in rows),
         "clients_failed": sum(row.get("clients_failed", 0) for row in rows),
-        "trainable_parameters": sum(value.numel() for value in state.arrays.values()),
+        "trainable_parameters": trained_numbers(model),
         "examples": {"test": len(task.test)},
         **extra,
     }
