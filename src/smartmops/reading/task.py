@@ -32,7 +32,7 @@ from smartmops.tokens.unfit import Limit, Lost
 
 from .early import check_base, check_hold_out, check_parts, check_split, check_tasks, warn_of_calibration
 from .embedder import Embedder
-from .held_out import hold_out
+from .held_out import hold_out, left_to_train
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Task:
         if base is None:
             check_base(config, local(config.model))
             check_tasks(config, train)
-            check_split(config, len(train), len(test), ranks.world())
+            check_split(config, left_to_train(train, config), len(test), ranks.world())
             base, tokenizer = load_base(config.model, config.dtype)
         found = cls.of(base, tokenizer, train, test, config)
         found.test_split = of_examples(test)
