@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,29 @@ def test_it_measures_what_training_measured(trained: tuple[Path, dict[str, Any]]
         run.evaluate(batch_size=0)
     with pytest.raises(sm.ConfigError, match="'foo' is no option of evaluate: choose from columns, max_length"):
         run.evaluate(foo=1)
+
+
+def test_it_says_what_it_measures(run: sm.LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.evaluate()
+    said = capsys.readouterr().out
+    assert "test: 14 examples" in said and "train: " not in said
+    rows = [{"instruction": f"Say {number}.", "response": "Yes.", "category": "qa"} for number in range(20)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.evaluate(str(tmp_path / "own.jsonl"))
+    assert "measured: 20 examples" in (said := capsys.readouterr().out) and "test: " not in said
+    assert json.loads((run.path / "evaluation.json").read_text())["examples"] == 20
+
+
+def test_a_run_tested_on_validation_data_is_measured_on_them_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = sm.train(model="tiny", data="office", limit=140, steps=1, batch_size=4, dtype="float32", validation=True,
+                     samples_per_task=0, out=tmp_path / "run")  # fmt: skip
+    capsys.readouterr()
+    again = sm.evaluate(run=tmp_path / "run")["perplexity"]
+    assert again["overall"] == pytest.approx(found["perplexity"]["overall"], rel=1e-5)
+    assert f"validation: {found['examples']['test']} examples" in (said := capsys.readouterr().out)
+    assert "test: " not in said
 
 
 def test_it_answers_and_weighs_as_inspect_does(trained: tuple[Path, dict[str, Any]], run: sm.LoadedRun) -> None:

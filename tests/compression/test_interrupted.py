@@ -19,6 +19,7 @@ from kill import Killed, kill_at_solve
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from smartmops.checks.errors import BaseModelError
 from smartmops.compression import compress as module
 from smartmops.compression.compress import compress
 from smartmops.compression.solvers import SOLVERS, sparsegpt
@@ -109,6 +110,46 @@ def test_going_on_with_another_model_of_the_same_name_is_refused(
     model.save_pretrained(base)
     with pytest.raises(FileExistsError, match="was begun with files="):
         compress(configured(tmp_path / "out", model=str(base), resume=True))
+
+
+def test_going_on_with_another_text_of_the_same_name_is_refused(
+    configured: Any, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Path(shutil.copy(prose, tmp_path / "prose.txt"))
+    given = {"calibration": str(text)}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at_solve(patch, 10)
+        compress(configured(tmp_path / "out", **given))
+    text.write_text(prose.read_text().replace("river", "house"))
+    said = rf"out\S* was begun with another text of --calibration {text} \(fingerprint \w{{32}}, now \w{{32}}\): bring"
+    with pytest.raises(FileExistsError, match=said):
+        compress(configured(tmp_path / "out", resume=True, **given))
+    text.write_text(prose.read_text())
+    compress(configured(tmp_path / "out", resume=True, **given))
+    text.write_text(prose.read_text().replace("river", "house"))
+    with pytest.raises(FileExistsError, match=said):
+        compress(configured(tmp_path / "out", resume=True, **given))
+
+
+def test_a_compression_begun_before_the_text_was_kept_goes_on(killed: Path, configured: Any) -> None:
+    file = killed.with_name("out.partial") / "state.json"
+    known = json.loads(file.read_text())
+    del known[module.TEXT]
+    file.write_text(json.dumps(known))
+    assert compress(configured(killed, resume=True))["sparsity"] == 0.5
+
+
+def test_what_the_user_has_to_mend_before_a_layer_is_done_leaves_nothing(
+    configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise BaseModelError("check the calibration text")
+
+    with monkeypatch.context() as patch, pytest.raises(BaseModelError):
+        patch.setitem(SOLVERS, "sparsegpt", fails)
+        compress(configured(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+    assert compress(configured(tmp_path / "out", damping=0.1))["sparsity"] == 0.5
 
 
 def test_batch_size_may_change_on_the_way(killed: Path, configured: Any) -> None:

@@ -19,6 +19,7 @@ from faulty import full_disk, struck
 from federation import write
 from smartmops import cli
 from smartmops.base import load_base
+from smartmops.checks.errors import RunError
 from smartmops.clients.admission import admitted
 from smartmops.clients.messages import Failure, Hello, Reply, pack
 from smartmops.evaluation.measure import measured
@@ -163,6 +164,31 @@ def test_a_damaged_checkpoint_is_named(config: Make) -> None:
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"round\.safetensors is damaged .* remove it"):
         federate(replace(settings, resume=True))
+
+
+def test_a_resumed_federation_has_the_clients_that_it_was_begun_with(
+    config: Make, clients_folder: Path, tmp_path: Path
+) -> None:
+    files = shutil.copytree(clients_folder, tmp_path / "clients")
+    settings = config(clients_data=files, clients_per_round=2)
+    with struck("between rounds", 2, killed), pytest.raises(Killed):
+        federate(settings)
+    own = (files / "only_a.jsonl").read_text()
+    write(files / "only_a.jsonl", [json.loads(line) | {"response": "AAAB"} for line in own.splitlines()])
+    with pytest.raises(RunError, match=r"started with another file of client 'only_a' \(fingerprint \w{32}, now"):
+        federate(replace(settings, resume=True))
+    (files / "only_a.jsonl").write_text(own)
+    shutil.copy(files / "only_a.jsonl", files / "fourth.jsonl")
+    with pytest.raises(RunError, match="started with another list of clients"):
+        federate(replace(settings, resume=True))
+    (files / "fourth.jsonl").unlink()
+    assert federate(replace(settings, resume=True))["clients"] == 3
+
+
+def test_a_federation_that_its_user_has_to_mend_is_not_begun(config: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="of 60 clients have nothing"):
+        federate(config(clients=60))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sampling_and_seeds_depend_on_seed_round_and_client_alone() -> None:

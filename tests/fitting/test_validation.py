@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,28 @@ def test_where_the_frozen_base_is_best_the_run_says_so_and_saves_it(
         model, _, _ = load_run(chosen.out)
         task = Task.load(chosen)
         assert evaluate(model, task.test, task.collator).overall == pytest.approx(frozen, rel=1e-5)
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_without_a_step_what_was_prepared_is_measured_and_decides(
+    config: Make, monkeypatch: Any, capsys: pytest.CaptureFixture[str], better: bool
+) -> None:
+    chosen, real = config(steps=0, validation_share=0.2), steps.measured
+
+    def measured(task: Task, model: Any, rows: Any, **kwargs: Any) -> Evaluation:
+        found = real(task, model, rows, **kwargs)
+        if rows is not task.validation or bare(model):
+            return found
+        return replace(found, overall=1.0 if better else 1000.0)
+
+    monkeypatch.setattr(steps, "measured", measured)
+    metrics = cli.train_command(chosen)
+    assert metrics["gained"] is better and metrics["best"]["adapter"] == ("trained" if better else "closed")
+    assert metrics["best"]["validation_perplexity"] == (1.0 if better else 1000.0)
+    assert json.loads((chosen.out / "metrics.json").read_text())["best"] == metrics["best"]
+    assert " inf" not in capsys.readouterr().out
+    same = metrics["perplexity"]["overall"] == pytest.approx(metrics["perplexity_frozen"]["overall"], rel=1e-6)
+    assert same != better
 
 
 def test_the_test_split_is_looked_at_once_frozen_and_once_adapted(config: Make, monkeypatch: Any) -> None:

@@ -76,6 +76,11 @@ def test_an_option_outside_its_limits(config: Make, nothing_loads: None, changes
     ("changes", "message"),
     [
         ({"batch_size": 10**6}, "--batch-size 1000000, but there are 36 training examples: choose 1 to 36"),
+        (
+            {"batch_size": 33, "validation_share": 0.1},
+            "--batch-size 33, but there are 32 training examples: choose 1 to 32",
+        ),
+        ({"batch_size": 19, "hold_out": "b", "experts": 1}, "--batch-size 19, but there are 18 training examples"),
         ({"injection_layer": 40}, "--injection-layer 40, but this model has 4 layers: choose 0 to 3"),
         ({"gate_top_k": 9}, "--gate-top-k 9, but there are 2 gate weights"),
         ({"visible_to": "answers", "expert_kind": "keys_values", "recovery_prompts": 2}, "choose 0 of them"),

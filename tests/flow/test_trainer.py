@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smartmops.base import load_base
-from smartmops.checks.errors import ConfigError, Diverged, RunError
+from smartmops.checks.errors import ConfigError, DataError, Diverged, RunError
 from smartmops.evaluation.perplexity import evaluate
 from smartmops.fitting import loop
+from smartmops.flow import trainer
+from smartmops.flow.compare import CompareConfig, compare
 from smartmops.flow.steps import opened
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.methods.baselines import load_run
@@ -70,6 +72,11 @@ def test_a_run_folder_holds_curves_gates_and_samples(config: Make) -> None:
     assert metrics["gate_pretraining_accuracy"] == 1.0
     assert {row["category"] for row in run.read_samples()} == {"a", "b"}
     assert metrics["trainable_parameters"] == 2 * 3 * 32 + 64 * 32 + 2 * 64
+
+
+def test_first_columns_that_stay_are_not_counted_as_trained(config: Make) -> None:
+    metrics = train(config(steps=0, freeze_first_column=True))
+    assert metrics["trainable_parameters"] == 2 * 2 * 32 + 64 * 32 + 2 * 64
 
 
 def test_clusters_and_no_pretraining_and_an_external_embedder(config: Make, tmp_path: Path, base_folder: Path) -> None:
@@ -155,6 +162,38 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert any(p.shape == prompts.shape and torch.equal(p, prompts) for p in good)
     assert all(torch.isfinite(v).all() for v in kept.values())
     assert not Run.open(chosen.out, unfinished=True).finished
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_the_user_has_to_mend_before_training_leaves_the_name_free(
+    config: Make, tmp_path: Path, there: bool
+) -> None:
+    if there:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(DataError, match="rows are too long for --max-length 4 "):
+        train(config(max_length=4))
+    assert [list(folder.iterdir()) for folder in tmp_path.iterdir()] == [[]] * there
+    assert train(config(steps=0))["tokens"]
+
+
+def test_a_comparison_leaves_the_name_free_with_a_base_that_was_pruned_for_it(config: Make, tmp_path: Path) -> None:
+    given = dict(vars(config())) | {"methods": {"ia3": None}, "sparsity": 0.5, "shots": 0}
+    with pytest.raises(DataError, match="rows are too long for --max-length 4 "):
+        compare(CompareConfig(**given | {"max_length": 4}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_there_is_kept_whatever_happens(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **named: Any) -> None:
+        raise error("mend this")
+
+    chosen = config()
+    for error in (KeyboardInterrupt, RunError):
+        monkeypatch.setattr(trainer, "adapted", fails)
+        with pytest.raises(error):
+            train(chosen)
+        assert (chosen.out / "config.json").is_file()
+        chosen.resume = True
 
 
 def test_an_existing_run_is_refused_and_a_finished_one_is_not_trained_again(config: Make) -> None:

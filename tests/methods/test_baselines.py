@@ -13,13 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from smartmops.base import load_base
 from smartmops.data.tasks import splits
 from smartmops.flow.trainer import TrainConfig, train
-from smartmops.methods.baselines import MethodConfig, build, matched
+from smartmops.methods.baselines import MethodConfig, build, matched, trained_numbers
 
 SMALL = {"experts": 2, "prompts_per_expert": 6, "gate_hidden_size": 8}
-
-
-def trained_numbers(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def kept_bytes(model: Any) -> int:
@@ -49,6 +45,31 @@ def test_lora_is_matched_in_trained_numbers_up_to_half_a_rank(base_folder: Path)
         found = trained_numbers(build(base, config))
         assert abs(found - wanted) <= found / own.lora_rank / 2
         assert own.lora_from == (1 if match == "memory" else 0)  # 9/32 of 4 layers
+
+
+@pytest.mark.parametrize("kind", ["hidden_states", "keys_values"])
+@pytest.mark.parametrize(("first", "frozen"), [(True, None), (False, ["expert 1"]), (True, ["expert 1"])])
+def test_numbers_that_no_gradient_reaches_are_not_trained(
+    base_folder: Path, kind: str, first: bool, frozen: list[str] | None
+) -> None:
+    base, _ = load_base(str(base_folder), "float32")
+    model = build(base, MethodConfig(expert_kind=kind, freeze_first_column=first, init="random", **SMALL))
+    model.base_model.layer().configs["default"].frozen_experts = frozen
+    ids = torch.randint(5, 40, (32, 24))
+    labels = ids.clone()
+    labels[:, :12] = -100  # an instruction, which the gate reads
+    for value in model.parameters():
+        if value.requires_grad:
+            value.data.add_(torch.randn_like(value) * 0.1)  # values that start at zero pass no gradient to others
+    model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+    reached = sum(int((value.grad != 0).sum()) for value in model.parameters() if value.grad is not None)
+    assert reached == trained_numbers(model)
+
+
+def test_a_gate_over_one_expert_is_not_trained(base_folder: Path) -> None:
+    base, _ = load_base(str(base_folder), "float32")
+    config = MethodConfig(method="prompt-tuning", expert_kind="hidden_states", **SMALL)
+    assert trained_numbers(build(base, config)) == 2 * 6 * 32
 
 
 def test_lora_matched_in_memory_goes_no_deeper_than_mops(base_folder: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from smartmops.checks.errors import ConfigError, RunError
 from smartmops.methods.baselines import load_run
 from smartmops.reproduce import grid as module
 from smartmops.reproduce.grid import Base, Cell, Data, Grid
@@ -94,12 +95,13 @@ def test_deleted_tables_and_pictures_come_back_byte_for_byte(config: Callable[..
     out = settings.out
     assert out is not None
     reproduce(settings)
-    made = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    made = {file.name: file.read_bytes() for file in out.iterdir() if file.suffix in (".md", ".png", ".svg")}
     assert {"table3.md", "table3_rounds_mine.png", "table3_rounds_mine.svg"} <= made.keys()
+    assert f"Model: {Path(settings.model).name}; all examples of each data set." in made["table3.md"].decode()
     for name in made:
         (out / name).unlink()
     reproduce(config(bases=("dense",), tables_only=True))
-    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == made
+    assert {name: (out / name).read_bytes() for name in made} == made
 
 
 CENTRAL = {"methods": (), "bases": (), "steps": 1, "batch_size": 2, "rounds": 1, "local_steps": 1}
@@ -201,8 +203,65 @@ def test_a_second_process_waits_for_what_settings_depend_on(
     assert waiting.result() == []
 
 
-def test_data_may_be_given_a_name() -> None:
+def test_data_may_be_given_a_name_and_must_where_two_would_be_called_alike() -> None:
     assert datas_of(["a/b.jsonl", "mine=c/d.jsonl"]) == [Data("b", "a/b.jsonl"), Data("mine", "c/d.jsonl")]
+    with pytest.raises(ConfigError, match=r"^--data a/b.jsonl and c/b.csv are both called 'b': .* other=c/b.csv$"):
+        datas_of(["a/b.jsonl", "c/b.csv"])
+
+
+def other(base_folder: Path, folder: Path) -> str:
+    """The same base with one weight changed."""
+    shutil.copytree(base_folder, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_folder_belongs_to_one_model_limit_calibration_and_data(
+    config: Callable[..., ReproduceConfig], base_folder: Path, mine: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: math.inf))  # no cell is begun
+    shutil.copy(mine, tmp_path / "mine.jsonl")
+    given: dict[str, Any] = {"data": (str(tmp_path / "mine.jsonl"),), "limit": 90, "budget": 1.0}
+    changed = tmp_path / "more" / "mine.jsonl"
+    changed.parent.mkdir()
+    changed.write_text(mine.read_text().replace("aaaa", "aaa"))
+    changes = {
+        "model": other(base_folder, tmp_path / "other"), "limit": 0, "calibration": str(mine), "data": (str(changed),)
+    }  # fmt: skip
+    reproduce(config(**given | {"limit": 0}))  # nothing came of it, so the folder is not its own
+    reproduce(config(**given))
+    (tmp_path / "out" / "results").mkdir()
+    (tmp_path / "out" / "results" / "one.json").write_text("{}")
+    for name, value in changes.items():
+        for only in (False, True):
+            with pytest.raises(RunError, match=rf"out was begun with another {name}\b.*: choose another --out, or ask"):
+                reproduce(config(**given | {name: value, "tables_only": only}))
+    same = shutil.copytree(base_folder, tmp_path / "same")
+    assert reproduce(config(**given | {"model": str(same)}))["missing"] == 4
+    assert reproduce(config(**given | {"data": (f"else={changed}",)}))["missing"] == 4
+    assert reproduce(config(**given))["missing"] == 4
+    (tmp_path / "mine.jsonl").unlink()
+    assert reproduce(config(**given | {"tables_only": True}))["missing"] == 4
+
+
+def test_a_folder_that_noted_nothing_goes_on_unless_its_results_say_otherwise(
+    config: Callable[..., ReproduceConfig], base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: math.inf))
+    result = tmp_path / "out" / "results" / "old.json"
+    run = tmp_path / "out" / "runs" / "old" / "config.json"
+    for file, words in ((result, {"base": "dense", "settings": {"limit": 90}}), (run, {"base": str(base_folder)})):
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(words))
+    with pytest.raises(RunError, match=r"another limit \(90; now 0\)"):
+        reproduce(config(budget=1.0))
+    with pytest.raises(RunError, match="another model"):
+        reproduce(config(budget=1.0, limit=90, model=other(base_folder, tmp_path / "other")))
+    assert reproduce(config(budget=1.0, limit=90))["missing"] == 4
 
 
 def test_a_budget_ends_the_grid_and_the_next_call_goes_on(

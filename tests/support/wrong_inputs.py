@@ -14,7 +14,7 @@ from idle_inputs import ADD, COMPARE, COMPRESS, EXPORT, FEDERATE, GENERATE, IDLE
 WRONG: list[tuple[str, str]] = [
     *IDLE,
     # sizes, rates and shares of training
-    (f"{TRAIN} --batch-size 1000000", "--batch-size 1000000, but there are 54 training examples: choose 1 to 54"),
+    (f"{TRAIN} --batch-size 1000000", "--batch-size 1000000, but there are 48 training examples: choose 1 to 48"),
     (f"{TRAIN} --batch-size 0", "--batch-size 0: choose 1 or more"),
     (f"{TRAIN} --batch-size 99999999999", "--batch-size 99999999999: choose at most 2147483647"),
     (f"{TRAIN} --batch-size 4.5", "--batch-size"),
@@ -128,6 +128,7 @@ WRONG: list[tuple[str, str]] = [
     (f"{FEDERATE} --clients-per-round 9", "--clients-per-round 9, but there are 4 clients: choose 1 to 4"),
     (f"{FEDERATE} --quorum 3", "--quorum 3, but 2 clients are asked in a round: choose 1 to 2"),
     (f"{FEDERATE} --clients 900", "--clients 900, but there are 54 training examples"),
+    (f"{FEDERATE} --clients 50 --hold-out a", "--clients 50, but there are 36 training examples: choose 1 to 36"),
     (f"{FEDERATE} --skew 0.5", "--skew 0.5: choose 1 or more"),
     (f"{FEDERATE} --dirichlet-alpha 0", "--dirichlet-alpha 0.0: choose a number above 0"),
     (f"{FEDERATE} --trim 0.5", "--trim 0.5: choose a share from 0 up to, but not, 0.5"),

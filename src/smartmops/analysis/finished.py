@@ -13,6 +13,7 @@ import torch
 from smartmops.checks.errors import DataError, RunError, UnknownOption
 from smartmops.checks.limits import check_named
 from smartmops.data.several import held
+from smartmops.data.tasks import read, splits
 from smartmops.evaluation import harness
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer
@@ -21,10 +22,12 @@ from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.finished.reading import EvaluateConfig, InspectConfig
 from smartmops.options.training import TrainConfig
+from smartmops.reading.early import check_parts
 from smartmops.reading.embedder import Embedder
 from smartmops.reading.task import Task, same_test_split
 from smartmops.rows.example import Example, opened
 from smartmops.runs.folder import Run
+from smartmops.states.fingerprint import of_examples
 from smartmops.tokens.template import Template
 from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel
@@ -33,7 +36,9 @@ ASKING = threading.Lock()  # what a gate said stands on the model until the next
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Perplexity of a run's adapter over response tokens, on its test split or on other data.
+    """Perplexity of a run's adapter over response tokens, on what the run was tested on, or on all of other data.
+
+    That is its test split, or with `--validation` the part of the training split that took its place.
 
     Returns:
         `perplexity` {`overall`, `per_task`: {task: value}}, and `answers` where `config.answers` asks for some; with
@@ -64,6 +69,7 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
         limit=None if config.data else arguments["limit"], test_share=arguments["test_share"],
         max_length=config.max_length or arguments["max_length"], embedder=arguments.get("embedder"),
         validation_share=0.0, template=template_of(run),
+        validation=not config.data and arguments.get("validation", False),
         columns=config.columns if config.data else tuple(arguments.get("columns", ())),
     )  # fmt: skip
 
@@ -228,17 +234,25 @@ class LoadedRun:
         self._run.write_metrics(kept | {"suites": kept.get("suites", {}) | {suite.name: found}})
         return {"suite": found}
 
+    def _task(self, config: EvaluateConfig, again: TrainConfig) -> Task:
+        """What is measured as the test part of a task: all of other data, or what the run was measured on."""
+        if config.data:
+            given = read(again.data, columns=again.columns)
+            return Task.of(self.model, self.tokenizer, [], given, again, "measured")
+        train, examples = splits(again.data, again.limit, again.test_share, again.data_seed, again.validation,
+                                 columns=again.columns)  # fmt: skip
+        same_test_split(self._run, of_examples(examples))
+        check_parts(again.data, len(train), len(examples))
+        return Task.of(self.model, self.tokenizer, [], examples, again, "validation" if again.validation else "test")
+
     def _measured(self, config: EvaluateConfig, again: TrainConfig, progress: bool = False) -> dict[str, Any]:
-        task = Task.load(again, self.model, self.tokenizer)
-        if not config.data and not self._run.config["arguments"].get("validation"):  # else another part was tested on
-            same_test_split(self._run, task)
-        rows = [*task.train, *task.test] if config.data else task.test
-        examples = [*task.train_examples, *task.test_examples] if config.data else task.test_examples
+        task = self._task(config, again)
+        rows, examples = task.test, task.test_examples
         metrics = measured(self.model, rows, task.collator, config.batch_size, progress=progress).metrics()
         if config.answers:
             size = config.answer_tokens
             asked = questions(self.model, self.tokenizer, examples, config.answers, size, task.template)
             metrics["answers"] = score(self.model, self.tokenizer, [examples[i] for i in asked],
                                        [rows[i] for i in asked], size, task.template)  # fmt: skip
-        self._run.write_evaluation(metrics | {"data": again.data})
+        self._run.write_evaluation(metrics | {"data": again.data, "examples": len(rows)})
         return metrics

@@ -14,6 +14,7 @@ from smartmops.options.federation import FederateConfig
 from smartmops.options.training import TaskConfig
 from smartmops.reading.task import Task
 from smartmops.rows.example import Example
+from smartmops.states.fingerprint import of_examples
 
 from .partition import partition, read_clients
 
@@ -52,6 +53,14 @@ def holdings_of(config: FederateConfig, task: Task) -> Holdings:
     categories = sorted({example.category for example in task.train_examples})
     table = {c: [sum(task.train_examples[i].category == c for i in rows[n]) for n in some] for c in categories}
     return Holdings(task, [rows[n] for n in some], [names[n] for n in some], table)
+
+
+def inputs_of_clients(held: Holdings) -> dict[str, str]:
+    """What tells the clients, and what each of them trains on, from any others: fingerprints by what they are of."""
+    examples = held.task.train_examples
+    found = {f"file of client {name!r}": of_examples([examples[i] for i in rows])
+             for name, rows in zip(held.names, held.rows, strict=True)}  # fmt: skip
+    return found | {"list of clients": of_examples(held.names)}
 
 
 def client_task(config: TaskConfig, base: Any, tokenizer: Any, examples: Sequence[Example]) -> Task:

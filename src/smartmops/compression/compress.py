@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartmops.base import dense_weight, describe, load_base, local, quantised_as, quantised_linears
 from smartmops.base.names import readable
-from smartmops.checks.errors import BaseModelError, DiskError, RunExists
+from smartmops.checks.errors import BaseModelError, DiskError, RunExists, SmartmopsError
+from smartmops.checks.folders import held_by
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
@@ -35,6 +36,8 @@ from . import calibration, layerwise
 from .solvers import Pattern, Solver
 
 LOOKED_AT = 1024  # columns of a quantised layer whose zeros are counted: all of a large one would take minutes
+TEXT = "text"  # in what a compression was begun with: the content of its text, whatever its file is called
+STATE = "state.json"  # what it was begun with
 DOES_NOT_DECIDE = ("out", "resume", "device", "batch_size")  # arguments that leave the result as it is
 
 
@@ -48,8 +51,16 @@ def compress(config: CompressConfig) -> dict[str, Any]:
         BaseModelError: options, model or text do not fit; the message names value, limit and way out.
     """
     check(config)
-    with alone(beside(config.out)):
-        return _compress(config)
+    partial = beside(config.out)
+    with alone(partial):
+        new = not held_by(partial)
+        try:
+            return _compress(config)
+        except SmartmopsError as error:
+            # No layer is done: what the user mends would be refused there. A full disk is told to go on with --resume.
+            if new and held_by(partial) == [STATE] and not isinstance(error, DiskError):
+                (partial / STATE).unlink()
+            raise
 
 
 def _compress(config: CompressConfig) -> dict[str, Any]:
@@ -58,7 +69,9 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
     pattern = (
         None if config.sparsity is None and config.pattern is None else Pattern.parse(config.sparsity, config.pattern)
     )
-    if (done := _finished(config)) is not None:
+    text = _read(config, pattern)
+    state = _state(config, text)
+    if (done := _finished(config, state)) is not None:
         return done
     model, tokenizer = _load(config)
     modules, solver = layerwise.linears(model, pattern is not None), Solver(config.block_size, config.damping)
@@ -69,8 +82,8 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
     layerwise.check_runs_by_layer(model)
     config.check_positions(getattr(model.config, "max_position_embeddings", None))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    rows = _text(config, model, tokenizer, pattern)
-    partial = _partial(config, size * (2 if pattern is None or quantisation is None else 3))
+    rows = _rows(config, model, tokenizer, pattern, text)
+    partial = _partial(config, state, size * (2 if pattern is None or quantisation is None else 3))
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     metrics: dict[str, Any] = {"perplexity_before": _perplexity(model, rows.held_out, device, "perplexity before")}
     stats: layerwise.Stats = {}
@@ -94,21 +107,21 @@ def _compress(config: CompressConfig) -> dict[str, Any]:
         metrics |= _cost(partial / "model", size, started, device)
         record = {
             "model": config.model, "pattern": None if pattern is None else str(pattern), "quantisation": quantisation,
-            "metrics": metrics, "calibration": _told(config, rows), "layers": stats, "begun_with": _state(config),
+            "metrics": metrics, "calibration": _told(config, rows), "layers": stats, "begun_with": state,
             "versions": _versions(quantisation),
         }  # fmt: skip
         _publish(partial, config, record)
     return metrics
 
 
-def _finished(config: CompressConfig) -> dict[str, Any] | None:
-    """The metrics of a finished compression with the same arguments; None where there is nothing yet."""
+def _finished(config: CompressConfig, state: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of a finished compression begun with the same; None where there is nothing yet."""
     out = config.out
     record = out / "compression.json"
     if not record.is_file():
         return None
     found: dict[str, Any] = json.loads(record.read_text())
-    _compare(found["begun_with"], _state(config), out)
+    _compare(found["begun_with"], state, out)
     shutil.rmtree(beside(out), ignore_errors=True)  # a kill between the last two steps leaves it
     return dict(found["metrics"])
 
@@ -130,16 +143,27 @@ def _is_data(config: CompressConfig) -> bool:
     return not (config.calibration or "").endswith(TEXT_ENDINGS)
 
 
-def _text(config: CompressConfig, model: Any, tokenizer: Any, pattern: Pattern | None) -> _Rows:
-    """Calibration rows where they are needed, and what is held out; nothing where no text is needed and none given."""
-    needed = pattern is not None and config.method != "magnitude"
-    most = min(2048, getattr(model.config, "max_position_embeddings", 2048))
-    if not needed and config.calibration is None and config.model != "tiny":
-        return _Rows([], [], 0)
-    text = calibration.load(config.calibration or "", config.limit, config.test_share, config.data_seed, config.model,
+def _calibrates(config: CompressConfig, pattern: Pattern | None) -> bool:
+    return pattern is not None and config.method != "magnitude"
+
+
+def _read(config: CompressConfig, pattern: Pattern | None) -> calibration.Text | None:
+    """The text to calibrate and measure on; None where none is needed and none given."""
+    if not _calibrates(config, pattern) and config.calibration is None and config.model != "tiny":
+        return None
+    return calibration.load(config.calibration or "", config.limit, config.test_share, config.data_seed, config.model,
                             config.columns)  # fmt: skip
+
+
+def _rows(
+    config: CompressConfig, model: Any, tokenizer: Any, pattern: Pattern | None, text: calibration.Text | None
+) -> _Rows:
+    """Calibration rows where they are needed, and what is held out; nothing where there is no text."""
+    if text is None:
+        return _Rows([], [], 0)
+    most = min(2048, getattr(model.config, "max_position_embeddings", 2048))
     held_out = calibration.held_out_batches(text, tokenizer, config.sequence_length or most, config.batch_size)
-    if not needed:
+    if not _calibrates(config, pattern):
         return _Rows([], held_out, 0)
     rows = calibration.calibration_rows(text, tokenizer, config.sequences, config.sequence_length, config.seed, most)
     return _Rows(list(torch.split(rows, config.batch_size)), held_out, rows.shape[1])
@@ -152,11 +176,11 @@ class _Rows:
     length: int  # tokens
 
 
-def _partial(config: CompressConfig, needed: int) -> Path:
+def _partial(config: CompressConfig, state: dict[str, Any], needed: int) -> Path:
     """The folder of what is half done, with what it was begun with; `needed` is in bytes."""
     partial = beside(config.out)
-    if (partial / "state.json").exists():
-        _compare(json.loads((partial / "state.json").read_text()), _state(config), partial)
+    if (partial / STATE).exists():
+        _compare(json.loads((partial / STATE).read_text()), state, partial)
     held = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(folder for folder in partial.absolute().parents if folder.exists())).free
     if needed - held > free:
@@ -165,14 +189,15 @@ def _partial(config: CompressConfig, needed: int) -> Path:
             "the result and for what it can be resumed from: free some, or choose another --out"
         )
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / "state.tmp").write_text(json.dumps(_state(config), indent=2))
-    os.replace(partial / "state.tmp", partial / "state.json")
+    (partial / "state.tmp").write_text(json.dumps(state, indent=2))
+    os.replace(partial / "state.tmp", partial / STATE)
     return partial
 
 
-def _state(config: CompressConfig) -> dict[str, Any]:
+def _state(config: CompressConfig, text: calibration.Text | None) -> dict[str, Any]:
     """What decides the result, as JSON holds it."""
-    found: dict[str, Any] = json.loads(json.dumps(_arguments(config) | describe(config.model)))
+    content = {TEXT: None if text is None else text.fingerprint}
+    found: dict[str, Any] = json.loads(json.dumps(_arguments(config) | describe(config.model) | content))
     return found
 
 
@@ -182,11 +207,16 @@ def _arguments(config: CompressConfig) -> dict[str, Any]:
 
 def _compare(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     for key, value in now.items():
-        if then.get(key) != value:
+        if key != TEXT and then.get(key) != value:
             raise RunExists(
                 f"--resume: {folder} was begun with {key}={then.get(key)!r}, but now {key}={value!r} is asked for: ask "
                 "for the same, or choose another --out"
             )
+    if then.get(TEXT, now[TEXT]) != now[TEXT]:  # what was begun before it was kept goes on
+        raise RunExists(
+            f"--resume: {folder} was begun with another text of --calibration {now['calibration'] or 'office'} "
+            f"(fingerprint {then[TEXT]}, now {now[TEXT]}): bring that text back, or choose another --out"
+        )
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from smartmops.base import load_base
 from smartmops.clients.admission import admitted
-from smartmops.clients.holdings import holdings_of
+from smartmops.clients.holdings import holdings_of, inputs_of_clients
 from smartmops.clients.messages import Local, Transport
 from smartmops.clients.roster import Roster
 from smartmops.evaluation.measure import gates, measured
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.flow.steps import adapted, begun, opened, shown
+from smartmops.methods.baselines import trained_numbers
 from smartmops.options.federation import FederateConfig, ServerConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
@@ -119,6 +120,8 @@ def _federate(
     same_inputs(run, task)
     here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
     held = holdings_of(config, task) if here else None
+    if held is not None and config.clients_data is not None:  # else they hold what the task does
+        run.same_inputs(inputs_of_clients(held))
     made, frozen = adapted(task, central)
     model, names = made.model, made.names
     layout = Layout(*split_by_expert(model))
@@ -238,7 +241,7 @@ def _finish(
         "bytes_up": sum(row.get("bytes_up", 0) for row in rows),
         "bytes_down": sum(row.get("bytes_down", 0) for row in rows),
         "clients_failed": sum(row.get("clients_failed", 0) for row in rows),
-        "trainable_parameters": sum(value.numel() for value in state.arrays.values()),
+        "trainable_parameters": trained_numbers(model),
         "examples": {"test": len(task.test)},
         **extra,
     }

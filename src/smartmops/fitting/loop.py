@@ -123,7 +123,8 @@ def fit(
 ) -> Kept:
     """Train the adapter of `model` in place, and do something `halfway`.
 
-    With `look`, which evaluates it on validation data, the model ends with the best state seen, else with the last.
+    With `look`, which evaluates it on validation data, the model ends with the best state seen, else with the last. Of
+    0 steps the one state is that before training.
 
     Raises:
         Diverged: the loss is not finite; the model then holds the last state whose loss was.
@@ -134,6 +135,8 @@ def fit(
     elif schedule.steps:
         _run(model, method, schedule, rows, collator, folder, write, look, checkpoint, halfway, kept)
     if look:
+        if kept.step is None:  # nothing was trained, so what was prepared is all there is to choose
+            kept.see(0, look().overall, model)
         put_state(model, kept.best)
     return kept
 

@@ -5,6 +5,7 @@ Knows how they follow one another. Knows no loop over methods, seeds or rounds.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import DiskError, SmartmopsError
+from smartmops.checks.folders import held_by
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.evaluation.measure import measured
@@ -28,13 +31,20 @@ from smartmops.reading.task import Task
 from smartmops.runs import ranks
 from smartmops.runs.folder import Run
 from smartmops.runs.progress import Phases
+from smartmops.settings.writing import NAME
 from smartmops.states.answer_states import AnswerStates
 from smartmops.tokens.batches import Encoded
+
+# What a run folder holds before the first step of training: what the run is, a base pruned for it, the untrained gate.
+BEFORE_TRAINING = {"config.json", NAME, "inputs.json", "checkpoints", "base", "gates.json"}
 
 
 @contextmanager
 def begun(command: str, config: Any, method: str, **seeds: Any) -> Iterator[Run]:
     """The run folder of a command, whose options are checked, and which nobody else writes meanwhile.
+
+    Where the user has to mend something before anything was trained, what was written is taken away again: the mended
+    command is another run, which the folder would refuse.
 
     Raises:
         BlockingIOError: another process writes `out`.
@@ -47,7 +57,22 @@ def begun(command: str, config: Any, method: str, **seeds: Any) -> Iterator[Run]
              "method": method}  # fmt: skip
     with ExitStack() as held:
         ranks.first_does(held.enter_context, alone(config.out))
-        yield ranks.first_does(Run.create, config.out, about, config.resume)
+        new = not held_by(config.out)
+        run = ranks.first_does(Run.create, config.out, about, config.resume)
+        try:
+            yield run
+        except SmartmopsError as error:
+            if new and ranks.rank() == 0 and not isinstance(error, DiskError):  # which says --resume
+                _taken_away(run)
+            raise
+
+
+def _taken_away(run: Run) -> None:
+    """Empty a run folder that holds what is written before training, and nothing else."""
+    held = held_by(run.path)
+    if set(held) <= BEFORE_TRAINING and not any(run.checkpoints.iterdir()):
+        for item in (run.path / name for name in held):
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
 def opened(config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:

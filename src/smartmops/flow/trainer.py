@@ -13,6 +13,7 @@ from smartmops.evaluation.interference import interference
 from smartmops.evaluation.measure import choices
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.fitting.stages import Stages
+from smartmops.methods.baselines import trained_numbers
 from smartmops.options.training import TrainConfig
 from smartmops.reading.task import Task, same_inputs
 from smartmops.runs import ranks
@@ -90,7 +91,7 @@ def _beside(made: Adapted, frozen: Evaluation, gained: bool) -> dict[str, Any]:
     return {
         "perplexity_frozen": frozen.metrics()["perplexity"],
         "gained": gained,
-        "trainable_parameters": sum(p.numel() for p in made.model.parameters() if p.requires_grad),
+        "trainable_parameters": trained_numbers(made.model),
         "examples": made.task.counts,
         "gate_pretraining_accuracy": made.accuracy,
     }

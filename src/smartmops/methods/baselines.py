@@ -19,7 +19,7 @@ from smartmops.runs.adapters import check_config, load_adapter
 from smartmops.runs.folder import Run, check_adapter
 from smartmops.states.fingerprint import SAMPLED, sampled
 from smartmops.tokens.template import FILE, read_template
-from smartmops.tuner import MoPsConfig
+from smartmops.tuner import MoPsConfig, MoPsModel
 from smartmops.tuner.engine import Engine
 
 from . import targets
@@ -195,6 +195,13 @@ def parameter_groups(model: Any, config: MethodConfig) -> list[dict[str, Any]]:
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [{"params": [parameter], "lr": _rate_of(name, parameter, config)} for name, parameter in trained]
+
+
+def trained_numbers(model: Any) -> int:
+    """How many numbers of a model training changes: those that a gradient reaches."""
+    count: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    tuner = model.base_model
+    return count - tuner.layer().untrained(tuner.active_adapters[0]) if isinstance(tuner, MoPsModel) else count
 
 
 def _rate_of(name: str, parameter: torch.Tensor, config: MethodConfig) -> float:

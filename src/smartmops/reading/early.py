@@ -33,6 +33,8 @@ from smartmops.rows.ahead import ahead
 from smartmops.rows.example import Example
 from smartmops.traits import METHODS
 
+from .held_out import left_to_train
+
 LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it
 TABLES = (".csv", ".tsv", ".parquet")  # are read by libraries that take time to import
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call them
@@ -182,11 +184,12 @@ def _data_say(config: TaskConfig) -> Iterator[str]:
     if config.hold_out is not None:
         check_hold_out(config.hold_out, {example.category for example in train})
     check_parts(config.data, len(train), len(test))
+    left = left_to_train(train, config)
     if not isinstance(config, FederateConfig):
-        check_split(config, len(train), len(test), 1)
-    elif config.shares_data_out and config.clients > len(train):
-        yield (f"--clients {config.clients}, but there are {len(train)} training examples: choose 1 to {len(train)}, "
-               "or give more examples")  # fmt: skip
+        check_split(config, left, len(test), 1)
+    elif config.shares_data_out and config.clients > left:
+        yield (f"--clients {config.clients}, but there are {left} training examples: choose 1 to {left}, or give more "
+               "examples")  # fmt: skip
     yield from _tasks_say(config, train)
 
 
@@ -229,7 +232,7 @@ def check_split(config: Any, train: int, test: int, world: int) -> None:
 
     Args:
         config: A `TaskConfig`.
-        train: Training examples, those for validation among them.
+        train: Examples that are trained on, so without those held out for validation.
         test: Test examples.
         world: Processes that train together.
 

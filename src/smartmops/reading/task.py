@@ -32,7 +32,7 @@ from smartmops.tokens.unfit import Limit, Lost
 
 from .early import check_base, check_hold_out, check_parts, check_split, check_tasks, warn_of_calibration
 from .embedder import Embedder
-from .held_out import hold_out
+from .held_out import hold_out, left_to_train
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Task:
         if base is None:
             check_base(config, local(config.model))
             check_tasks(config, train)
-            check_split(config, len(train), len(test), ranks.world())
+            check_split(config, left_to_train(train, config), len(test), ranks.world())
             base, tokenizer = load_base(config.model, config.dtype)
         found = cls.of(base, tokenizer, train, test, config)
         found.test_split = of_examples(test)
@@ -81,11 +81,12 @@ class Task:
 
     @classmethod
     def of(
-        cls, base: Any, tokenizer: Any, train: Sequence[Example], test: Sequence[Example], config: TaskConfig
-    ) -> Task:
+        cls, base: Any, tokenizer: Any, train: Sequence[Example], test: Sequence[Example], config: TaskConfig,
+        tested: str = "test",
+    ) -> Task:  # fmt: skip
         """Encode examples for a base; either part may be empty. What does not fit is left out, and said.
 
-        Examples of the category `hold_out` are left out of the training part only.
+        Examples of the category `hold_out` are left out of the training part only. `tested` is what `test` is called.
         """
         held_out = Counter[str]()
         if config.hold_out is not None:
@@ -103,7 +104,7 @@ class Task:
         rows: list[Sequence[Encoded]] = []
         kept: list[Sequence[Example]] = []
         parts: dict[str, tuple[Sequence[Example], Sequence[int], Mapping[int, int]]] = {}
-        for name, part in (("train", train), ("test", test), ("validation", held)):
+        for name, part in (("train", train), (tested, test), ("validation", held)):
             if not part:
                 rows.append([])
                 kept.append([])
@@ -140,16 +141,16 @@ def same_inputs(run: Run, task: Task) -> None:
             run.same_inputs(inputs_of(task))
 
 
-def same_test_split(run: Run, task: Task) -> None:
-    """Whether the data of a finished run still give the test examples that it was measured on.
+def same_test_split(run: Run, now: str) -> None:
+    """Whether the data of a finished run still give the test examples that it was measured on; `now` tells theirs.
 
     Raises:
         RunError: they give others, among which may be some that the run was trained on.
     """
-    then = run.read_inputs().get(TEST_SPLIT, task.test_split)
-    if then != task.test_split:
+    then = run.read_inputs().get(TEST_SPLIT, now)
+    if then != now:
         raise RunError(f"the data of {run.path} have changed since it was trained (test split {then}, now "
-                       f"{task.test_split}), so what is drawn to test on may be what it was trained on: bring back the "
+                       f"{now}), so what is drawn to test on may be what it was trained on: bring back the "
                        "data of then, or name others (evaluate --data, experts --old)")  # fmt: skip
 
 

@@ -160,9 +160,9 @@ class Grid:
         run = Run.open(folder)
         settings = {k: v for k, v in run.config["arguments"].items() if k not in NOT_SETTINGS}
         found = {
-            "command": cell.command, "data": cell.data.name, "base": cell.base.name, "method": cell.method,
-            "seed": cell.seed, "metrics": metrics, "gates": run.read_gates(), "settings": settings,
-            "versions": run.config["versions"], "seconds": time.perf_counter() - began,
+            "command": cell.command, "model": self.model, "data": cell.data.name, "base": cell.base.name,
+            "method": cell.method, "seed": cell.seed, "metrics": metrics, "gates": run.read_gates(),
+            "settings": settings, "versions": run.config["versions"], "seconds": time.perf_counter() - began,
         }  # fmt: skip
         self.results.mkdir(parents=True, exist_ok=True)
         write_text(self.results / f"{cell.key}.json", json.dumps(found, indent=1, default=str) + "\n")
@@ -178,7 +178,7 @@ class Grid:
         name = re.sub(r"[^\w.+-]", "-", cell.base.name + ("" if self.calibration else f"_{cell.data.name}"))
         folder = self.out / "bases" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{name}.lock"), wait=True):
+        with locked(folder.with_name(f"{name}.lock"), wait=True):
             if not (folder / "metrics.json").is_file():
                 columns = self.columns if text == cell.data.path else ()
                 limit, begun = None if self.calibration else self.limit, folder.exists() or beside(folder).exists()
@@ -190,7 +190,7 @@ class Grid:
         """The base of a cell with the adapter of its run merged into the weights."""
         folder = self.out / "bases" / below.key
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{below.key}.lock"), wait=True):
+        with locked(folder.with_name(f"{below.key}.lock"), wait=True):
             if not (folder / "config.json").is_file():
                 run = self.out / "runs" / below.key
                 if not (run / "metrics.json").is_file():
@@ -206,12 +206,12 @@ class Grid:
     def _claim(self, cell: Cell, wait: bool = False) -> Iterator[bool]:
         place = self.out / "runs"
         place.mkdir(parents=True, exist_ok=True)
-        with _locked(place / f"{cell.key}.lock", wait) as claimed:
+        with locked(place / f"{cell.key}.lock", wait) as claimed:
             yield claimed
 
 
 @contextmanager
-def _locked(file: Path, wait: bool) -> Iterator[bool]:
+def locked(file: Path, wait: bool) -> Iterator[bool]:
     """Whether this process has the file to itself; a killed holder lets go."""
     if fcntl is None:
         yield True

@@ -14,6 +14,7 @@ from smartmops.evidence import figures, tables
 from smartmops.evidence.page import Block, Gates, Page, Picture, Table, Text
 from smartmops.evidence.paper import printed
 from smartmops.evidence.tables import figure, gain, gains, label, perplexities, spread
+from smartmops.runs.card import shown_name
 from smartmops.traits import BASELINE, BY_NAME, PROPOSED
 
 from .plan import Plan
@@ -49,6 +50,9 @@ def _setting(found: Sequence[Result]) -> Iterator[Text]:
     else:
         what = (f"{s['rounds']} rounds of {s['clients_per_round']} of {s['clients']} clients, {s['local_steps']} local "
                 f"steps of {s['batch_size']}, one part of each category {s['skew']:g} times the others")  # fmt: skip
+    if model := next((each["model"] for each in found if "model" in each), None):  # older results do not say
+        examples = f"at most {s['limit']:,} examples" if s["limit"] else "all examples"
+        yield Text(f"Model: {shown_name(model)}; {examples} of each data set.")
     prompts = f" of {s['prompts_per_expert']} prompts" if len(sizes) == 1 else ""
     yield Text(f"{usual['experts']} experts{prompts} unless said otherwise; {what}; examples of at most "
                f"{s['max_length']} tokens.")  # fmt: skip

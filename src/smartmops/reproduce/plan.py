@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,15 @@ class Plan:
 
 
 def datas_of(given: Sequence[str]) -> list[Data]:
-    """DATA, or NAME=DATA where a path says too little."""
+    """DATA, or NAME=DATA where a path says too little.
+
+    Raises:
+        ConfigError: two have one name, by which their cells would be taken for each other's.
+    """
     parts = [text.rpartition("=") for text in given]
-    return [Data(name or Path(path).stem or path, path) for name, _, path in parts]
+    found = [Data(name or Path(path).stem or path, path) for name, _, path in parts]
+    for first, other in combinations(found, 2):
+        if first.name == other.name:
+            raise ConfigError(f"--data {first.path} and {other.path} are both called {first.name!r}: give one a name "
+                              f"of its own, as in other={other.path}")  # fmt: skip
+    return found

@@ -14,6 +14,7 @@ from smartmops.progress.bars import console
 from smartmops.runs.folder import write_text
 
 from .grid import Base, Grid
+from .inputs import same_grid
 from .pages import page_of, skew_page
 from .plan import Plan, datas_of
 from .studies import STUDIES, Study
@@ -23,7 +24,8 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     """Run the missing cells, write Markdown and pictures; returns how many cells there are and how many are missing.
 
     Raises:
-        SmartmopsError: data, base or method is unknown; the message names the way out.
+        SmartmopsError: data, base or method is unknown, or `out` belongs to another model, limit or data; the message
+            names the way out.
     """
     check(config)
     out = config.out or Path("runs/reproduce")
@@ -32,9 +34,11 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     names = list(STUDIES) if config.name == "all" else [config.name]
     plans = {name: plan_of(config, name) for name in names}
     counts = {"cells": 0, "missing": 0}
+    for base in (base for plan in plans.values() for base in plan.names()):
+        Base(base).compression()
+    datas = {data.name: data for plan in plans.values() for data in plan.datas}
+    same_grid(next(iter(plans.values())).grid, list(datas.values()), keep=not config.tables_only)
     for plan in plans.values():
-        for base in plan.names():
-            Base(base).compression()
         if not config.tables_only:
             _run(plan, until)
     found = {name: list(plan.grid.read(plan.cells()).values()) for name, plan in plans.items()}

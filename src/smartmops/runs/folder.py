@@ -234,8 +234,8 @@ class Run:
                     f"--resume: {self.path} was started with another {name} (fingerprint {then[name]}, now {now}): "
                     "give what it was started with, or choose another folder with --out"
                 )
-        if not then:
-            write_text(self.path / "inputs.json", _dump(dict(found)))
+        if {**found, **then} != then:
+            write_text(self.path / "inputs.json", _dump({**then, **found}))
 
     def write_gates(self, gates: Mapping[str, Any]) -> None:
         """Write mean gate weights, as `report.gates.tables` takes them."""

@@ -93,7 +93,7 @@ class Subject:
                              validation_limit=given.get("validation_limit", 200),
                              hold_out=given.get("hold_out"), validation=given.get("validation", False))  # fmt: skip
             task = Task.load(config, self.model, self.tokenizer)
-            same_test_split(self.run, task)
+            same_test_split(self.run, task.test_split)
             return task
         examples = read(data, columns=columns)
         return self.of(examples if limit is None else some(examples, limit), config, seed)

@@ -27,6 +27,8 @@ from smartmops.experts.opened import Experts, Opened
 
 from .engine import Engine
 
+EXPERTS = ("mops_prompts", "mops_keys", "mops_values")  # parameters that hold the columns of experts
+
 
 class MoPsLayer(nn.Module, BaseTunerLayer):
     """The injection layer, and the parameters of every adapter that enters there.
@@ -114,15 +116,33 @@ class MoPsLayer(nn.Module, BaseTunerLayer):
 
     def _trained(self, name: str, adapter: str) -> Float[Tensor, "prompts ..."]:
         """Columns of all experts; no gradient reaches those that stay as they start."""
-        config = self.configs[adapter]
         found: Tensor = getattr(self, name)[adapter]
+        kept = self._kept(found, adapter)
+        return found if kept is None else torch.where(kept.view(-1, *[1] * (found.dim() - 1)), found.detach(), found)
+
+    def _kept(self, columns: Float[Tensor, "prompts ..."], adapter: str) -> Bool[Tensor, " prompts"] | None:
+        """Which columns of all experts stay as they start; None: none of them."""
+        config = self.configs[adapter]
         if not config.freeze_first_column and not config.frozen_experts:
-            return found
-        at = torch.arange(len(found), device=found.device)
+            return None
+        at = torch.arange(len(columns), device=columns.device)
         kept = at % config.prompts_per_expert == 0 if config.freeze_first_column else torch.zeros_like(at).bool()
         for each in config.frozen_experts or []:
             kept = kept | (at // config.prompts_per_expert == config.named_experts.index(each))
-        return torch.where(kept.view(-1, *[1] * (found.dim() - 1)), found.detach(), found)
+        return kept
+
+    def untrained(self, adapter: str) -> int:
+        """How many numbers no gradient reaches though they are parameters: columns that stay, a gate over one alone."""
+        count = 0
+        for name in self.adapter_layer_names:
+            value = getattr(self, name).get(adapter)
+            if value is None or not value.requires_grad:
+                continue
+            if name.startswith("mops_gate"):
+                count += value.numel() if self.configs[adapter].num_groups == 1 else 0
+            elif name in EXPERTS and (kept := self._kept(value, adapter)) is not None:
+                count += int(kept.sum()) * value[0].numel()
+        return count
 
     def standardised(self, pooled: Float[Tensor, "batch inputs"], adapter: str) -> Float[Tensor, "batch inputs"]:
         """Pooled inputs by the mean and scale of the training instructions."""

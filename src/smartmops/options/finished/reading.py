@@ -50,7 +50,7 @@ class DataConfig(Options, ValidationConfig):
     """What `train` would read of DATA."""
 
     data: Annotated[Datas, tyro.conf.Positional, tyro.conf.arg(metavar="DATA...")]
-    """data as for `train`; `evaluate` takes the run's test split by default"""
+    """data as for `train`; `evaluate` takes what the run was tested on by default"""
     model: Model | None = None  # model whose tokenizer and chat template are used; without one, texts are not tokenised
     columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
     template: Template = "auto"
@@ -72,7 +72,7 @@ class EvaluateConfig(Options):
     """Perplexity of a run's adapter over response tokens, overall and per task; answers where asked for."""
 
     run: Annotated[Path, RunFolder(), tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # run folder
-    data: Datas | None = None  # data as for `train`; `evaluate` takes the run's test split by default
+    data: Datas | None = None  # data as for `train`; `evaluate` takes what the run was tested on by default
     columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
     max_length: Count | None = None  # tokens of an example; by default as in training
     batch_size: Count = 32  # examples in a batch
