@@ -161,8 +161,7 @@ class Engine:
         if given is not None and reading.opens_answer(given, self._headers(cache)):  # one token may be the answer's own
             raise AdapterError(f"input_ids {call.FURTHER}")
         context = self._known(cache, past, names)
-        if context is not None:
-            call.refuse_told(told, past)
+        call.refuse_told(told, 0 if context is None else past)
         if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
         if new := context is None:
