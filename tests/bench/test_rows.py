@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from smartmops.bench import rows
+from smartmops.bench import rows, run
 from smartmops.bench.base import BaseLab
 from smartmops.bench.run import bench
 from smartmops.bench.sides import BenchConfig
-from smartmops.checks.errors import ConfigError
+from smartmops.checks.errors import ConfigError, RunError
 from smartmops.checks.limits import check
 from smartmops.options.bench import ROWS
 
@@ -53,6 +53,20 @@ def test_rows_are_kept_and_not_measured_again(tmp_path: Path) -> None:
     assert second["ratios"] == first["ratios"] | {"decode_vs_bare_batch_1": second["ratios"]["decode_vs_bare_batch_1"]}
     assert second["targets"]["gate_read_share"]["value"] == 0.02
     assert second["targets"]["train_vs_prompt_tuning"]["met"] is None, "nothing was promised"
+
+
+def test_other_rows_of_the_same_name_are_not_measured_beside_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows_of = [{"instruction": f"Say {i}.", "response": f"{i} {i}", "category": "say"} for i in range(60)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    monkeypatch.setattr(run, "_measured", lambda *_: {"ratios": {}, "raw": {}})
+    bench(small(tmp_path / "run", data=str(data), experts=1))
+    bench(small(tmp_path / "run", data=str(data), experts=1, resume=True))
+    data.write_text(data.read_text().replace("Say", "Write"))
+    with pytest.raises(RunError, match="started with another data set"):
+        bench(small(tmp_path / "run", data=str(data), experts=1, resume=True))
 
 
 @pytest.mark.slow

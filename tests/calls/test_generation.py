@@ -132,7 +132,7 @@ def test_an_explicit_gate_mask_reaches_the_gate_also_under_beams():
     assert torch.equal(quickly(model, gate_mask=read, **inputs, **beams), want)
 
 
-def test_a_second_turn_over_the_same_cache_keeps_the_first_gate():
+def test_a_second_turn_over_the_same_cache_is_read_whole_where_no_header_is_known():
     plain, model = adapt(num_recovery_prompts=2)
     ids = prompt()["input_ids"][1:2]
     first = model.generate(
@@ -141,8 +141,7 @@ def test_a_second_turn_over_the_same_cache_keeps_the_first_gate():
     longer = torch.cat([first.sequences, ids.flip(1)], 1)
     mask = torch.ones_like(longer)
     got = model.generate(input_ids=longer, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=5)
-    read = mask * (torch.arange(longer.shape[1]) < ids.shape[1])
-    assert torch.equal(got, greedy_by_hand(plain, model, {"input_ids": longer, "attention_mask": mask}, read, new=5))
+    assert torch.equal(got, greedy_by_hand(plain, model, {"input_ids": longer, "attention_mask": mask}, mask, new=5))
 
 
 def test_two_calls_of_generate_share_nothing():

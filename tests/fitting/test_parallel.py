@@ -44,9 +44,9 @@ step = loop.Trainer.training_step
 from smartmops.states.answer_states import AnswerStates
 compute, counts = AnswerStates._compute, []
 
-def counted(self, indices):
+def counted(self, indices, alone=False):
     counts[-1] += len(indices)
-    return compute(self, indices)
+    return compute(self, indices, alone)
 
 AnswerStates._compute = counted
 

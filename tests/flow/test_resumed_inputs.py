@@ -75,6 +75,19 @@ def test_another_tokenizer_of_the_same_name_is_refused(killed: Make, tmp_path: P
         train(killed(resume=True))
 
 
+def test_other_text_of_no_task_in_the_same_file_is_refused(
+    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "unrelated.txt"
+    file.write_text("\n\n".join(f"Nothing is asked in paragraph {i}." for i in range(24)))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer, "fitted", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(config(unrelated=file))
+    file.write_text(file.read_text().replace("Nothing", "Little"))
+    with pytest.raises(ValueError, match=another("file of --unrelated")):
+        train(config(unrelated=file, resume=True))
+
+
 def test_the_folder_is_held_while_it_trains_and_given_back(killed: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[bool] = []
     fitted = trainer.fitted

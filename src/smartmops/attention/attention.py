@@ -63,8 +63,10 @@ def _gated(
     of = None if segments is None else segments.of
     added = [each.output(query, own.scale(query), of) for each in context.added.get(own.layer, [])]
     before = None if past is None else past.of(own.layer)
-    mask = mask if segments is not None else _numbers(mask, query, key.shape[-2], context)
-    out, weights = attend(own, query, key, value, mask, context.prefix.get(own.layer), segments, before)
+    prefix = context.prefix.get(own.layer)
+    if prefix is not None and segments is None:
+        mask = _numbers(mask, query, key.shape[-2], context)
+    out, weights = attend(own, query, key, value, mask, prefix, segments, before)
     return out + sum(added[1:], added[0]) if added else out, weights
 
 

@@ -23,6 +23,7 @@ from smartmops.options.training import TaskConfig
 from smartmops.preparing.adapting import adapt, words
 from smartmops.reading.task import Task
 from smartmops.states.answer_states import AnswerStates
+from smartmops.states.fingerprint import SAMPLED, sampled
 from smartmops.tokens.batches import Encoded
 
 from .sides import METHODS, Lab, Side
@@ -77,6 +78,10 @@ class BaseLab(Lab):
     def held_out(self) -> list[Encoded]:
         """Rows that no side is trained on."""
         return list(self.task.train[len(self.rows) : 2 * len(self.rows)])
+
+    def inputs(self) -> dict[str, str]:
+        """As `Lab`."""
+        return {SAMPLED: sampled(self.frozen)}
 
     def base(self) -> Any:
         """The base in modules of its own, without a copy of its weights."""

@@ -21,6 +21,7 @@ from smartmops.checks.limits import check
 from smartmops.options.bench import BenchConfig
 from smartmops.progress.bars import console
 from smartmops.runs.folder import Run, write_text
+from smartmops.states.fingerprint import of_examples
 
 from . import ratios, rows
 from .sides import Lab, laboratory
@@ -43,6 +44,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
                      config.resume)  # fmt: skip
     with _settings(config.threads):
         lab = laboratory(config)
+        run.same_inputs({"data set": of_examples(lab.examples)} | lab.inputs())
         machine = {"cores": os.cpu_count(), "threads": config.threads, "torch": torch.__version__,
                    "waiting": os.environ.get("OMP_WAIT_POLICY", "active").lower()}  # fmt: skip
         about = {"setting": _setting(config), "machine": machine, "gpu": "not measured", "examples": _examples(lab)}

@@ -74,6 +74,10 @@ class Lab:
         self.lengths = [len(row.input_ids) for row in self.rows]
         self.predicted = [sum(label >= 0 for label in row.labels[1:]) for row in self.rows]
 
+    def inputs(self) -> dict[str, str]:
+        """What tells the base from others; of a random one, its options do."""
+        return {}
+
     def base(self) -> Any:
         """A frozen random Llama, the same every time."""
         c = self.config

@@ -117,7 +117,7 @@ def _federate(
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
     task = opened(central, base, tokenizer)
-    same_inputs(run, task)
+    same_inputs(run, task, config.unrelated)
     here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
     held = holdings_of(config, task) if here else None
     if held is not None and config.clients_data is not None:  # else they hold what the task does

@@ -207,7 +207,7 @@ class Server:
         else:
             raise QuorumLost(f"round {number}: fewer than {self.quorum} of {self.config.clients_per_round} clients "
                              f"answered well in {self.config.attempts} attempts{why}: "
-                             "see to the clients and go on with --resume, or lower --quorum")  # fmt: skip
+                             "see to the clients and go on with --resume")  # fmt: skip
         state.arrays = self._combined(state.arrays, found.updates)
         if self.own is not None:
             state.arrays = self.own(state.arrays, seed_of(self.seed, number, -1))

@@ -68,7 +68,7 @@ def _compare(config: CompareConfig, run: Run) -> dict[str, Any]:
     """`compare`, in a run that is not finished."""
     run.rewind(0)
     task = _opened(config, run)
-    same_inputs(run, task)
+    same_inputs(run, task, config.unrelated)
     check_split(config, len(task.train), len(task.test), 1)
     found: dict[str, list[Evaluation]] = {"frozen": []}
     if config.shots:

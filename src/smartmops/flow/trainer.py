@@ -46,7 +46,7 @@ def _train(config: TrainConfig, run: Run) -> dict[str, Any]:
     phases = Phases()
     with phases("prepare"):
         task = opened(config)
-        same_inputs(run, task)
+        same_inputs(run, task, config.unrelated)
         asked = _asked(config, task)
     made, frozen = adapted(task, config, phases=phases)
     with phases("prepare"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -130,15 +131,16 @@ class Task:
         return self.states.feed(model, self.train, self.collator)
 
 
-def same_inputs(run: Run, task: Task) -> None:
-    """Whether a resumed run has the base, template and data that it was started with.
+def same_inputs(run: Run, task: Task, unrelated: Path | None = None) -> None:
+    """Whether a resumed run has the base, template, data and text of no task that it was started with.
 
     Raises:
         RunError: it has others.
     """
     with ranks.turn() as mine:
         if mine:
-            run.same_inputs(inputs_of(task))
+            text = {} if unrelated is None else {"file of --unrelated": of_examples(unrelated.read_bytes())}
+            run.same_inputs(inputs_of(task) | text)
 
 
 def same_test_split(run: Run, now: str) -> None:
