@@ -59,8 +59,8 @@ def test_every_ratio_is_measured_and_stored(run: Path) -> None:
     assert [point["examples"] for point in growth["data"]] == [16, 32]
     assert all(point["seconds"] > 0 for point in growth["experts"] + growth["length"])
     assert growth["data"][1]["bytes"] == 2 * growth["data"][0]["bytes"]
-    assert sorted(item.name for item in run.iterdir()) == ["checkpoints", "config.json", "config.yaml", "metrics.json",
-                                                           "sections.json"]  # fmt: skip
+    assert sorted(item.name for item in run.iterdir()) == ["checkpoints", "config.json", "config.yaml", "inputs.json",
+                                                           "metrics.json", "sections.json"]  # fmt: skip
 
 
 @pytest.mark.slow
