@@ -65,8 +65,10 @@ def test_text_and_prompts_merged_are_one_softmax_in_output_and_gradients(closed)
 
 
 @pytest.mark.parametrize("closed", [None, LEAST, -torch.inf])
-def test_what_came_before_a_segment_is_part_of_its_softmax(closed):
+@pytest.mark.parametrize("short", [merged.SHORT, 0])
+def test_what_came_before_a_segment_is_part_of_its_softmax(closed, short, monkeypatch):
     """Two query heads share a key head; one segment has nothing before it."""
+    monkeypatch.setattr(merged, "SHORT", short)
     segments, before = Segments(LENGTHS, torch.device("cpu")), torch.tensor([5, 0, *[3] * (len(LENGTHS) - 2)])
     query, key, value, prompt_key, prompt_value, bias = tensors(sum(LENGTHS), closed=closed)
     inputs = [query.repeat(1, 2, 1, 1) + 0.1, key, value, prompt_key, prompt_value, bias]

@@ -25,9 +25,8 @@ from smartmops.options.training import TrainConfig
 from smartmops.reading.early import check_parts
 from smartmops.reading.embedder import Embedder
 from smartmops.reading.task import Task, same_test_split
-from smartmops.rows.example import Example, opened
+from smartmops.rows.example import Example, of_examples, opened
 from smartmops.runs.folder import Run
-from smartmops.states.fingerprint import of_examples
 from smartmops.tokens.template import Template
 from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel

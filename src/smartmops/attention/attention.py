@@ -87,7 +87,7 @@ def _where_visible(
     visible, first = context.seeing(len(query), query.shape[-2], query.device)
     if first == query.shape[-2]:
         return text, None
-    full = additive(mask, query, key.shape[-2])
+    full = additive(_numbers(mask, query, key.shape[-2], context), query, key.shape[-2])
     full = full[..., first:, :] if full.shape[-2] > 1 else full
     gated, _ = _gated(own, query[:, :, first:], key, value, full, context)
     chosen = torch.where(visible.to(query.device)[:, first:, None, None], gated, text[:, first:])

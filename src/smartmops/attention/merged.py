@@ -91,10 +91,15 @@ class Text:
         return found[0] if rest is None else found[0] + rest[0], *found[1:]
 
 
+def _mixed(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Outputs of two softmaxes, each with its log-sum-exp, as that of one over both."""
+    weight = (other[1] - one[1]).sigmoid_().unsqueeze(-1).to(one[0].dtype)
+    return torch.lerp(one[0], other[0], weight)
+
+
 def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Outputs of two softmaxes as that of one over both, and its log-sum-exp."""
-    weight = (other[1] - one[1]).sigmoid().unsqueeze(-1).to(one[0].dtype)
-    return torch.lerp(one[0], other[0], weight), torch.logaddexp(one[1], other[1])
+    """`_mixed`, and the log-sum-exp over both."""
+    return _mixed(one, other), torch.logaddexp(one[1], other[1])
 
 
 def _texts(
@@ -102,20 +107,19 @@ def _texts(
     segments: Segments, scale: float, past: tuple[Tensor, Tensor, Tensor] | None,
 ) -> list[Text]:  # fmt: skip
     """Of each segment, where `times` query heads share a key head."""
-    counts = [None] * len(segments.lengths) if past is None else past[2].tolist()
+    counts = [0] * len(segments.lengths) if past is None else past[2].tolist()
     found = []
     for number, (part, count) in enumerate(zip(segments.slices(), counts, strict=True)):
-        own, short = segments.lengths[number], segments.lengths[number] <= SHORT
-        pairs = [(key[0, :, part], value[0, :, part])] if short else []
-        if past is not None:
-            pairs.insert(0, tuple(each[number, :, :count].to(key.dtype) for each in past[:2]))  # type: ignore[arg-type]
-        whole = None if short else tuple(each[:, :, part].repeat_interleave(times, 1) for each in (key, value))
-        bias = segments.later(own, count or 0) if short else None
-        rest = None
-        if pairs:
-            keys, values = (torch.cat(each, 1) for each in zip(*pairs, strict=True))
-            rest = Products(keys, values, own if short else 0, bias, scale)
-        found.append(Text(whole, rest, scale))  # type: ignore[arg-type]
+        length, keys, values = segments.lengths[number], key[:, :, part], value[:, :, part]
+        before = None if past is None else [each[number, :, :count].to(key.dtype) for each in past[:2]]
+        if length <= SHORT:
+            seen = [keys[0], values[0]]
+            if before is not None:
+                seen = [torch.cat(each, 1) for each in zip(before, seen, strict=True)]
+            found.append(Text(None, Products(seen[0], seen[1], length, segments.later(length, count), scale), scale))
+        else:
+            rest = None if before is None or not count else Products(before[0], before[1], 0, None, scale)
+            found.append(Text((keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)), rest, scale))
     return found
 
 
@@ -155,7 +159,7 @@ class _Merged(torch.autograd.Function):
         in_query, in_prefix_key, in_prefix_value, change = prefix.back(grad, query, both, delta)
         in_bias = None
         if ctx.needs_input_grad[5]:
-            each = change.view(-1, *change.shape[1:]).sum(0).view(-1, len(segments.of), change.shape[-1]).sum(0)
+            each = change.view(-1, len(segments.of), change.shape[-1]).sum(0)
             in_bias = torch.zeros_like(bias).index_add_(0, segments.of, each.to(bias.dtype))
         in_key, in_value = torch.empty_like(key), torch.empty_like(value)
         if any(ctx.needs_input_grad[:3]):
@@ -226,6 +230,5 @@ def over_rows(
     flat = grouped.transpose(0, 1).reshape(1, shared, -1, width)
     bias = prefix.bias if queries == 1 else prefix.bias.repeat_interleave(queries, 2)
     made, share = _flash(flat, prefix.key, prefix.value, 0.0, False, attn_mask=bias, scale=scale)
-    other, share = made.view(shared, count, -1, width).transpose(0, 1), share.view(shared, count, -1).transpose(0, 1)
-    weight = (share - seen).sigmoid_().unsqueeze(-1).to(query.dtype)
-    return torch.lerp(text, other, weight).view(query.shape)
+    other = made.view(shared, count, -1, width).transpose(0, 1), share.view(shared, count, -1).transpose(0, 1)
+    return _mixed((text, seen), other).view(query.shape)

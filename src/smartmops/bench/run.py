@@ -20,8 +20,8 @@ from rich.text import Text
 from smartmops.checks.limits import check
 from smartmops.options.bench import BenchConfig
 from smartmops.progress.bars import console
+from smartmops.rows.example import of_examples
 from smartmops.runs.folder import Run, write_text
-from smartmops.states.fingerprint import of_examples
 
 from . import ratios, rows
 from .sides import Lab, laboratory

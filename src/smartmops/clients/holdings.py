@@ -13,8 +13,7 @@ from smartmops.checks.errors import DataError
 from smartmops.options.federation import FederateConfig
 from smartmops.options.training import TaskConfig
 from smartmops.reading.task import Task
-from smartmops.rows.example import Example
-from smartmops.states.fingerprint import of_examples
+from smartmops.rows.example import Example, of_examples
 
 from .partition import partition, read_clients
 

@@ -11,7 +11,6 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from smartmops.checks.errors import ConfigError, DataError
 from smartmops.data.tasks import splits
 from smartmops.options.compression import TEXT_ENDINGS
-from smartmops.rows.example import Example
+from smartmops.rows.example import Example, of_examples
 from smartmops.tokens.batches import Collator, Encoded, encode_all
 from smartmops.tokens.template import prompt_text
 
@@ -41,13 +40,8 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        """What tells it from any other text, whatever file it came from, as 32 hexadecimal digits."""
-        total = blake2b(digest_size=16)
-        for part in (self.pieces, self.held_out):
-            total.update(len(part).to_bytes(8, "little"))
-            for each in part:
-                total.update(repr(each).encode("utf-8", "backslashreplace") + b"\n")
-        return total.hexdigest()
+        """What tells it from any other text, whatever file it came from."""
+        return of_examples(self.pieces, self.held_out)
 
 
 def load(

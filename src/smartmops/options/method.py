@@ -225,22 +225,16 @@ def method_idle(config: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
     """Which options of experts and rates do nothing as the others are."""
     traits = [METHODS[method] for method in methods]
     ours = any(each.ours for each in traits)
-    yield from unused(
-        config, ("lora_rank", "lora_alpha", "lora_from", "lora_match"), any(each.adapter == "lora" for each in traits),
-        "is of LoRA, which is not trained here: choose that method, or leave it away",
-    )  # fmt: skip
-    yield from unused(
-        config, ("expert_attention",), ours and config.expert_kind == "hidden_states",
-        "is of experts that run through the layers: choose --expert-kind hidden_states, or leave it away",
-    )  # fmt: skip
-    yield from unused(
-        config, ("gate_renormalise",), config.gate_top_k is not None,
-        "is of the weights that --gate-top-k keeps: give that, or leave it away",
-    )  # fmt: skip
-    yield from unused(
-        config, ("head_lr",), ours and config.prefix_attention == "separate",
-        "is of --prefix-attention separate: choose that, or leave it away",
-    )  # fmt: skip
+    acting = {
+        ("lora_rank", "lora_alpha", "lora_from", "lora_match"):
+            (any(each.adapter == "lora" for each in traits), "LoRA, which is not trained here: choose that method"),
+        ("expert_attention",): (ours and config.expert_kind == "hidden_states",
+                                "experts that run through the layers: choose --expert-kind hidden_states"),
+        ("gate_renormalise",): (config.gate_top_k is not None, "the weights that --gate-top-k keeps: give that"),
+        ("head_lr",): (ours and config.prefix_attention == "separate", "--prefix-attention separate: choose that"),
+    }  # fmt: skip
+    for names, (acts, of) in acting.items():
+        yield from unused(config, names, acts, f"is of {of}, or leave it away")
 
 
 def gate_idle(config: GatePretraining, method: MethodConfig, methods: Sequence[str]) -> Iterator[str]:

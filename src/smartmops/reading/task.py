@@ -20,11 +20,11 @@ from smartmops.data.several import as_typed
 from smartmops.data.tasks import splits
 from smartmops.options.training import TaskConfig, ValidationConfig
 from smartmops.progress.bars import console
-from smartmops.rows.example import Example
+from smartmops.rows.example import Example, of_examples
 from smartmops.rows.stored import take
 from smartmops.runs import ranks
 from smartmops.runs.folder import TEST_SPLIT, Run
-from smartmops.states.fingerprint import inputs_of, of_examples
+from smartmops.states.fingerprint import inputs_of
 from smartmops.states.states import States
 from smartmops.tokens.batches import Collator, Encoded, Encoding, NoneFits, encode_all
 from smartmops.tokens.controls import controls_said
@@ -139,7 +139,7 @@ def same_inputs(run: Run, task: Task, unrelated: Path | None = None) -> None:
     """
     with ranks.turn() as mine:
         if mine:
-            text = {} if unrelated is None else {"file of --unrelated": of_examples(unrelated.read_bytes())}
+            text = {} if unrelated is None else {"file of --unrelated": of_examples([unrelated.read_bytes()])}
             run.same_inputs(inputs_of(task) | text)
 
 

@@ -16,8 +16,9 @@ from smartmops.base.names import is_of_hub, readable
 from smartmops.checks.errors import DataError, RunError, SmartmopsError
 from smartmops.compression import calibration
 from smartmops.data.tasks import splits
+from smartmops.rows.example import of_examples
 from smartmops.runs.folder import write_text
-from smartmops.states.fingerprint import VOLATILE, of_examples
+from smartmops.states.fingerprint import VOLATILE
 
 from .grid import Data, Grid, locked
 

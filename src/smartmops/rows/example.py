@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 from smartmops.checks.errors import DataError
@@ -108,3 +109,13 @@ def _check_characters(name: str, text: str) -> None:
         half = ascii(text[error.start])[1:-1]
         raise DataError(f"`{name}` holds {half} as character {error.start + 1}, which is half a character: write the "
                         "whole one or delete it") from error  # fmt: skip
+
+
+def of_examples(*parts: Sequence[Any]) -> str:
+    """What tells parts of data from any others, as 32 hexadecimal digits: all that each example says, in order."""
+    total = blake2b(digest_size=16)
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little"))
+        for each in part:
+            total.update(repr(each).encode("utf-8", "backslashreplace"))
+    return total.hexdigest()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smartmops.backbone import halves
 from smartmops.checks.errors import AdapterError, BaseModelError
+from smartmops.rows.example import of_examples
 from smartmops.runs.folder import TEST_SPLIT
 from smartmops.tokens.batches import Encoded
 from smartmops.tokens.template import Template
@@ -134,16 +135,6 @@ def sampled(base: Any) -> str:
             bits = some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
             found.append(blake2b(str(list(value.shape)).encode() + bits, digest_size=16).digest())
     return blake2b(b"".join(sorted(found)), digest_size=16).hexdigest()
-
-
-def of_examples(*parts: Sequence[Any]) -> str:
-    """What tells parts of data from any others, as 32 hexadecimal digits: all that each example says, in order."""
-    total = blake2b(digest_size=16)
-    for part in parts:
-        total.update(len(part).to_bytes(8, "little"))
-        for each in part:
-            total.update(repr(each).encode("utf-8", "backslashreplace"))
-    return total.hexdigest()
 
 
 def _of_parts(base: Any, tokenizer: Any, template: Template) -> dict[str, str]:

@@ -41,9 +41,9 @@ def add(run: Path, config: AddConfig) -> dict[str, Any]:
         instructions the rule was not fitted on (None: it answers by name only); `old` {`before`, `after`, `untouched`,
         `added`, `unchecked`}: perplexity on the run's test rows, the share of them whose weights are the same numbers,
         that share for instructions of each expert added before, and those of them of which no instructions were kept;
-        `new` {`frozen`,
-        `before`, `after`, `alone`}: perplexity on new test rows of the base, of the run as it was and as it is, and of
-        the expert answering alone; for a prompt `agreement`, `agreement_without` and `tokens_saved`; `out`.
+        `new` {`frozen`, `before`, `after`, `alone`}: perplexity on new test rows of the base, of the run as it was and
+        as it is, and of the expert answering alone; for a prompt `agreement`, `agreement_without` and `tokens_saved`;
+        `out`.
 
     Raises:
         ValueError: the expert's name is taken, bases differ, data cannot be read or are too few.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from smartmops.checks.errors import RunError
+from smartmops.evaluation.measure import mean_weights
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.options.finished.surgery import (
     CalibrateConfig,
@@ -51,7 +52,7 @@ def listed(run: Path, config: ListConfig) -> dict[str, Any]:
         return {"experts": found, "rows": 0, "unread": subject.why}
     rows = subject.held("validation")
     weights = subject.weights(rows, "validation")
-    usage = _by_task(rows, weights)
+    usage = mean_weights(rows, weights.gate)
     first = {task: max(range(len(found)), key=lambda e: each[e]) for task, each in usage.items() if max(each) > 0}
     before = subject.measure(subject.own, rows)
     for number, (name, each) in enumerate(found.items()):
@@ -74,18 +75,12 @@ def _alone(held: Parts, number: int) -> dict[str, Any]:
 
 
 def _rule(held: Parts, claim: int) -> str:
-    return "rule" if float(held.tensors["mops_claim_cut"][claim][3]) > -torch.inf else "name"
+    return "rule" if parts.hold(held)[claim] else "name"
 
 
 def _flat(held: Parts, expert: int) -> torch.Tensor:
     """The mean column of an expert, keys and values end to end: columns have no order of their own."""
     return torch.cat([value.float().mean(0).flatten() for value in held.columns(expert).values()])
-
-
-def _by_task(rows: Sequence[Encoded], weights: Weights) -> dict[str, list[float]]:
-    tasks = sorted({row.category for row in rows})
-    own = {task: [row.category == task for row in rows] for task in tasks}
-    return {task: weights.gate[mask].mean(0).tolist() for task, mask in own.items()}
 
 
 def _cost(subject: Subject, rows: Sequence[Encoded], name: str, before: Evaluation) -> dict[str, Any] | None:

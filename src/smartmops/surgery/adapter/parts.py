@@ -104,10 +104,14 @@ def put(model: Any, parts: Parts, trained: Sequence[str] = ()) -> None:
 
 def by_rule(parts: Parts) -> list[str]:
     """Experts that a rule leads to, rather than the gate or a caller by name alone."""
-    rows = parts.config.num_rows
+    later = zip(parts.routes[parts.config.num_rows :], hold(parts), strict=True)
+    return [parts.names[expert] for expert in dict.fromkeys(expert for expert, holds in later if holds)]
+
+
+def hold(parts: Parts) -> list[bool]:
+    """Whether each rule may hold; one that never does stands for an expert that answers by name only."""
     cuts = parts.tensors["mops_claim_cut"][:, 3].tolist() if parts.config.claims else []
-    found = [expert for expert, cut in zip(parts.routes[rows:], cuts, strict=True) if cut > -torch.inf]
-    return [parts.names[expert] for expert in dict.fromkeys(found)]
+    return [cut > -torch.inf for cut in cuts]
 
 
 def without(parts: Parts, name: str) -> Parts:
