@@ -48,6 +48,14 @@ def answered(worker: Worker, job: Job) -> Reply:
     return reply
 
 
+@pytest.mark.parametrize(("granularity", "travels"), [("expert", False), ("prompt", True)])
+def test_the_gate_of_a_single_expert_travels_where_it_weighs_prompts(
+    config: Callable[..., FederateConfig], granularity: str, travels: bool
+) -> None:
+    model = made(config(experts=1, gate_granularity=granularity))[1]
+    assert any("mops_gate" in name for name in arrays_of(model)[0]) == travels
+
+
 @pytest.mark.parametrize(("count", "size", "seed"), [(10, 4, 3), (7, 7, 0), (3, 8, 5)])
 def test_batches_come_in_the_order_of_the_trainer(count: int, size: int, seed: int, tmp_path: Path) -> None:
     arguments = TrainingArguments(

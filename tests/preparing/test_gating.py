@@ -159,6 +159,14 @@ def test_a_closed_adapter_is_the_base(prepared: tuple[Task, Any]) -> None:
     assert opened.overall != pytest.approx(frozen.overall, rel=1e-4)
 
 
+def test_a_single_expert_leaves_unlike_texts_to_the_base_as_several_do(config: Callable[..., TrainConfig]) -> None:
+    settings = config(expert_kind="keys_values", prompt_lr=None, gate_lr=None, experts=1)
+    task = Task.load(settings)
+    model, names, accuracy = adapt(task, settings, settings, 0)
+    cut = model.base_model.layer().mops_null_cut["default"]
+    assert names == ["all"] and accuracy is None and cut.isfinite().all(), "its null expert has been fitted"
+
+
 def test_states_of_answers_are_made_when_asked_for_and_kept_while_there_is_room(prepared: tuple[Task, Any]) -> None:
     task, model = prepared
     cache = task.states.of(model, task.train)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cached import adapted, base, made_up, over
+from cached import WIDTH, adapted, base, made_up, over
 
 from smartmops.states import states as room
 from smartmops.states.activations import ActivationCache
@@ -71,6 +71,17 @@ def test_an_adapter_whose_gate_reads_another_layer_reads_its_own() -> None:
         model.base_model.unload()
     assert found[0][0] is found[1][0], "states of answers know any layer"
     assert not torch.allclose(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "read"), [({}, False), ({"gate_granularity": "prompt"}, True), ({"null_expert": True}, True)]
+)
+def test_a_single_expert_has_its_gate_read_where_anything_hangs_on_it(options: dict[str, Any], read: bool) -> None:
+    model, rows = over(base(), num_experts=1, **ANSWERS, **options), made_up()
+    kept = States("memory").of(model, rows)
+    assert kept is not None
+    want = room.instructions(model, rows) if read else torch.zeros(len(rows), WIDTH)
+    assert torch.allclose(kept.gate_inputs([0, 3, 1]), want[[0, 3, 1]], atol=1e-6)
 
 
 def test_states_are_kept_where_they_are_wanted_and_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

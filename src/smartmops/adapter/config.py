@@ -215,6 +215,11 @@ class MoPsConfig(PeftConfig):
         return self.num_experts if self.gate_granularity == "expert" else self.num_prompts
 
     @property
+    def gate_is_idle(self) -> bool:
+        """Whether nothing hangs on what the gate reads: a softmax over one weight is 1, and no text is left out."""
+        return self.num_groups == 1 and not self.null_expert
+
+    @property
     def num_rows(self) -> int:
         """Rows of the gate's last matrix."""
         return self.num_groups if self.routes is None else len(self.routes) - self.claims

@@ -29,25 +29,20 @@ from smartmops.tuner import MoPsModel
 
 ADAPTER = "default"
 PROMPTS = ("mops_prompts", "mops_keys", "mops_values")  # in the names of arrays that are split by expert
-GATE = "mops_gate"  # in the names of the gate's
+GATE = "mops_gate"  # in the names of the gate's, which need not travel where nothing hangs on it
 
 
 # ------------------------------------------------------------------------------------------------------------- arrays
 def arrays_of(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The adapter's own tensors by name, not copied: those trained, and constants (the gate's mean, ...)."""
-    idle = GATE if _ungated(model) else None
+    idle = isinstance(model.base_model, MoPsModel) and model.base_model.layer().configs[ADAPTER].gate_is_idle
     own = {
         name.replace(f".{ADAPTER}", ""): value
         for name, value in [*model.named_parameters(), *model.named_buffers()]
-        if f".{ADAPTER}" in name and (idle is None or idle not in name)
+        if f".{ADAPTER}" in name and not (idle and GATE in name)
     }
     trained = {name: value for name, value in own.items() if value.requires_grad}
     return trained, {name: value for name, value in own.items() if not value.requires_grad}
-
-
-def _ungated(model: Any) -> bool:
-    """Whether the adapter has a gate that weighs nothing: a softmax over one expert is 1, so it need not travel."""
-    return isinstance(model.base_model, MoPsModel) and model.base_model.layer().configs[ADAPTER].num_experts == 1
 
 
 @torch.no_grad()

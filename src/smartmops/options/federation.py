@@ -172,9 +172,13 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         for name, aggregation in (("trim", "trimmed-mean"), ("server_lr", "fedadam")):
             yield from unused(self, (name,), self.aggregation == aggregation,
                               f"is of --aggregation {aggregation}: choose that, or leave it away")  # fmt: skip
-        yield from unused(self, ("gate_lr", "share_above"), self.traits.reads and self.experts > 1,
-                          "is of a gate, and this adapter has none: choose --method mops, or "
-                          "leave it away")  # fmt: skip
+        several, prompts = self.traits.reads and self.experts > 1, self.gate_granularity == "prompt"
+        for names, acts in (("gate_lr",), several or prompts), (("share_above",), several):
+            yield from unused(self, names, acts, "is of a gate, and this adapter has none: choose --method mops, or "
+                              "leave it away")  # fmt: skip
+        yield from unused(self, ("quorum", "attempts", "norm_limit"), self.noise_multiplier is None,
+                          "makes something hang on how many answered, or on how far others went, which "
+                          "--noise-multiplier does not cover: leave it away")  # fmt: skip
         yield from unused(self, ("relative_gate_lr",), False, "does not reach the clients: give --gate-lr")
         yield from unused(self, ("head_lr",), self.prefix_attention != "separate",
                           "does not reach the clients: leave it away")  # fmt: skip

@@ -60,7 +60,7 @@ def start(
     """Fit the gate and initialise the experts of a fresh adapter; expert names and the gate's accuracy."""
     config = model.base_model.layer().configs["default"]
     names, accuracy, rows, expert_of = ["all"], None, task.train, [0] * len(task.train)
-    if config.num_experts > 1:
+    if not config.gate_is_idle:
         rows, expert_of, names, accuracy = _gate(task, model, method, gate, seed)
         config.expert_names = names
     if method.init == "hidden_states":
@@ -122,10 +122,13 @@ def _gate(
     else:
         pooled = task.states.pooled(model, rows)
     standardise(model, pooled)
-    expert_of, names = assign(rows, pooled, config.num_experts, _meant_by(task, gate), seed, gate.expert_names)
+    alone = config.num_experts == 1  # then there is nothing to teach but which text to leave to the base
+    expert_of, names = ([0] * len(rows), ["all"]) if alone else assign(
+        rows, pooled, config.num_experts, _meant_by(task, gate), seed, gate.expert_names
+    )  # fmt: skip
     if method.traits.gate == "even":
         level(model)
-    elif gate.gate_pretraining != "none" and method.traits.learned:
+    elif not alone and gate.gate_pretraining != "none" and method.traits.learned:
         accuracy = _taught(model, pooled, torch.tensor(expert_of), gate)
     if config.null_expert:
         _fit_null(task, model, method, pooled, expert_of)

@@ -115,9 +115,9 @@ class AnswerStates:
                 return
 
     def _layer(self) -> int | None:
-        """The layer that the gate of the model reads; None where a single expert leaves a gate nothing to choose."""
+        """The layer that the gate of the model reads; None where nothing hangs on it."""
         config = self.model.base_model.layer().configs["default"]
-        if config.num_experts == 1:
+        if config.gate_is_idle:
             return None
         layer: int | None = config.injection_layer if config.gate_layer is None else config.gate_layer
         return layer
