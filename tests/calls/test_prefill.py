@@ -174,7 +174,8 @@ def twice(monkeypatch) -> None:
 def test_where_answers_alone_see_experts_the_prompt_is_read_once(options, padding, monkeypatch):
     model, inputs = answering(**options)
     if not padding:
-        inputs = {name: x[-1:].expand(3, -1) for name, x in inputs.items()}
+        inputs = {name: x[-1:].repeat(3, 1) for name, x in inputs.items()}
+        inputs["input_ids"][:, 0] += torch.arange(3)
     with tokens_of_layers(model) as seen:
         got = scores(model, **inputs)
     gate, rows = model.base_model.last_gate, len(inputs["input_ids"])
@@ -186,6 +187,51 @@ def test_where_answers_alone_see_experts_the_prompt_is_read_once(options, paddin
     assert seen[1 if options.get("gate_layer", 2) else 0] == inputs["input_ids"].numel()
     assert relative(got, want) < 1e-5 and relative(gate, model.base_model.last_gate) < 1e-5
     assert gate.std(0).max() > 0.01 or not padding, "every row has the same gate, so this test shows little"
+
+
+ROWS = {"one question": [3, 3, 3], "two questions": [2, 0, 0, 2, 0], "padded differently": [1, 3, 0, 1]}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("options", ANSWERS.values(), ids=ANSWERS)
+def test_the_same_question_is_read_once_however_often_it_is_asked(options, rows, monkeypatch):
+    model, inputs = answering(**options)
+    lengths, inputs = [REAL[row] for row in dict.fromkeys(rows)], {name: x[rows] for name, x in inputs.items()}
+    scores(model, **inputs)
+    told = torch.full((len(rows), 3), float("nan"))
+    told[0] = torch.eye(3)[model.base_model.last_gate[0].argmin()]  # the same question, answered by another expert
+    with tokens_of_layers(model) as seen:
+        got = scores(model, gate_weights=told, **inputs)
+    full = sum(lengths) > (1 - prefill.PADDING) * len(lengths) * inputs["input_ids"].shape[1]
+    assert seen[0] == (len(lengths) * inputs["input_ids"].shape[1] if full else sum(lengths))
+    assert relative(got[0, 0], got[0, rows.index(rows[0], 1)]) > 1e-3, "another expert answers otherwise"
+    twice(monkeypatch)
+    assert relative(got, scores(model, gate_weights=told, **inputs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "how", [dict(num_beams=3), dict(do_sample=True, num_return_sequences=3)], ids=["beams", "sampled"]
+)
+def test_beams_and_several_answers_read_their_prompt_once(how):
+    model, inputs = answering(**ANSWERS["above it"])
+    one = {name: x[-1:] for name, x in inputs.items()}
+    with tokens_of_layers(model) as seen:
+        model.generate(**one, max_new_tokens=2, min_new_tokens=2, **how)
+    assert seen == [REAL[-1], 3 * len(HEADER), 3]
+
+
+def test_one_question_to_several_adapters_is_read_once(monkeypatch):
+    names = ["a", "b", "__base__", "a"]
+    model = get_peft_model(build(), MoPsConfig(**SHARED | ANSWERS["above it"]), adapter_name="a")
+    model.add_adapter("b", MoPsConfig(**SHARED | ANSWERS["below it"] | dict(num_experts=5, injection_layer=3)))
+    scattered(model.eval())
+    _, inputs = answering(**ANSWERS["above it"])
+    inputs = {name: x[[3, 3, 3, 0]] for name, x in inputs.items()}
+    with tokens_of_layers(model) as seen:
+        got = scores(model, adapter_names=names, **inputs)
+    assert seen[0] == REAL[3] + REAL[0]
+    twice(monkeypatch)
+    assert relative(got, scores(model, adapter_names=names, **inputs)) < 1e-5
 
 
 ALONE = ANSWERS | {

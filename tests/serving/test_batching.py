@@ -30,6 +30,23 @@ def test_questions_of_all_tasks_that_wait_are_answered_in_one_batch_as_alone(ans
     assert [found[number].text for number in range(len(questions))] == alone
 
 
+def test_a_first_question_waits_a_moment_for_the_same_one_put_otherwise(
+    answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher, (first, second, *_) = Batcher(answerer), mixed(answerer)
+    waits: list[float] = []
+
+    def meanwhile(over: object, seconds: float) -> None:
+        waits.append(seconds)
+        batcher.submit([second])
+        batcher.close()
+
+    monkeypatch.setattr(batcher._change, "wait_for", meanwhile)
+    batcher.submit([first])
+    batcher.start().join()
+    assert (batcher.counts.batches, batcher.counts.questions, len(waits)) == (1, 2, 1) and waits[0] < 0.1
+
+
 def test_there_is_room_for_so_many_and_a_cancelled_one_takes_none() -> None:
     batcher = Batcher(Patient(), room=2)
     first = question()

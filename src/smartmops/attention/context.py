@@ -211,6 +211,8 @@ class Reading:
     calls: dict[int, Call | None] = field(default_factory=dict)  # what layers are called with, of those to be kept
     turn: tuple[int, Callable[[Call], Call | None]] | None = None  # the layer before which prompts may come in, and how
     turned: bool = False  # whether they did, so that this pass has read the answer's header too
+    distinct: tuple[Bool[Tensor, "others seq"], Int[Tensor, " rows"]] | None = None
+    """of rows of which some are the same: those that the pass is over, and which of them each row is"""
 
     def arriving(self, layer: int, call: Call) -> Call:
         """What a layer is to be called with, given what it was called with."""
@@ -228,11 +230,12 @@ class Reading:
         """What entered a layer; of a pass without padding, with zeros for it."""
         found = self.heard[layer]
         assert found is not None
-        if segments is None:
-            return found
-        padded = found.new_zeros(*self.real.shape, found.shape[-1])
-        padded[self.real.to(found.device)] = found[0]
-        return padded
+        real, each = self.distinct or (self.real, None)
+        if segments is not None:
+            padded = found.new_zeros(*real.shape, found.shape[-1])
+            padded[real.to(found.device)] = found[0]
+            found = padded
+        return found if each is None else found[each.to(found.device)]
 
 
 def _features(x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:

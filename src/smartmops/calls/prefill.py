@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from smartmops.attention.context import ForwardContext, Reading
@@ -52,6 +52,25 @@ def last_alone(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if type(keep) is int and keep == 1 and halved and model.device.type == "cpu":
         found["logits_to_keep"] = torch.tensor([-1])
     return found
+
+
+def distinct(
+    kwargs: Mapping[str, Any], real: Bool[Tensor, "rows seq"]
+) -> tuple[dict[str, Any], tuple[Bool[Tensor, "others seq"], Int[Tensor, " rows"]] | None]:
+    """A pass over rows each of which is there once, which of them are real, and which of them each row was.
+
+    So several answers to one question, beams, and experts that answer side by side read it once. None: no two rows are
+    the same.
+    """
+    _, each = torch.unique(torch.where(real, kwargs["input_ids"], -1), dim=0, return_inverse=True)
+    count = int(each.max()) + 1
+    if count == len(real):
+        return dict(kwargs), None
+    numbers = torch.arange(len(each), device=each.device)
+    first = numbers.new_full((count,), len(each)).scatter_reduce(0, each, numbers, "amin")
+    rows = ("input_ids", "attention_mask", "position_ids")
+    once = {name: kwargs[name][first] for name in rows if kwargs.get(name) is not None}
+    return {**kwargs, **once}, (real[first], each)
 
 
 def thin(real: Bool[Tensor, "rows seq"]) -> bool:

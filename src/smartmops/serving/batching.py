@@ -13,6 +13,8 @@ from typing import Any
 
 from .answering import Answer, Answers, Question
 
+GATHER = 0.004  # seconds that a first question waits for others, so that one put in several ways is read once
+
 
 class Full(Exception):
     """As many questions wait as may wait."""
@@ -110,6 +112,8 @@ class Batcher:
         """
         with self._change:
             while True:
+                if self._waiting and not slots.spoken:
+                    self._change.wait_for(lambda: self._closing or len(self._waiting) >= self.size, GATHER)
                 new: list[Question] = []
                 while self._waiting and slots.open and len(slots.spoken) + len(new) < self.size:
                     question = self._waiting.popleft()

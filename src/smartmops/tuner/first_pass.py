@@ -47,6 +47,8 @@ def arranged(
         carried.reading = Reading(context, dict(kwargs), real, {_gate_layer(engine, each): None for each in own})
         if len(real) == 1 and not context.row_adapters and bool(real.all()):
             _turns(engine, carried)
+        kwargs, carried.reading.distinct = prefill.distinct(kwargs, real)
+        real, _ = carried.reading.distinct or (real, None)
         kwargs["mops"] = carried
         return prefill.pack(kwargs, real, carried) if prefill.thin(real) else kwargs
     whole = context.row_adapters or context.visible_from is not None or _config(engine, context).reads_ahead
@@ -60,6 +62,10 @@ def finished(engine: Any, context: ForwardContext, cache: Any, output: Any) -> A
     output = output if segments is None else prefill.unpack(output, context)
     if context.reading is None:
         return output
+    if context.reading.distinct is not None:
+        _, each = context.reading.distinct
+        cache.batch_select_indices(each)
+        output.logits = output.logits[each.to(output.logits.device)]
     if not context.reading.turned:
         _read(engine, context.reading, segments)
     engine.last = cache.mops = context.reading.text
