@@ -189,7 +189,7 @@ def test_a_client_ends_when_nobody_listens_any_more(monkeypatch: pytest.MonkeyPa
 
     @contextmanager
     def started(config: ClientConfig, path: str) -> Iterator[subprocess.Popen[bytes]]:
-        with guarded(["sleep", "60"]) as node:
+        with guarded(["sleep", "600"]) as node:
             nodes.append(node)
             yield node
 

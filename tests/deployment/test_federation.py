@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 
 from smartmops.clients.messages import Reply, pack, unpack
 from smartmops.deployment import client as client_module
-from smartmops.deployment import server as server_module
 from smartmops.deployment.client import ClientConfig, federate_client, free_port, serving, supernode
 from smartmops.deployment.keys import KeysConfig, make_keys
 from smartmops.deployment.server import ServerConfig, _superlink, federate_server
@@ -86,7 +85,6 @@ def federation(
     keys: Path,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
     impatient: None,
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a deployed federation over the three files; `changes` says who lies, and how."""
@@ -105,12 +103,6 @@ def federation(
                     continue
                 nodes[file.stem] = stack.enter_context(client(own, sockets, (changes or {}).get(file.stem)))
             return federate_server(server)
-
-        def spied(given: FederateConfig, connect: Any) -> dict[str, Any]:
-            run.config = given  # type: ignore[attr-defined]
-            return federate(given, connect)
-
-        monkeypatch.setattr(server_module, "federate", spied)
 
         nodes: dict[str, subprocess.Popen[bytes]] = {}
         run.nodes = nodes  # type: ignore[attr-defined]
@@ -165,22 +157,19 @@ def test_rounds_go_on_without_who_sends_too_much_or_an_old_answer_or_is_killed_i
 
     def killed(kind: str, job: bytes, honest: bytes) -> bytes:
         reply = unpack(honest)
-        if isinstance(reply, Reply) and reply.round == 1:
-            federation.config.timeout = 25.0  # type: ignore[attr-defined]
         if isinstance(reply, Reply) and reply.round == 2:
             nodes["both"].kill()
         return honest
 
     nodes = federation.nodes  # type: ignore[attr-defined]
     changes = {"only_a": oversized, "only_b": replayed, "both": killed}
-    # A round takes 3 to 4 s, on a busy machine more: who is honest must not be late. In the second, time must be up
-    # before Flower calls the dead node unavailable: that is when two of its heartbeats are missing, 30 to 60 s later.
-    found = federation(changes, rounds=2, quorum=1, timeout=90.0)
+    # Without a time limit, so that who is honest is never late: Flower says who is dead, once two heartbeats are missing.
+    found = federation(changes, rounds=2, quorum=1)
     assert [(row["clients_ok"], row["clients_failed"]) for row in found["rounds"][1:]] == [(2, 1), (1, 2)]
     first, second = [{each["client"]: each["reason"] for each in row["failures"]}
                      for row in Run.open(tmp_path / "deployed").read_curves()[1:]]  # fmt: skip
     assert "bytes; the limit is" in first[1]
-    assert "answered round 1" in second[2] and second[0] == "no answer within 25 s"
+    assert "answered round 1" in second[2] and second[0].startswith("Flower: ")
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +212,7 @@ def activation(key: Path) -> bytes:
 @pytest.fixture
 def post(link: int, keys: Path) -> Iterator[Callable[..., httpx.Response]]:
     context = ssl.create_default_context(cafile=str(keys / "server" / "ca.crt"))
-    with httpx.Client(verify=context, base_url=f"https://localhost:{link}", timeout=30) as session:
+    with httpx.Client(verify=context, base_url=f"https://localhost:{link}", timeout=600) as session:
         yield lambda path, content, headers: session.post(path, content=content, headers=headers)
 
 
@@ -289,7 +278,7 @@ def test_plaintext_and_a_foreign_authority_are_refused(link: int, stranger: Path
     assert not answer.startswith(b"HTTP")
     foreign = ssl.create_default_context(cafile=str(stranger.parents[1] / "server" / "ca.crt"))
     with pytest.raises(httpx.ConnectError, match="certificate"):
-        httpx.post(f"https://localhost:{link}{ACTIVATE}", verify=foreign, content=b"")
+        httpx.post(f"https://localhost:{link}{ACTIVATE}", verify=foreign, content=b"", timeout=600)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def stood(server_keys: Path, said: list[str]) -> Iterator[tuple[Front, int]]:
 @pytest.fixture
 def post(stood: tuple[Front, int], server_keys: Path) -> Iterator[Callable[..., httpx.Response]]:
     context = ssl.create_default_context(cafile=str(server_keys / "ca.crt"))
-    with httpx.Client(verify=context, base_url=f"https://localhost:{stood[1]}") as session:
+    with httpx.Client(verify=context, base_url=f"https://localhost:{stood[1]}", timeout=600) as session:
         yield session.post
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import socket
 import threading
@@ -9,10 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
+
 from smartmops.serving.batching import Batcher
 from smartmops.web.bodies import Limits
 from smartmops.web.server import Server, Site, make_app
 
+PATIENT = 600  # seconds that a client waits: on a busy machine httpx's own 5 are too few
+get, post = (functools.partial(each, timeout=PATIENT) for each in (httpx.get, httpx.post))
 APPLE = [{"role": "user", "content": "apple number 3."}]
 
 
@@ -37,7 +42,7 @@ class Served:
     def end(self) -> None:
         self.server.handle_exit(signal.SIGTERM, None)
         self.batcher.cancel()
-        self.thread.join(60)
+        self.thread.join(600)
         self.batcher.join()
         assert not self.thread.is_alive()
 
@@ -54,7 +59,7 @@ def serving(*args: Any, **kwargs: Any) -> Iterator[Served]:
 def wait_for(what: Any) -> None:
     """Until it is so; a test whose server hangs fails."""
     pause = threading.Event()
-    for _ in range(6000):
+    for _ in range(60_000):
         if what():
             return
         pause.wait(0.01)

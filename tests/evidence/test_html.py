@@ -187,7 +187,7 @@ def chromium(profile: Path, *arguments: str) -> str:
     if program is None:
         pytest.skip("a real browser: no Chromium here; apt-get install chromium")
     done = subprocess.run([program, *QUIET, f"--user-data-dir={profile}", *arguments], capture_output=True, text=True,
-                          timeout=180, check=True)  # fmt: skip
+                          timeout=1200, check=True)  # fmt: skip
     return done.stdout
 
 

@@ -158,6 +158,15 @@ def test_a_node_that_flower_has_no_message_for_is_told_apart_and_not_waited_for(
     assert found == {71: (b"good", ""), 72: (b"", "Flower: gone"), 73: (b"", "Flower did not take the message for it")}
 
 
+def test_a_node_that_says_nothing_is_waited_for_as_long_as_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire, now = Wire(), [100.0]
+    wire.replies = {71: "good"}
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: now.__setitem__(0, now[0] + 10))
+    monkeypatch.setattr(app, "time", clock)
+    found = {node: blob for node, blob, _ in app.ask(wire, "train", dict.fromkeys(KEYS, b""), 25.0)}
+    assert found == {71: b"good"} and now == [130.0]
+
+
 def test_no_more_messages_are_under_way_than_are_wanted_at_once() -> None:
     wire = Wire(unknown=[73])
     wire.replies = {node: "good" for node in KEYS}

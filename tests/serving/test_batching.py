@@ -118,7 +118,7 @@ def test_a_free_place_is_taken_before_the_others_have_ended(patient: Patient) ->
     batcher, first, told = Batcher(patient, size=2).start(), question(), threading.Event()
     batcher.submit([first, question(), question(on_text=lambda piece: told.set())])
     first.cancelled = True
-    assert told.wait(60), "the third is answered although the second goes on"
+    assert told.wait(600), "the third is answered although the second goes on"
     patient.let_go = True
     batcher.close()
     batcher.join()

@@ -18,7 +18,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
 from patient import Patient  # noqa: E402
-from served import APPLE, Served, serving, wait_for  # noqa: E402
+from served import APPLE, Served, post, serving, wait_for  # noqa: E402
 from smartmops.serving.answering import Question  # noqa: E402
 from smartmops.serving.forms import Wanted  # noqa: E402
 from smartmops.tokens.parts import Prompt  # noqa: E402
@@ -64,7 +64,7 @@ def idle(served: Served) -> bool:
 def answers(served: Served, patient: Patient) -> None:
     """An honest client is answered as ever."""
     patient.let_go = True
-    assert httpx.post(f"{served.url}/v1/chat/completions", json=CHAT, timeout=60).status_code == 200
+    assert post(f"{served.url}/v1/chat/completions", json=CHAT).status_code == 200
     wait_for(lambda: idle(served))
 
 
@@ -130,7 +130,7 @@ def test_a_body_that_is_too_large_is_not_read_to_its_end(patient: Patient, chunk
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_takes_too_long_is_given_up(patient: Patient, stream: bool) -> None:
     with serving(patient, limits=Limits(answer=SOON)) as served:
-        found = httpx.post(f"{served.url}/v1/chat/completions", json=CHAT | {"stream": stream}, timeout=60)
+        found = post(f"{served.url}/v1/chat/completions", json=CHAT | {"stream": stream})
         if stream:
             assert found.status_code == 200 and "[DONE]" not in found.text
             error = json.loads(found.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
@@ -220,5 +220,5 @@ def test_half_a_character_in_the_name_of_a_field_is_told(patient: Patient) -> No
             r'{"model": "\ud800", "messages": []}',
             r'{"model": "auto", "stop": {"\udc00": 1}}',
         ):
-            found = httpx.post(f"{served.url}/v1/chat/completions", content=body)
+            found = post(f"{served.url}/v1/chat/completions", content=body)
             assert found.status_code in (400, 404) and found.json()["error"]["message"]

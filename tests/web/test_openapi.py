@@ -11,7 +11,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
 from patient import Patient  # noqa: E402
-from served import APPLE, Served, serving  # noqa: E402
+from served import APPLE, Served, get, post, serving  # noqa: E402
 from smartmops.serving.answering import Answerer  # noqa: E402
 from smartmops.web.bodies import Limits  # noqa: E402
 from smartmops.web.openapi import document  # noqa: E402
@@ -28,7 +28,7 @@ def real(answerer: Answerer) -> Iterator[Served]:
 
 
 def test_each_route_is_described_and_nothing_else(real: Served) -> None:
-    told = httpx.get(f"{real.url}/openapi.json").json()
+    told = get(f"{real.url}/openapi.json").json()
     routes = {(route.path, method.lower()) for route in real.app.routes for method in route.methods - {"HEAD"}}
     assert routes == {(path, method) for path, methods in told["paths"].items() for method in methods}
     assert told == document(real.answerer, 3, Limits(), False)
@@ -36,8 +36,8 @@ def test_each_route_is_described_and_nothing_else(real: Served) -> None:
 
 def test_it_is_for_those_with_a_key(patient: Patient) -> None:
     with serving(patient, keys=("one",)) as served:
-        assert httpx.get(f"{served.url}/openapi.json").status_code == 401
-        told = httpx.get(f"{served.url}/openapi.json", headers={"Authorization": "Bearer one"}).json()
+        assert get(f"{served.url}/openapi.json").status_code == 401
+        told = get(f"{served.url}/openapi.json", headers={"Authorization": "Bearer one"}).json()
     guarded = {path for path, methods in told["paths"].items() for each in methods.values() if each.get("security")}
     assert guarded == {"/v1/chat/completions", "/v1/completions", "/v1/models", "/openapi.json"}
     assert all("401" in each["responses"] for path in guarded for each in told["paths"][path].values())
@@ -49,7 +49,7 @@ def test_events_of_a_stream_are_the_chunks_it_describes(real: Served) -> None:
     for path, name, body in (("chat/completions", "ChatChunk", {"messages": APPLE, "logprobs": True, "top_logprobs": 2}),
                              ("completions", "CompletionChunk", {"prompt": "apple is", "logprobs": 2})):  # fmt: skip
         asked = body | {"model": "auto", "stream": True, "stream_options": {"include_usage": True}}
-        lines = httpx.post(f"{real.url}/v1/{path}", json=asked, timeout=60).text.split("\n\n")
+        lines = post(f"{real.url}/v1/{path}", json=asked).text.split("\n\n")
         assert lines[-2:] == ["data: [DONE]", ""] and len(lines) > 3
         schema = {"$ref": f"#/components/schemas/{name}", "components": told["components"]}
         for line in lines[:-2]:

@@ -16,7 +16,7 @@ from smartmops.serving.answering import Answerer
 pytest.importorskip("fastapi")
 sync_api = pytest.importorskip("playwright.sync_api")
 
-from served import serving  # noqa: E402
+from served import post, serving  # noqa: E402
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -45,7 +45,7 @@ def chromium() -> Iterator[Any]:
 
 def opened(chromium: Any, url: str, **how: Any) -> Any:
     shown = chromium.new_page(**how)
-    shown.set_default_timeout(60_000)
+    shown.set_default_timeout(600_000)
     shown.errors = []
     shown.on("pageerror", lambda error: shown.errors.append(str(error)))
     shown.goto(url)
@@ -67,12 +67,9 @@ def said(shown: Any, name: str) -> str:
 
 
 def alone(url: str, body: dict[str, Any]) -> str:
-    import httpx
 
     asked = {"model": "auto", "messages": [{"role": "user", "content": "apple number 3."}], "max_tokens": 8}
-    found: str = httpx.post(f"{url}/v1/chat/completions", json=asked | body, timeout=60).json()["choices"][0][
-        "message"
-    ]["content"]
+    found: str = post(f"{url}/v1/chat/completions", json=asked | body).json()["choices"][0]["message"]["content"]
     return found.strip()
 
 

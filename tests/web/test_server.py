@@ -21,7 +21,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
 from patient import Patient  # noqa: E402
-from served import APPLE, Served, serving, wait_for  # noqa: E402
+from served import APPLE, Served, get, post, serving, wait_for  # noqa: E402
 from smartmops import cli  # noqa: E402
 from smartmops.rows.example import Example  # noqa: E402
 from smartmops.serving.answering import Answerer, Settings  # noqa: E402
@@ -71,7 +71,7 @@ def test_a_stream_is_the_whole_answer_and_counts_it(client: Any, answerer: Answe
 
 def test_a_stream_ends_as_openai_ends_it(real: Served) -> None:
     asked = {"model": "auto", "prompt": ["apple", "banana is"], "max_tokens": 3, "stream": True}
-    lines = [line for line in httpx.post(f"{real.url}/v1/completions", json=asked, timeout=60).text.split("\n") if line]
+    lines = [line for line in post(f"{real.url}/v1/completions", json=asked).text.split("\n") if line]
     assert lines[-1] == "data: [DONE]"
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert {chunk["choices"][0]["index"] for chunk in chunks} == {0, 1}
@@ -133,7 +133,7 @@ def test_32_clients_of_mixed_tasks_are_each_answered_as_alone(client: Any, answe
     for each in threads:
         each.start()
     for each in threads:
-        each.join(60)
+        each.join(600)
     who = [{}, {"base": True}, {"expert": "apple"}, {"expert": "banana"}]
     wanted = [alone(answerer, **each) for each in who]
     assert told == {number: wanted[number % 4] for number in range(32)}
@@ -141,9 +141,9 @@ def test_32_clients_of_mixed_tasks_are_each_answered_as_alone(client: Any, answe
 
 def test_models_health_and_metrics(client: Any, real: Served) -> None:
     assert [model.id for model in client.models.list()] == ["auto", "base", "apple", "banana"]
-    assert httpx.get(f"{real.url}/health").json() == {"status": "ok"}
+    assert get(f"{real.url}/health").json() == {"status": "ok"}
     client.chat.completions.create(model="auto", messages=APPLE, max_tokens=1)
-    text = httpx.get(f"{real.url}/metrics").text
+    text = get(f"{real.url}/metrics").text
     assert 'smartmops_requests_total{path="/v1/chat/completions",status="200"}' in text
     assert f"smartmops_batches_total {real.batcher.counts.batches}\n" in text and "smartmops_waiting 0\n" in text
 
@@ -151,7 +151,7 @@ def test_models_health_and_metrics(client: Any, real: Served) -> None:
 def test_models_tell_the_tasks_of_each_expert_where_the_run_knows_them(
     real: Served, answerer: Answerer, patient: Patient
 ) -> None:
-    data = {each["id"]: each for each in httpx.get(f"{real.url}/v1/models").json()["data"]}
+    data = {each["id"]: each for each in get(f"{real.url}/v1/models").json()["data"]}
     assert "tasks" not in data["auto"] and "tasks" not in data["base"]
     for name in answerer.experts:
         shares = data[name]["tasks"]
@@ -160,7 +160,7 @@ def test_models_tell_the_tasks_of_each_expert_where_the_run_knows_them(
     for task in ("apple", "banana"):
         assert sum(data[name]["tasks"][task] for name in answerer.experts) == pytest.approx(1, abs=1e-3)
     with serving(patient) as served:
-        assert all("tasks" not in each for each in httpx.get(f"{served.url}/v1/models").json()["data"])
+        assert all("tasks" not in each for each in get(f"{served.url}/v1/models").json()["data"])
 
 
 BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
@@ -204,9 +204,7 @@ BAD: list[tuple[dict[str, Any], int, str, str | None]] = [
 def test_what_cannot_be_answered_is_said_in_openais_form(
     real: Served, changes: dict[str, Any], status: int, said: str, param: str | None
 ) -> None:
-    found = httpx.post(
-        f"{real.url}/v1/chat/completions", content=json.dumps({"model": "auto", "messages": APPLE} | changes)
-    )
+    found = post(f"{real.url}/v1/chat/completions", content=json.dumps({"model": "auto", "messages": APPLE} | changes))
     assert found.status_code == status, found.text
     error = found.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["param"] == param
@@ -226,35 +224,35 @@ def test_what_changes_nothing_may_be_said(client: Any) -> None:
 ])  # fmt: skip
 def test_a_body_that_is_no_request_is_refused(real: Served, body: bytes, status: int, said: str) -> None:
     for content in (body, iter([body])):  # with its length told, and without
-        found = httpx.post(f"{real.url}/v1/chat/completions", content=content)
+        found = post(f"{real.url}/v1/chat/completions", content=content)
         assert found.status_code == status and said in found.json()["error"]["message"]
 
 
 def test_unknown_paths_and_methods_are_told_in_the_same_form(real: Served) -> None:
-    assert httpx.get(f"{real.url}/v2").json()["error"]["message"] == "GET /v2: Not Found"
-    assert httpx.get(f"{real.url}/v1/completions").status_code == 405
+    assert get(f"{real.url}/v2").json()["error"]["message"] == "GET /v2: Not Found"
+    assert get(f"{real.url}/v1/completions").status_code == 405
 
 
 def test_only_a_key_of_the_file_opens(patient: Patient) -> None:
     with serving(patient, keys=("one", "zwei-é")) as served:
         asked = {"model": "auto", "messages": APPLE}
         for header in ({}, {"Authorization": "Bearer on"}, {"Authorization": "Basic one"}):
-            found = httpx.post(f"{served.url}/v1/chat/completions", json=asked, headers=header)
+            found = post(f"{served.url}/v1/chat/completions", json=asked, headers=header)
             assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
-            assert httpx.get(f"{served.url}/v1/models", headers=header).status_code == 401
-        assert httpx.get(f"{served.url}/v1/models", headers={"Authorization": "Bearer one"}).status_code == 200
+            assert get(f"{served.url}/v1/models", headers=header).status_code == 401
+        assert get(f"{served.url}/v1/models", headers={"Authorization": "Bearer one"}).status_code == 200
         spelt = {"Authorization": "Bearer zwei-é".encode()}
-        assert httpx.get(f"{served.url}/v1/models", headers=spelt).status_code == 200
-        assert httpx.get(f"{served.url}/health").status_code == 200
+        assert get(f"{served.url}/v1/models", headers=spelt).status_code == 200
+        assert get(f"{served.url}/health").status_code == 200
     assert patient.batches == []
 
 
 def test_a_full_queue_says_when_to_come_back(patient: Patient) -> None:
     with serving(patient, room=2, started=False) as served:
         many = {"model": "auto", "messages": APPLE, "n": 3}
-        assert httpx.post(f"{served.url}/v1/chat/completions", json=many).status_code == 400
+        assert post(f"{served.url}/v1/chat/completions", json=many).status_code == 400
         served.batcher.submit([patient.ask(), patient.ask()])
-        found = httpx.post(f"{served.url}/v1/chat/completions", json=many | {"n": 1})
+        found = post(f"{served.url}/v1/chat/completions", json=many | {"n": 1})
         assert found.status_code == 429 and int(found.headers["retry-after"]) > 0
         assert found.json()["error"]["code"] == "queue_full"
         served.batcher.start()
@@ -275,31 +273,31 @@ def test_a_client_that_goes_away_is_answered_no_longer(patient: Patient, stream:
 
 
 def test_told_to_end_it_answers_what_it_has_and_takes_no_more(patient: Patient) -> None:
-    with serving(patient) as served, httpx.Client(base_url=served.url, timeout=60) as kept:
+    with serving(patient) as served, httpx.Client(base_url=served.url, timeout=600) as kept:
         asked = {"model": "auto", "messages": APPLE}
         with kept.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as under_way:
             lines = under_way.iter_lines()
             assert "one" in next(line for line in lines if '"one"' in line)
             served.batcher.close()
-            refused = httpx.post(f"{served.url}/v1/chat/completions", json=asked)
+            refused = post(f"{served.url}/v1/chat/completions", json=asked)
             assert refused.status_code == 503 and "retry-after" in refused.headers
-            assert httpx.get(f"{served.url}/health").status_code == 503
+            assert get(f"{served.url}/health").status_code == 503
             served.server.handle_exit(signal.SIGTERM, None)
             patient.let_go = True
             assert [line for line in lines if line][-1] == "data: [DONE]"
-        served.thread.join(60)
+        served.thread.join(600)
         assert not served.thread.is_alive()
 
 
 def test_told_to_end_twice_it_gives_up(patient: Patient) -> None:
-    with serving(patient) as served, httpx.Client(base_url=served.url, timeout=60) as kept:
+    with serving(patient) as served, httpx.Client(base_url=served.url, timeout=600) as kept:
         asked = {"model": "auto", "messages": APPLE, "stream": True}
         with kept.stream("POST", "/v1/chat/completions", json=asked) as under_way:
             lines = under_way.iter_lines()
             assert next(line for line in lines if '"one"' in line)
             for _ in range(2):
                 served.server.handle_exit(signal.SIGTERM, None)
-        served.thread.join(60)
+        served.thread.join(600)
         assert not served.thread.is_alive() and patient.batches[0][0].cancelled
 
 
@@ -320,7 +318,7 @@ def test_the_command_serves_until_it_is_told_to_end(run: Path, tmp_path: Path) -
         client = openai.OpenAI(base_url=line.split()[0], api_key="secret")
         assert client.chat.completions.create(model="auto", messages=APPLE, max_tokens=2).choices
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(600) == 0
 
 
 def test_an_address_that_cannot_be_had_is_told_before_a_model_is_loaded(
@@ -344,5 +342,5 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch: pytest.Monke
 
 def test_an_answer_that_was_broken_off_may_stand_empty_in_a_conversation(real: Served) -> None:
     turns = [*APPLE, {"role": "assistant", "content": ""}, *APPLE]
-    found = httpx.post(f"{real.url}/v1/chat/completions", json={"model": "auto", "messages": turns}, timeout=60)
+    found = post(f"{real.url}/v1/chat/completions", json={"model": "auto", "messages": turns})
     assert found.status_code == 200 and found.json()["usage"]["completion_tokens"] > 0
