@@ -14,6 +14,7 @@ from torch import Tensor
 
 from smartmops.checks.limits import check
 from smartmops.clients.messages import Reply, pack
+from smartmops.federated import aggregation
 from smartmops.federated.aggregation import BETAS, TAU, Aggregator, Layout, Update, admit, drift
 from smartmops.options.federation import AggregationConfig
 
@@ -153,6 +154,32 @@ def test_one_outlier_among_five_moves_robust_averages_little(kind: str) -> None:
     clean = averaged("uniform", replies)
     assert all((robust[n] - clean[n]).abs().max() < 2 for n in clean)
     assert all((plain[n] - clean[n]).abs().max() > 1.5 for n in clean)
+
+
+@pytest.mark.parametrize("kind", ["median", "trimmed-mean"])
+def test_robust_averages_hold_few_numbers_of_all_clients_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seven clients, two of which sent one expert: what a sort over all of them gives, at most ten numbers a time."""
+    replies = [reply(c, c) for c in range(7)]
+    for client, expert in ((2, 1), (5, 0)):
+        rows = replies[client].arrays["prompts"].reshape(2, -1, 3)[expert]
+        replies[client] = replace(replies[client], experts=[expert], arrays=replies[client].arrays | {"prompts": rows})
+    sorted_at_once: list[int] = []
+    middle = Aggregator._middle
+    monkeypatch.setattr(aggregation, "AT_ONCE", 10)
+    monkeypatch.setattr(Aggregator, "_middle", lambda self, x: (sorted_at_once.append(x.numel()), middle(self, x))[1])
+    found = averaged(kind, replies, trim=0.2)
+    assert max(sorted_at_once) <= 10
+
+    def by_hand(start: Tensor, sent: list[Tensor]) -> Tensor:
+        ordered = torch.stack([each.double() - start.double() for each in sent]).sort(0).values
+        cut = (len(sent) - 1) // 2 if kind == "median" else 1
+        return (start.double() + ordered[cut : len(sent) - cut].mean(0)).float()
+
+    assert torch.equal(found["gate"], by_hand(SENT["gate"], [each.arrays["gate"] for each in replies]))
+    for expert, start in enumerate(SENT["prompts"].view(2, 2, 3)):
+        own = [each for each in replies if expert in (each.experts or [0, 1])]
+        sent = [each.arrays["prompts"].view(-1, 2, 3)[expert if each.experts is None else 0] for each in own]
+        assert torch.equal(found["prompts"].view(2, 2, 3)[expert], by_hand(start, sent)) and len(own) == 6
 
 
 def test_fedadam_is_adam_on_the_averaged_update_and_goes_on_from_its_state() -> None:

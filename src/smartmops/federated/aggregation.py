@@ -24,6 +24,7 @@ BETAS, TAU = (0.9, 0.99), 1e-3  # of FedAdam, as in Reddi et al. 2021
 WORDS = 1 << 20  # bytes that an answer may have beyond its arrays
 REASON = 1000  # characters of a reason that are kept: a client may send any
 COMPARED = 100  # updates that are laid side by side to see how far they are apart
+AT_ONCE = 2**21  # numbers of all clients together that are sorted at once, in float64
 JUDGES = 3  # updates it takes before one of them can be called too large
 
 
@@ -152,6 +153,10 @@ def _deltas(reply: Reply, sent: Mapping[str, Tensor], layout: Layout) -> dict[st
     return {name: _delta(name, reply, sent[name], layout) for name in sorted(sent)}
 
 
+def _bytes(delta: Mapping[str, Tensor], names: Iterable[str]) -> bytes:
+    return b"".join(delta[name].double().numpy().tobytes() for name in names)
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -269,20 +274,28 @@ class Aggregator:
         ], dtype=torch.float64)  # fmt: skip
 
     def _number_by_number(self, arrays: Mapping[str, Tensor], updates: Sequence[Update]) -> dict[str, Tensor]:
-        """trimmed-mean, median (Yin et al. 2018), which need an array of all clients at once."""
-        found = {}
+        """trimmed-mean, median (Yin et al. 2018): a number of all clients at once, and so many numbers as are few."""
+        found, spool, at = {}, Spool(), 0
+        starts = [spool.put(_bytes(update.delta, arrays))[0] for update in updates]
         for name, value in arrays.items():
-            deltas = torch.stack([update.delta[name] for update in updates])
-            if name not in self.layout.by_expert:
-                found[name] = self._middle(deltas)
-                continue
-            moved = torch.zeros_like(_experts(value, self.layout.experts), dtype=torch.float64)
-            rows = deltas.reshape(len(updates), *moved.shape)
-            for expert in range(self.layout.experts):
-                there = [k for k, u in enumerate(updates) if u.experts is None or expert in u.experts]
-                if there:
-                    moved[expert] = self._middle(rows[there, expert])
-            found[name] = moved.flatten(0, 1)
+            parts = self.layout.experts if name in self.layout.by_expert else 1
+            size, moved = value.numel() // parts, []
+            for part in range(parts):
+                there = [start for start, each in zip(starts, updates, strict=True)
+                         if parts == 1 or each.experts is None or part in each.experts]  # fmt: skip
+                moved.append(self._middles(spool, [start + 8 * at for start in there], size))
+                at += size
+            found[name] = torch.cat(moved).reshape(value.shape)
+        return found
+
+    def _middles(self, spool: Spool, starts: Sequence[int], size: int) -> Float[Tensor, " size"]:
+        """Of so many float64 numbers that lie from each of `starts` on; 0 where there are none."""
+        found = torch.zeros(size, dtype=torch.float64)
+        step = max(1, AT_ONCE // max(1, len(starts)))
+        for first in range(0, size if starts else 0, step):
+            own = found[first : first + step]
+            rows = [bytearray(spool.get((start + 8 * first, 8 * len(own)))) for start in starts]
+            own.copy_(self._middle(torch.stack([torch.frombuffer(row, dtype=torch.float64) for row in rows])))
         return found
 
     def _middle(self, deltas: Float[Tensor, "clients ..."]) -> Float[Tensor, ...]:
