@@ -108,6 +108,26 @@ def test_saved_heads_follow_the_names():
         torch.testing.assert_close(model(**rows, adapter_names=["b", "a", "b"]).logits, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [[2, 2, 2], [0, 1, 2]], ids=["the same question", "padded rows"])
+def test_saved_heads_follow_the_names_where_a_prompt_is_read_once(rows):
+    answers = dict(experts="keys_values", visible_to="answers", answer_header=[7, 11], modules_to_save=["lm_head"])
+    model = get_peft_model(build(), MoPsConfig(**ADAPTER | answers), adapter_name="a")
+    model.add_adapter("b", MoPsConfig(**ADAPTER | answers))
+    model.eval()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["b"].weight.mul_(2)
+    ids = torch.randint(12, 300, (3, 20), generator=torch.Generator().manual_seed(3))
+    ids[:, -2:] = torch.tensor([7, 11])
+    mask = (torch.arange(20) >= torch.tensor([12, 9, 0])[:, None]).long()
+    inputs = {"input_ids": (ids * mask)[rows], "attention_mask": mask[rows]}
+    how = dict(max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True, output_logits=True)
+    got = model.generate(**inputs, adapter_names=["b", "a", "b"], **how).logits[0]
+    for row, name in enumerate(["b", "a", "b"]):
+        model.set_adapter(name)
+        want = model.generate(**{key: value[row : row + 1] for key, value in inputs.items()}, **how).logits[0]
+        torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -75,6 +75,11 @@ def names_of(engine: Any, rows: int | None = None) -> list[str] | None:
     return [name for name in names for _ in range(rows // len(names))]
 
 
+def saves_modules(model: nn.Module) -> bool:
+    """Whether adapters save modules whole: such a module must see as many rows as there are names."""
+    return any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+
+
 @contextmanager
 def saved_modules(engine: Any, model: nn.Module) -> Iterator[None]:
     """Let the modules that adapters save whole (`modules_to_save`) follow the names too.

@@ -47,6 +47,8 @@ def arranged(
         carried.reading = Reading(context, dict(kwargs), real, {_gate_layer(engine, each): None for each in own})
         if len(real) == 1 and not context.row_adapters and bool(real.all()):
             _turns(engine, carried)
+        if context.row_adapters and mixed.saves_modules(engine.model):
+            return kwargs | {"mops": carried}
         kwargs, carried.reading.distinct = prefill.distinct(kwargs, real)
         real, _ = carried.reading.distinct or (real, None)
         kwargs["mops"] = carried
