@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from chats import CHATML, CHATS, QWEN3, chatting
@@ -235,9 +236,49 @@ def test_the_plain_frame_is_whole_tokens_of_the_users_text(make_tokenizer: Make)
     assert tokenizer.decode(row.input_ids[: -len(parts(row)[1])][-row.header :]) == "### Response:\n"
 
 
+FIRST_LINE = "{% for m in messages %}<|user|>{{ m.content{0} }}<|end|>{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}"
+LOSES = {
+    "cut off": "[:20]", "first line": ".split('\n')[0]", "escaped": "|e", "other words": "|replace('cat', 'dog')",
+    "thoughts": ".split('</think>')[-1]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loses", LOSES)
+@pytest.mark.parametrize("whose", ["instruction", "response", "system", "history"])
+def test_a_template_that_changes_what_is_said_is_refused(
+    make_tokenizer: Make, tmp_path: Path, loses: str, whose: str
+) -> None:
+    (tmp_path / "own.jinja").write_text(FIRST_LINE.replace("{0}", LOSES[loses]))
+    tokenizer = chatting(make_tokenizer, CHATML)
+    template = Template.of(str(tmp_path / "own.jinja"), tokenizer)
+    long = "<think>A cat & a bird.</think>A cat and\na second line."
+    said: dict[str, Any] = {whose: ((long, "Yes."),) if whose == "history" else long}
+    assert encode(Example("Hi.", "", "Yes."), tokenizer, 500, template).input_ids
+    with pytest.raises(ValueError, match=r"as it stands, or writes around it|writes another prompt, another answer"):
+        encode(replace(Example("Hi.", "", "Yes."), **said), tokenizer, 500, template)
+
+
+def test_thoughts_of_earlier_answers_may_be_left_out_and_those_of_the_last_moved(
+    make_tokenizer: Make, tmp_path: Path
+) -> None:
+    source = FIRST_LINE.replace("m.content{0}", "m.content if loop.last else m.content.split('</think>')[-1].strip()")
+    (tmp_path / "own.jinja").write_text(source)
+    tokenizer, thought = chatting(make_tokenizer, CHATML), "<think> Hm. </think> Yes."
+    template = Template.of(str(tmp_path / "own.jinja"), tokenizer)
+    row = encode(Example("Hi.", "", thought, history=(("No?", thought),)), tokenizer, 500, template)
+    assert (
+        tokenizer.decode(row.input_ids)
+        == f"<|user|>No?<|end|><|user|>Yes.<|end|><|user|>Hi.<|end|><|user|>{thought}<|end|>"
+    )
+    assert read(row, tokenizer) == "No?Hi."
+
+
 BAD = {
     "no end": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", r"does not end a turn.*'\\n'"),
-    "no answer": ("{{ messages[0]['content'] }}<|end|>", "does not write an answer behind"),
+    "no answer": ("{{ messages[0]['content'] }}<|end|>", r"does not write a question and its answer.*mark0000of4711"),
+    "capitals": (FIRST_LINE.replace("{0}", "|upper"), r"as they stand, one behind the other \(.*MARK0000OF4711"),
+    "fails": ("{{ 1/0 }}", r"refuses messages of user, assistant \(division by zero\)"),
+    "fails otherwise": ("{{ messages[7]['content'] + messages.nothing() }}", "refuses messages of user, assistant"),
     "no jinja": ("{% for m in messages %}\n{{ m.content }", "line 2: no Jinja"),
     "no user": ("{{ raise_exception('never') }}", r"refuses messages of user, assistant \(never\)"),
 }

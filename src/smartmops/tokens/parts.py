@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+THOUGHT = "</think>"  # which ends what models think before they answer
+
 
 @dataclass(frozen=True)
 class Part:
@@ -65,3 +67,21 @@ def whole_after(tokenizer: PreTrainedTokenizerBase, text: str, at: int) -> list[
 def shared(one: Sequence[Any], two: Sequence[Any]) -> int:
     """Length of the common beginning."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False))))
+
+
+def span(text: str, at: int, content: str, behind: str, answers: bool) -> int | None:
+    """Characters that a message takes from `at` on, up to what is written behind it; None: it does not stand there.
+
+    Templates trim blanks around some messages, and of earlier answers those that think leave out the thoughts.
+    """
+    for words in (content, content.strip(), content.lstrip(), content.rstrip()):
+        if text.startswith(words + behind, at):
+            return len(words)
+    end = text.find(behind, at) if answers and THOUGHT in content else -1
+    return None if end < 0 else end - at
+
+
+def holds(text: str, answer: str) -> bool:
+    """Whether a text has all of an answer; blanks around it do not count, nor those around thoughts in it."""
+    bare = ["".join(each.split()) for each in (answer, text)]
+    return answer.strip() in text or (THOUGHT in answer and bare[0] in bare[1])

@@ -6,19 +6,18 @@ Knows templates and tokenizers; knows no models. What is rendered here is what i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from smartmops.checks.errors import BaseModelError, ConfigError
 from smartmops.rows.example import Example, opened
 
-from .parts import Part, Prompt, ids_of, shared, tokens, whole_after
+from .parts import Part, Prompt, holds, ids_of, shared, span, tokens, whole_after
 
 CHOICES = "auto, chat, plain or a file with a Jinja template"
 FILE = "chat_template.jinja"  # what transformers calls it, beside a tokenizer
@@ -219,8 +218,8 @@ class Chat(Template):
         before, found, self._tail = full.partition(answered)
         common = before[: shared(before, opening)]
         if not found or said not in common:
-            raise ConfigError(f"template {name!r} does not write an answer behind what opens the assistant's turn "
-                              f"({_short(opening)}): mend it, or choose template='plain'")  # fmt: skip
+            raise ConfigError(f"template {name!r} does not write a question and its answer as they stand, one behind "
+                              f"the other ({_short(full)}): mend it, or choose template='plain'")  # fmt: skip
         self._thought = opening[len(common) :]  # what a template opens that answers to learn from do not have
         self.header_ids = self._header(common, self.written([asked]), said)
         self.end, self.end_ids, self._closing = self._ending()
@@ -234,11 +233,11 @@ class Chat(Template):
         spans, at = [], 0
         for number, message in enumerate(messages):
             at += len(frame[number])
-            size = _size(text, at, message["content"], frame[number + 1])
+            size = span(text, at, message["content"], frame[number + 1], message["role"] == "assistant")
             if size is None or not text.startswith(frame[0]):
-                raise ConfigError(f"template {self.name!r} writes around {_short(message['content'])} what it does not "
-                                  "write around other texts, so nobody can tell who says what: choose another template "
-                                  "or leave the example out")  # fmt: skip
+                raise ConfigError(f"template {self.name!r} does not write {_short(message['content'])} as it stands, "
+                                  "or writes around it what it does not write around other texts: choose another "
+                                  "template or leave the example out")  # fmt: skip
             if message["role"] != "assistant":
                 spans.append((at, at + size))
             at += size
@@ -248,14 +247,16 @@ class Chat(Template):
         """What the template adds to a prompt for the response.
 
         Raises:
-            ConfigError: what it opened the turn with is gone once there is an answer.
+            ConfigError: what it opened the turn with is gone once there is an answer, or not all of that is there.
         """
-        full = self.written([*self._messages(turns), {"role": "assistant", "content": turns[-1].response}])
-        if not full.startswith(opened) or not full.endswith(self._tail):
-            raise ConfigError(f"template {self.name!r} writes another prompt, or another end, once the answer "
-                              f"{_short(turns[-1].response)} is there: choose another template or leave the example "
+        response = turns[-1].response
+        full = self.written([*self._messages(turns), {"role": "assistant", "content": response}])
+        found = full[len(opened) : len(full) - len(self._tail)]
+        if not full.startswith(opened) or not full.endswith(self._tail) or not holds(found, response):
+            raise ConfigError(f"template {self.name!r} writes another prompt, another answer or another end once the "
+                              f"answer {_short(response)} is there: choose another template or leave the example "
                               "out")  # fmt: skip
-        return full[len(opened) : len(full) - len(self._tail)] + self._closing
+        return found + self._closing
 
     def written(self, messages: Sequence[Mapping[str, str]], opens: bool = False) -> str:
         """Messages as the template writes them.
@@ -270,7 +271,7 @@ class Chat(Template):
                 [list(messages)], chat_template=source, add_generation_prompt=opens, **self._given
             )
             return str(found[0][0])
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is somebody's program, and may fail in any way
             roles = ", ".join(message["role"] for message in messages)
             raise ConfigError(f"template {self.name!r} refuses messages of {roles} ({error}): leave such turns out, or "
                               "choose template='plain'") from error  # fmt: skip
@@ -306,8 +307,9 @@ class Chat(Template):
             for mark in marks:
                 piece, found, text = text.partition(mark)
                 if not found:
-                    raise ConfigError(f"template {self.name!r} leaves out turns of a conversation of {len(messages)}: "
-                                      "give it fewer turns, or choose template='plain'")  # fmt: skip
+                    raise ConfigError(f"template {self.name!r} does not write all turns of a conversation of "
+                                      f"{len(messages)} as they stand, one after the other: give it fewer turns, or "
+                                      "choose template='plain'")  # fmt: skip
                 pieces.append(piece)
             self._frames[key] = [*pieces, text]
         return self._frames[key]
@@ -349,13 +351,12 @@ def check_template(name: str) -> None:
 
 def _check_jinja(source: str, name: str) -> None:
     try:
-        with suppress(TypeError):  # of a template that asks for what there is only beside a tokenizer
-            render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=source)
+        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=source)
     except TemplateSyntaxError as error:
         raise ConfigError(f"template {name!r}, line {error.lineno}: no Jinja ({error.message}): mend it, or choose "
                           "template='plain'") from error  # fmt: skip
-    except TemplateError:
-        return  # it refuses this one conversation
+    except Exception:
+        return  # it refuses this one conversation, or asks for what there is only beside a tokenizer
 
 
 def read_template(file: str | Path) -> str:
@@ -380,15 +381,6 @@ def _framed(example: Example, system: str = "") -> Part:
         own.append((len(text), len(text) + len(words)))
         text += words
     return Part(f"{text}\n\n{RESPONSE}", tuple(own))
-
-
-def _size(text: str, at: int, content: str, behind: str) -> int | None:
-    """Characters that a message takes from `at` on, up to what is written behind it; templates trim some."""
-    for words in (content, content.strip(), content.lstrip(), content.rstrip()):
-        if text.startswith(words + behind, at):
-            return len(words)
-    end = text.find(behind, at)
-    return None if end < 0 else end - at
 
 
 def _mark(number: int) -> str:
