@@ -35,6 +35,33 @@ def adapt(**options):
     return model
 
 
+def said(model, recwarn, **given) -> list[str]:
+    with torch.no_grad():
+        model(**given)
+    return [str(each.message)[:30] for each in recwarn if "gate" in str(each.message) or "expert" in str(each.message)]
+
+
+@pytest.mark.parametrize("header", [HEADER, []], ids=["header", "no header"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_who_scores_an_answer_that_nothing_opens_is_told_that_experts_miss_it(header, labelled, recwarn):
+    ids, labels = turns()
+    ids, labels = ids[:, : ANSWER + 4], labels[:, : ANSWER + 4]
+    model = adapt(experts="keys_values", visible_to="answers", answer_header=header)
+    found = said(model, recwarn, input_ids=ids, **{"labels": labels} if labelled else {})
+    assert found == (["no labels came with this text,"] if not labelled and not header else [])
+
+
+@pytest.mark.parametrize("options", [dict(num_experts=1), dict()], ids=["one expert", "told weights"])
+def test_a_gate_that_decides_nothing_is_not_worried_about(options, recwarn):
+    model = adapt(experts="keys_values", visible_to="answers", gate_reads="own", gate_frame=None, **options)
+    ids, _ = turns()
+    weights = torch.full((1, options.get("num_experts", 3)), 1 / options.get("num_experts", 3))
+    given = {"input_ids": ids} | ({} if options else {"gate_weights": weights})
+    assert said(model, recwarn, **given) == []
+    three = adapt(experts="keys_values", visible_to="answers", gate_reads="own", gate_frame=None)
+    assert said(three, recwarn, input_ids=ids) == ["this adapter's gate was taught"], "where it decides, it is"
+
+
 def turns() -> tuple[torch.Tensor, torch.Tensor]:
     """A question, its answer, a later question and its answer; labels on the answers but not on what closes the first."""
     torch.manual_seed(1)

@@ -237,6 +237,16 @@ def test_the_plain_frame_is_whole_tokens_of_the_users_text(make_tokenizer: Make)
 
 
 FIRST_LINE = "{% for m in messages %}<|user|>{{ m.content{0} }}<|end|>{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}"
+
+
+def test_a_token_that_begins_in_the_blanks_before_a_header_opens_the_answer() -> None:
+    tokenizer = smartmops.load_base("tiny")[1]
+    header = Template.of("plain", tokenizer).header_ids
+    assert tokenizer.decode(header) == "\n\n### Response:\n" and len(header) == 1
+    row = encode(EXAMPLE, tokenizer, 500, Template.of("plain", tokenizer))
+    assert row.header == 1 and parts(row)[0][-1:] == header
+
+
 LOSES = {
     "cut off": "[:20]", "first line": ".split('\n')[0]", "escaped": "|e", "other words": "|replace('cat', 'dog')",
     "thoughts": ".split('</think>')[-1]",

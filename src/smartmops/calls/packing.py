@@ -13,7 +13,7 @@ from torch import Tensor
 from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import AdapterError
 
-from . import trainers
+from . import reading, trainers
 
 WHY = "several examples are packed into it and one gate cannot serve them: turn packing"
 
@@ -56,3 +56,17 @@ def answers(real: Bool[Tensor, "rows seq"], labels: Int[Tensor, "rows seq"]) -> 
     """How many runs of labelled tokens each row holds."""
     spans = ((labels != IGNORED) & real).int()
     return (spans.diff(dim=-1, prepend=spans.new_zeros(len(spans), 1)) == 1).sum(-1)
+
+
+def doubt(real: Bool[Tensor, "rows seq"], labels: Int[Tensor, "rows seq"] | None, training: bool) -> str | None:
+    """What is to be said where labels leave the gate nothing of worth, may be of several examples, or are missing."""
+    if labels is None:
+        return ("no labels came with this text in training mode, so the gate reads all of it, its answer too: give "
+                "labels, or a gate_mask") if training else None  # fmt: skip
+    if bool((reading.before_answer(real, labels).sum(-1) < 2).any()):
+        return ("labels cover the whole text of some rows, so the gate reads their first token alone: set the labels "
+                "of the instruction to -100")  # fmt: skip
+    if bool((answers(real, labels) > 1).any()):
+        return ("labels of some rows hold several answers, and the gate reads what stands before the first: if these "
+                "are no turns of one chat but examples packed into a row, turn packing off")  # fmt: skip
+    return None

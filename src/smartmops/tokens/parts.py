@@ -56,12 +56,12 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def whole_after(tokenizer: PreTrainedTokenizerBase, text: str, at: int) -> list[int]:
-    """Whole tokens of a text from character `at` on."""
+    """Whole tokens of a text from character `at` on, and from the blanks before it where these are part of one."""
     if not tokenizer.is_fast:
         return ids_of(tokenizer, [text[at:]])[0]
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
-    return [token for token, (start, _) in pairs if start >= at]
+    return [token for token, (start, end) in pairs if start >= at or (end > at and not text[start:at].strip())]
 
 
 def shared(one: Sequence[Any], two: Sequence[Any]) -> int:

@@ -249,6 +249,10 @@ class Engine:
             packing.refuse(real, ids, labels, wrapper.training)
         if config.visible_to == "answers":
             context.visible_from = reading.answer_starts(ids, real, labels, config.answer_header)
+            if labels is None and not config.answer_header and self.call is None and real.shape[1] > 1:
+                self._say("no labels came with this text, and this adapter knows nothing that opens an answer, so the "
+                          "last token of each row alone sees experts, as where an answer is about to begin: give labels"
+                          ", -100 on the instruction, to score one that is there")  # fmt: skip
         if config.embedding_size is not None:
             if self.call is not None and not self.call.now.own:
                 raise AdapterError(f"guidance_scale compares with another text, whose embedding by {config.embedder!r} "
@@ -259,7 +263,7 @@ class Engine:
         if config.gate_input == "instruction":
             if chosen is not None and self.call is not None and chosen.shape[1] == self.call.now.length:
                 chosen = F.pad(chosen, (0, real.shape[1] - chosen.shape[1]))
-            if chosen is None:
+            if chosen is None and not config.gate_is_idle and told.weights is None:
                 self._warn_of(real, labels, config)
             frame = config.gate_frame if config.gate_reads == "own" else None
             context.gate_mask = reading.instruction(ids, real, labels, context.visible_from, frame, chosen)
@@ -306,27 +310,19 @@ class Engine:
         Raises:
             AdapterError: what the gate was to read was left behind by the trainer.
         """
-        said = None
-        if config.gate_reads == "own" and config.gate_frame is None:
-            said = (
-                "this adapter's gate was taught what users wrote alone, and nothing says where that stands: give "
-                "gate_mask, as smartmops.render makes it, or it reads what a template adds too"
-            )
+        said = packing.doubt(real, labels, self.model.training)
+        if config.gate_reads == "own" and config.gate_frame is None and said is None:
+            said = ("this adapter's gate was taught what users wrote alone, and nothing says where that stands: give "
+                    "gate_mask, as smartmops.render makes it, or it reads what a template adds too")  # fmt: skip
         if self.call is None:
             trainers.refuse_dropped()
-        if labels is None:
-            if self.model.training:
-                said = ("no labels came with this text in training mode, so the gate reads all of it, its answer too: "
-                        "give labels, or a gate_mask")  # fmt: skip
-        elif bool((reading.before_answer(real, labels).sum(-1) < 2).any()):
-            said = ("labels cover the whole text of some rows, so the gate reads their first token alone: set the "
-                    "labels of the instruction to -100")  # fmt: skip
-        elif bool((packing.answers(real, labels) > 1).any()):
-            said = ("labels of some rows hold several answers, and the gate reads what stands before the first: if "
-                    "these are no turns of one chat but examples packed into a row, turn packing off")  # fmt: skip
-        if said is not None and not self.warned:
+        if said is not None:
+            self._say(said)
+
+    def _say(self, warning: str) -> None:
+        if not self.warned:
             self.warned = True
-            warnings.warn(said, stacklevel=2)
+            warnings.warn(warning, stacklevel=2)
 
     @torch.no_grad()
     def _read_ahead(self, context: ForwardContext, kwargs: dict[str, Any], real: Tensor, config: MoPsConfig) -> Tensor:
