@@ -165,10 +165,10 @@ def unused(config: Any, names: Iterable[str], acts: bool, why: str) -> Iterator[
     for name in () if acts else names:
         value = getattr(config, name)
         if value != by_default[name]:
-            if isinstance(value, bool):
+            if isinstance(by_default[name], bool):
                 yield f"{typed(name if value else f'no_{name}')} {why}"
             else:
-                yield f"{typed(name)} {' '.join(value) if isinstance(value, tuple) else value} {why}"
+                yield f"{typed(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value} {why}"
 
 
 def check(config: Options, *, given: bool = False) -> None:
