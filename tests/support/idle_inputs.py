@@ -147,6 +147,7 @@ IDLE: list[tuple[str, str]] = [
     (f"{ADD} --data DIR/doc.jsonl --questions 5", "--questions 5 is of questions for --prompt: give that"),
 ]
 ACTING = [
+    f"{FEDERATE} --expert-kind keys_values --prefix-attention separate --head-lr 0.1 --relative-lr 0.1 --gate-lr 0.1",
     f"{TRAIN} --gate-lr 0.1 --gate-temperature 2 --gate-layer 3 --null-threshold 0.2 --gate-pretraining clusters",
     f"{TRAIN} --method top-1 --gate-lr 0.1 --gate-hidden-size 9 --gate-target attention --expert-names a b c",
     f"{TRAIN} --method uniform-gate --gate-top-k 2 --no-gate-renormalise",

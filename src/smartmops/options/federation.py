@@ -182,8 +182,6 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
                           "gives way to --noise-multiplier, under which every update that comes counts: "
                           "leave one of them away")  # fmt: skip
         yield from unused(self, ("relative_gate_lr",), False, "does not reach the clients: give --gate-lr")
-        yield from unused(self, ("head_lr",), self.prefix_attention != "separate",
-                          "does not reach the clients: leave it away")  # fmt: skip
 
     def _shared_out(self) -> Iterator[str]:
         """What does nothing of the options that share data out among clients on this machine."""
