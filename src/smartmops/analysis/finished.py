@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from smartmops.checks.errors import DataError, RunError, SmartmopsError, UnknownOption
+from smartmops.checks.folders import as_path
 from smartmops.checks.limits import check_named
 from smartmops.data.several import held
 from smartmops.data.tasks import read, splits
@@ -20,7 +21,7 @@ from smartmops.evaluation.perplexity import answer
 from smartmops.evaluation.perplexity import evaluate as measured
 from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import base_of, load_run, template_of
-from smartmops.options.finished.reading import EvaluateConfig, InspectConfig
+from smartmops.options.finished.reading import Answered, EvaluateConfig, InspectConfig, Question
 from smartmops.options.training import TrainConfig
 from smartmops.progress.bars import console
 from smartmops.reading.early import check_parts
@@ -170,8 +171,10 @@ class LoadedRun:
             max_new_tokens: At which the answer ends that has not ended itself.
 
         Raises:
+            ConfigError: an argument is outside its limits; a `WrongType`: of another type.
             RunError: there is no such expert.
         """
+        check_named(Question(text=text, context=context, max_new_tokens=max_new_tokens))
         return self._answer(Example(text, context, ""), expert, max_new_tokens)
 
     def chat(
@@ -182,6 +185,7 @@ class LoadedRun:
         Raises:
             DataError: turns are out of order, the last is not the user's, or there is no such expert.
         """
+        check_named(Answered(max_new_tokens=max_new_tokens))
         system, history, question = opened(messages)
         if question is None:
             raise DataError(f"the conversation of {len(messages)} messages ends with the assistant: add what the "
@@ -233,8 +237,9 @@ class LoadedRun:
 
     def save(self, folder: str | Path) -> None:
         """Write adapter and tokenizer into a folder that `PeftModel.from_pretrained` loads on the same base."""
-        self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
+        place = str(as_path("folder", folder, "a folder"))
+        self.model.save_pretrained(place)
+        self.tokenizer.save_pretrained(place)
 
     def check_gated(self) -> None:
         """Whether there are experts to weigh.

@@ -41,7 +41,10 @@ def names_of(data: Names) -> tuple[str, ...]:
     """
     if not isinstance(data, str | Path | Iterable):
         raise DataError(f"data={data!r} names no data: give office, a file, a folder or a hub id, or a list of them")
-    return (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
+    names = (data,) if isinstance(data, str | Path) else tuple(data)
+    if wrong := [each for each in names if not isinstance(each, str | Path)]:
+        raise DataError(f"data={wrong[0]!r} names no data: give office, a file, a folder or a hub id")
+    return tuple(map(str, names))
 
 
 def held(data: Names) -> str | tuple[str, ...]:
