@@ -140,20 +140,54 @@ def test_what_cannot_be_prepared_is_refused() -> None:
         sm.prepare(model, tokenizer, [])
 
 
-def test_what_is_of_another_type_is_one_line_of_ours() -> None:
+ODD: list[tuple[str, str]] = [
+    ("sm.read(3)", "DataError: data=3 names no data"),
+    ("sm.read([3])", "DataError: data=3 names no data"),
+    ("sm.read('')", "DataError: no data are named: give a file"),
+    ("sm.LoadedRun.chat(None, 'hello')", "DataError: message 1 is 'h'"),
+    ("sm.LoadedRun.chat(None, 5)", "NoText: messages='5' is no list of messages"),
+    ("sm.LoadedRun.generate(None, 5)", "WrongType: text=5: give text"),
+    ("sm.LoadedRun.generate(None, None)", "WrongType: text=None: give text"),
+    ("sm.LoadedRun.generate(None, ' ')", "ConfigError: text   is blank: give an instruction"),
+    ("sm.LoadedRun.generate(None, 'x', [5])", "WrongType: context=[5]: give text"),
+    ("sm.LoadedRun.generate(None, 'x', max_new_tokens=0)", "ConfigError: max_new_tokens=0: choose 1 or more"),
+    ("sm.LoadedRun.save(None, 5)", "WrongType: folder=5: give a folder"),
+    ("sm.load_run(3)", "WrongType: path=3: give a run folder"),
+    ("sm.load_run([3])", "WrongType: path=[3]: give a run folder"),
+    ("sm.load_run(None)", "WrongType: path=None: give a run folder"),
+    ("sm.load_run('')", "ConfigError: path='' is blank: give a run folder"),
+    ("sm.load_base(3)", "WrongType: model=3: give a folder, a *.gguf file"),
+    ("sm.list_experts(3)", "WrongType: run=3: give a run folder"),
+    ("sm.train(3)", "WrongType: config='3' is no TrainConfig: give one"),
+    ("sm.train('')", "ConfigError: config='' is blank: give a YAML file of options"),
+    ("sm.evaluate(sm.TrainConfig(model='tiny', data='office', out=Path('x')))", "is no EvaluateConfig: give one"),
+    ("sm.train(model='tiny', data='office', out=3)", "WrongType: out=3: give a path"),
+    ("sm.train(model='tiny', data='office', out='')", "WrongType: out: give a path"),
+    ("sm.train(model=3, data='office', out='x')", "WrongType: MODEL 3: give text"),
+    ("sm.train(model=3, data='office', out='x', steps=-1)", "ConfigError: MODEL 3: give text"),
+    ("sm.render(3, 'x')", "WrongType: tokenizer='3': give the model's tokenizer"),
+    ("sm.Example(3, '', 'x')", "NoText: `instruction` is '3', not text: give that"),
+    ("sm.Example('x', '', 'x', history=3)", "NoText: `history` is '3', not pairs of question and answer"),
+]
+
+
+def test_what_is_of_another_type_is_one_line_of_ours(tmp_path: Path) -> None:
     """In a process of its own: here every signature is checked before the function is."""
-    code = """if True:
+    code = f"""if True:
+        from pathlib import Path
         import smartmops as sm
-        from smartmops.rows.example import opened
-        for call, words in ((lambda: sm.read(3), "data=3 names no data"), (lambda: opened("hello"), "message 1 is 'h'")):
+        for call, words in {ODD!r}:
             try:
-                call()
-            except sm.DataError as error:
-                assert words in str(error), error
+                eval(call)
+            except sm.SmartmopsError as error:
+                said = f"{{type(error).__name__}}: {{error}}"
+                assert words in said and isinstance(error, (ValueError, TypeError)), (call, said)
             else:
-                raise AssertionError(words)
+                raise AssertionError(call)
     """
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path,
+                   env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_adapter_than_the_active_one_is_not_prepared() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from idle_inputs import ACTING
 from smartmops import cli
+from smartmops.settings.line import asked
 from wrong_inputs import TRAIN, WRONG, prepare, spelled, there, words
 
 
@@ -36,6 +38,11 @@ def test_it_is_answered_in_one_line_and_nothing_is_written(
     error = answered(words(line, folder), monkeypatch, capsys)
     assert error.startswith("error: ") and error.count("\n") == 1 and spelled(said, folder) in error, error
     assert there(folder) == before
+
+
+@pytest.mark.parametrize("line", ACTING)
+def test_an_option_that_acts_is_not_called_idle(line: str, folder: Path) -> None:
+    assert [*asked(cli.COMMANDS, words(line, folder))[1].idle()] == []
 
 
 def test_several_are_answered_at_once(

@@ -74,15 +74,13 @@ def compress_command(config: CompressConfig) -> dict[str, Any]:
 def train_command(config: TrainConfig) -> dict[str, Any]:
     """Adapt a frozen model to a data set and write a run folder."""
     _ready(config)
-    from smartmops.fitting.validation import verdict
     from smartmops.flow.trainer import train
 
     metrics = train(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
     if "answers" in metrics:
         print_answers(metrics["answers"])
-    if said := verdict(metrics):
-        console.print(bold(said, "yellow"))
+    _print_verdict(metrics, "--steps")
     return metrics
 
 
@@ -104,6 +102,7 @@ def federate_command(config: FederateConfig) -> dict[str, Any]:
 
     metrics = run(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
+    _print_verdict(metrics, "--rounds")
     if metrics["holdings"] and find_spec("matplotlib"):
         from smartmops.report.holdings import save_holdings
 
@@ -119,6 +118,7 @@ def federate_server_command(config: ServerConfig) -> dict[str, Any]:
 
     metrics = federate_server(config)
     _print_perplexity({"frozen": metrics["perplexity_frozen"], config.method: metrics["perplexity"]})
+    _print_verdict(metrics, "--rounds")
     return metrics
 
 
@@ -308,6 +308,14 @@ def _print_comparison(metrics: dict[str, Any]) -> None:
     found = {name: {"overall": metrics["perplexity"][name], "per_task": metrics["per_task"][name]}
              for name in metrics["perplexity"]}  # fmt: skip
     _print_perplexity(found)
+
+
+def _print_verdict(metrics: dict[str, Any], longer: str) -> None:
+    """That nothing was gained, where nothing was."""
+    from smartmops.fitting.validation import verdict
+
+    if said := verdict(metrics, longer):
+        console.print(bold(said, "yellow"))
 
 
 def _print_perplexity(found: dict[str, dict[str, Any]]) -> None:

@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
-from smartmops.checks.errors import UnknownOption
+from smartmops.checks.errors import UnknownOption, WrongType
+from smartmops.checks.folders import as_path
 from smartmops.checks.limits import Options, check_named, hints_of, named_in_python
 from smartmops.checks.resources import translated
 from smartmops.options.compression import CompressConfig
@@ -231,13 +232,13 @@ def load_run(path: str | Path) -> LoadedRun:
         AdapterError: its adapter is damaged, or belongs to another base.
     """
     finished = import_module("smartmops.analysis.finished")
-    found: LoadedRun = finished.LoadedRun.open(Path(path))
+    found: LoadedRun = finished.LoadedRun.open(as_path("path", path, "a run folder"))
     return found
 
 
 def _changed(module: str, name: str, run: str | Path, change: Change) -> dict[str, Any]:
     """A change of a run's experts, once it is known that it can be made."""
-    config = ExpertsConfig(run=Path(run), do=change)
+    config = ExpertsConfig(run=as_path("run", run, "a run folder"), do=change)
     check_named(config)
     return _run(f"surgery.{module}", name, config, config.run, config.do)
 
@@ -247,10 +248,14 @@ def _made(kind: type[C], config: C | str | Path | None, options: dict[str, Any])
 
     Raises:
         UnknownOption: a config and options, or an option that is unknown or missing.
+        WrongType: what is given for a config is none.
         ConfigError: a value is outside its limits, or the file cannot be read.
     """
     if isinstance(config, str | Path):
-        options, config = options_of(config, kind) | options, None
+        options, config = options_of(as_path("config", config, "a YAML file of options"), kind) | options, None
+    if config is not None and not isinstance(config, kind):
+        raise WrongType(f"config={str(config)[:40]!r} is no {kind.__name__}: give one, a YAML file of options, or "
+                        "options by name")  # fmt: skip
     if config is not None and options:
         raise UnknownOption(f"a config and {', '.join(options)}: give one or the other")
     if config is None:
@@ -274,7 +279,7 @@ def _meant(kind: type, name: str, value: Any) -> Any:
     """A string where a path is meant is one, and so is a list where several values are meant."""
     if isinstance(value, list) and _is_several(hints_of(kind)[name]):
         return tuple(value)
-    return Path(value) if isinstance(value, str) and _is_path(hints_of(kind)[name]) else value
+    return Path(value) if isinstance(value, str) and value.strip() and _is_path(hints_of(kind)[name]) else value
 
 
 def _is_path(hint: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 
 import smartmops as sm
+from smartmops.data.tasks import splits
 
 TEXT = "What is the capital of France?"
 
@@ -47,6 +48,40 @@ def test_it_says_what_it_measures(run: sm.LoadedRun, tmp_path: Path, capsys: pyt
     run.evaluate(str(tmp_path / "own.jsonl"))
     assert "measured: 20 examples" in (said := capsys.readouterr().out) and "test: " not in said
     assert json.loads((run.path / "evaluation.json").read_text())["examples"] == 20
+
+
+@pytest.mark.parametrize(("part", "trained_on"), [("train", 12), ("test", 0), ("both", 9), ("none", 0)])
+def test_it_says_how_much_of_other_data_it_was_trained_on(
+    run: sm.LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, trained_on: int
+) -> None:
+    train, test = splits("office", 140)
+    other = [sm.Example("Say it.", "", "It.")]
+    given = {"train": train[:12], "test": test[:12], "both": [*train[:9], *test[:3]], "none": other}[part]
+    rows = [{"instruction": each.instruction, "context": each.context, "response": each.response, "task": "mine"}
+            for each in given]  # fmt: skip
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    run.evaluate(str(tmp_path / "own.jsonl"))
+    said = " ".join(capsys.readouterr().out.split())
+    wanted = f"{trained_on} of {len(given)} examples are of the data that {run.path} was trained on"
+    assert (wanted in said) == bool(trained_on) and ("trained on" in said) == bool(trained_on)
+
+
+def test_where_its_own_data_have_gone_it_says_that_it_cannot_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": f"Say {number}.", "response": "Yes.", "category": "qa"} for number in range(40)]
+    own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
+    for file in (own, other):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sm.train(model="tiny", data=str(own), steps=0, batch_size=4, experts=1, dtype="float32", samples_per_task=0,
+             out=tmp_path / "run")  # fmt: skip
+    for change in (lambda: own.write_text(own.read_text().replace("Yes.", "No.")), own.unlink):
+        change()
+        capsys.readouterr()
+        sm.evaluate(run=tmp_path / "run", data=str(other))
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"whether {tmp_path / 'run'} was trained on some of these examples cannot be told (" in said
 
 
 def test_a_run_tested_on_validation_data_is_measured_on_them_again(

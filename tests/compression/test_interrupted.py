@@ -19,7 +19,7 @@ from kill import Killed, kill_at_solve
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from smartmops.checks.errors import BaseModelError
+from smartmops.checks.errors import BaseModelError, SmartmopsError
 from smartmops.compression import compress as module
 from smartmops.compression.compress import compress
 from smartmops.compression.solvers import SOLVERS, sparsegpt
@@ -139,13 +139,14 @@ def test_a_compression_begun_before_the_text_was_kept_goes_on(killed: Path, conf
     assert compress(configured(killed, resume=True))["sparsity"] == 0.5
 
 
+@pytest.mark.parametrize("error", [BaseModelError("mend this"), torch.OutOfMemoryError("CUDA out of memory.")])
 def test_what_the_user_has_to_mend_before_a_layer_is_done_leaves_nothing(
-    configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: Any) -> None:
-        raise BaseModelError("check the calibration text")
+        raise error
 
-    with monkeypatch.context() as patch, pytest.raises(BaseModelError):
+    with monkeypatch.context() as patch, pytest.raises(SmartmopsError):
         patch.setitem(SOLVERS, "sparsegpt", fails)
         compress(configured(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -86,6 +86,37 @@ def test_parts_of_text_and_other_names_of_roles(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.jsonl", [{"messages": said}])) == [Example("Who?", "", "Ada.", system="Be brief.")]
 
 
+@pytest.mark.parametrize(("rows", "columns", "tasks", "said"), [
+    ([{"category": "a", "task": "b"}], (), ["a"],
+     "column `category`, `task` is not read (--columns category=task takes it in place of `category`)"),
+    ([{"category": "a", "task": "b"}], ("category=task",), ["b"], "column `task`"),
+    ([{"category": "a", "task": "a"}], (), ["a"], "column `category`"),
+    ([{"category": None, "task": "b"}, {"category": "a", "task": "b"}], (), ["b", "b"],
+     "column `task`, `category` is not read (--columns category=category takes it in place of `task`)"),
+    ([{"task": 1, "task_name": "b"}], (), ["1"],
+     "column `task`, `task_name` is not read (--columns category=task_name takes it in place of `task`)"),
+    ([{"category": "a", "source": "x", "client": "y"}], (), ["a"],
+     "column `category`, `client` is not read (--columns source=client takes it in place of `source`)"),
+])  # fmt: skip
+def test_of_two_columns_that_say_different_things_the_one_that_is_read_is_named(
+    rows: list[dict[str, Any]], columns: Sequence[str], tasks: list[str], said: str, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO, "smartmops.data")
+    lines = [json.dumps({"instruction": "x", "response": "y"} | row) + "\n" for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    assert [example.category for example in read(tmp_path / "a.jsonl", columns=columns)] == tasks
+    assert f"rows, tasks from {said}\n" in caplog.text
+
+
+def test_tasks_are_not_gathered_from_two_columns(tmp_path: Path) -> None:
+    rows = [{"category": "a", "task": None}, {"category": None, "task": "b"}]
+    lines = [json.dumps({"instruction": "x", "response": "y"} | row) + "\n" for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(DataError, match="1 of 2 examples have no category"):
+        read(tmp_path / "a.jsonl")
+
+
 def test_form_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "smartmops.data")
     read(write(tmp_path / "a.jsonl", FORMS["sharegpt"][0]))

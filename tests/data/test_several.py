@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +274,33 @@ def test_a_form_in_capital_letters_is_a_form(tmp_path: Path, name: str) -> None:
     else:
         frame.to_json(file, orient="records", lines=name.endswith("L"))
     assert [example.response for example in read(file)] == ["02116"] * 2
+
+
+@pytest.mark.parametrize(("files", "tasks", "said"), [
+    (("en/qa", "de/qa"), {"de-qa", "en-qa"}, "de/qa.jsonl and en/qa.jsonl are called alike"),
+    (("en/qa", "de/qa", "de/chat"), {"de-qa", "en-qa", "chat"}, "de/qa.jsonl and en/qa.jsonl are called alike"),
+    (("qa", "de/qa"), {"qa", "de-qa"}, "de/qa.jsonl and qa.jsonl are called alike"),
+    (("en/train", "de/train"), {"en", "de"}, "de/train.jsonl and en/train.jsonl are called alike"),
+    (("en/qa/train", "de/qa/train"), {"en-qa", "de-qa"}, "de/qa/train.jsonl and en/qa/train.jsonl are called alike"),
+    (("train/qa", "test/qa", "train/chat"), {"qa", "chat"}, ""),
+    (("train/qa-00001-of-00002", "train/qa-00002-of-00002", "train/chat"), {"qa", "chat"}, ""),
+    (("train-00001-of-00002", "train-00002-of-00002"), {""}, ""),
+    (("en/qa", "de/chat"), {"qa", "chat"}, ""),
+])  # fmt: skip
+def test_files_of_several_folders_that_are_called_alike_are_tasks_of_their_own(
+    files: Sequence[str], tasks: set[str], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "smartmops.data")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        lines(tmp_path / f"{name}.jsonl", ROW)
+    assert {example.category for example in read(tmp_path)} == tasks
+    assert said in caplog.text and bool(said) == ("called alike" in caplog.text)
+
+
+def test_tasks_that_no_name_tells_apart_are_refused(tmp_path: Path) -> None:
+    for name in ("en/qa", "de/qa", "en-qa"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        lines(tmp_path / f"{name}.jsonl", ROW)
+    with pytest.raises(DataError, match=r"en/qa.jsonl and en-qa.jsonl would both be task 'en-qa': rename one"):
+        read(tmp_path)

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from smartmops.base import load_base
 from smartmops.clients.messages import Failure, Hello, Job, Local, Reply, pack, unpack
 from smartmops.federated.client import Worker, adapter_words, arrays_of, load_arrays, order, train_locally
-from smartmops.federated.federate import FederateConfig
+from smartmops.federated.federate import FederateConfig, local_of
 from smartmops.preparing.adapting import adapt
 from smartmops.reading.task import Task
 from smartmops.states.fingerprint import of_base
@@ -213,3 +213,14 @@ def test_hello_says_who_and_how_many_and_no_text(adapted: tuple[Task, Any, str])
     assert isinstance(hello, Hello)
     assert (hello.name, hello.examples, hello.base) == ("y", 1, base) and hello.categories == [task.train[3].category]
     assert {"torch", "peft", "messages"} <= hello.versions.keys()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_the_rate_of_head_weights_reaches_the_clients(config: Callable[..., FederateConfig], rate: float) -> None:
+    given = config(expert_kind="keys_values", prefix_attention="separate", head_lr=rate)
+    task, model, base = made(given)
+    worker = Worker(task, [list(range(8))], ["a"], base, model)
+    sent = job(model, base, replace(local_of(given), seed=1))
+    heads = [name for name in sent.arrays if "head_weight" in name]
+    arrays = answered(worker, sent).arrays
+    assert heads and all(torch.equal(arrays[name], sent.arrays[name]) == (rate == 0) for name in heads)

@@ -215,6 +215,24 @@ def test_the_command_draws_who_holds_what(config: Make, capsys: pytest.CaptureFi
     assert "who holds what" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("frozen", "gained"), [(1.0, False), (1e9, True)])
+def test_the_command_says_that_nothing_was_gained_as_train_does(
+    config: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, frozen: float, gained: bool
+) -> None:
+    def beside(*given: Any) -> Any:
+        made, found = prepared(*given)
+        return made, replace(found, test=replace(found.test, overall=frozen))
+
+    prepared = module.adapted
+    monkeypatch.setattr(module, "adapted", beside)
+    settings = config(rounds=1, local_steps=1)
+    assert cli.federate_command(settings)["gained"] is gained
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("Nothing was gained: on the test split " in said and "or more --rounds." in said) is not gained
+    card = (settings.out / "adapter" / "README.md").read_text()
+    assert ("**Nothing was gained over the frozen base.**" in card) is not gained
+
+
 def test_clients_without_examples_can_be_left_out(config: Make) -> None:
     metrics = federate(config(clients=60, skew=30.0, skip_empty=True))
     assert 3 <= metrics["clients"] < 60

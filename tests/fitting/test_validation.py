@@ -303,6 +303,9 @@ def test_a_verdict_without_validation_is_that_of_the_test_split() -> None:
     assert verdict(metrics(4.0, gained=True)) is None
     said = verdict(metrics(6.0, gained=False))
     assert said and said.startswith("Nothing was gained: on the test split 6.000 against 5.000 frozen.")
+    assert said.endswith("or more --steps.") and verdict(metrics(5.0), "--rounds") == said.replace(
+        "--steps", "--rounds"
+    ).replace("6.000", "5.000")
 
 
 def test_compare_keeps_each_methods_best_and_says_who_gained(config: Make) -> None:

@@ -127,11 +127,8 @@ def test_compare_checks_its_own(config: Make, nothing_loads: None) -> None:
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"visible_to": "answers", "method": "lora"}, "--visible-to answers is of experts, and --method lora has none"),
     ({"visible_to": "answers", "expert_kind": "hidden_states"}, "needs --expert-kind keys_values"),
     ({"prefix_attention": "linear", "expert_kind": "hidden_states"}, "--prefix-attention linear needs"),
-    ({"shared_prompts": 4, "method": "ia3"}, "--shared-prompts 4 is of experts"),
-    ({"freeze_first_column": True, "method": "lora"}, "--freeze-first-column .*is of experts"),
     ({"freeze_first_column": True, "prompts_per_expert": 1}, "leaves no prompt to train"),
     ({"shared_prompts": -1}, "--shared-prompts -1: choose 0 or more"),
     ({"recovery_prompts": 3, "expert_kind": "keys_values"}, "--recovery-prompts 3 are seen by every token"),

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smartmops.base import load_base
-from smartmops.checks.errors import ConfigError, DataError, Diverged, RunError
+from smartmops.checks.errors import ConfigError, DataError, Diverged, ResourceError, RunError
 from smartmops.evaluation.perplexity import evaluate
 from smartmops.fitting import loop
 from smartmops.flow import trainer
@@ -174,6 +174,22 @@ def test_what_the_user_has_to_mend_before_training_leaves_the_name_free(
         train(config(max_length=4))
     assert [list(folder.iterdir()) for folder in tmp_path.iterdir()] == [[]] * there
     assert train(config(steps=0))["tokens"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   OSError(28, "No space left on device")])  # fmt: skip
+def test_too_little_memory_before_training_leaves_the_name_free_and_a_full_disk_does_not(
+    config: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*args: Any, **named: Any) -> None:
+        raise error
+
+    chosen, full = config(), isinstance(error, OSError)
+    monkeypatch.setattr(trainer, "adapted", fails)
+    with pytest.raises(ResourceError, match="--resume" if full else "out of memory.*: lower --batch-size"):
+        train(chosen)
+    assert chosen.out.exists() == full
 
 
 def test_a_comparison_leaves_the_name_free_with_a_base_that_was_pruned_for_it(config: Make, tmp_path: Path) -> None:

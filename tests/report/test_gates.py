@@ -30,6 +30,7 @@ def test_entropy_of_the_extremes(experts):
     assert entropy([1 / experts] * experts) == pytest.approx(math.log(experts))
     assert experts_used([1 / experts] * experts) == pytest.approx(experts)
     assert entropy([1.0] + [0.0] * (experts - 1)) == 0
+    assert experts_used([0.0] * experts) == 0
 
 
 def test_entropy_is_in_nats():

@@ -164,6 +164,17 @@ def test_the_same_run_twice_is_one_run(tmp_path):
     assert page(run, run, out=tmp_path) == page(run, out=tmp_path)
 
 
+@pytest.mark.parametrize(("other", "used", "marked"), [([0.0, 0.0], {"0.0"}, 0), ([0.0, 0.3], {"0.0", "1.0"}, 1)])
+def test_a_task_that_is_left_to_the_base_uses_no_expert(tmp_path, other, used, marked):
+    run = train(tmp_path / "run")
+    told = {"experts": ["qa", "b"], "left_to_base": True, "after": {"qa": [0.0, 0.0], "b": other}}
+    (run / "gates.json").write_text(json.dumps(told))
+    shown = page(run, out=tmp_path)
+    assert {*re.findall(r'class="used">([\d.]+)<', shown)} == used and len(
+        re.findall(r'class="cell[^"]* most"', shown)
+    ) == marked
+
+
 def test_bad_input_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="at least one run"):
         report([], tmp_path)

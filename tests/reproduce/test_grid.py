@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from smartmops.checks.errors import ConfigError, RunError
 from smartmops.methods.baselines import load_run
+from smartmops.options import reproduce as options
 from smartmops.reproduce import grid as module
 from smartmops.reproduce.grid import Base, Cell, Data, Grid
 from smartmops.reproduce.plan import datas_of
@@ -314,3 +315,9 @@ def test_unknown_bases_and_methods_are_named(config: Callable[..., ReproduceConf
 def test_a_budget_cuts_seeds_not_columns(config: Callable[..., ReproduceConfig]) -> None:
     cells = plan_of(config(bases=("dense",), seeds=(0, 1)), "table3").cells()
     assert [(c.seed, c.method) for c in cells] == [(0, "fedprompt"), (0, "mops"), (1, "fedprompt"), (1, "mops")]
+
+
+def test_the_options_know_what_the_tables_are_made_of() -> None:
+    assert {name for name, study in STUDIES.items() if study.command == "federate"} == {*options.FEDERATED}
+    assert {name for name, study in STUDIES.items() if study.kind == "gates"} == {*options.OF_ONE_SEED}
+    assert {name for name, study in STUDIES.items() if {*study.bases} != {"dense"}} | {"all"} == {*options.COMPRESSED}

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from idle_inputs import ADD, COMPARE, COMPRESS, EXPORT, FEDERATE, GENERATE, IDLE, TRAIN
+from idle_inputs import ADD, COMPARE, COMPRESS, EXPORT, FEDERATE, GENERATE, IDLE, LORA, TRAIN
 
 WRONG: list[tuple[str, str]] = [
     *IDLE,
@@ -75,9 +75,9 @@ WRONG: list[tuple[str, str]] = [
     (f"{TRAIN} --unrelated DIR/nowhere.txt", "nowhere.txt cannot be read"),
     (f"{TRAIN} --unrelated DIR/doc.jsonl", "holds 1 texts: give 20 or more"),
     (f"{TRAIN} --gate-target hidden_states", "--gate-target hidden_states scales prompts"),
-    (f"{TRAIN} --method lora --lora-rank 0", "--lora-rank 0: choose 1 or more"),
-    (f"{TRAIN} --method lora --lora-from 99", "--lora-from 99, but this model has 8 layers: choose 0 to 7"),
-    (f"{TRAIN} --method lora --shared-prompts 4", "--shared-prompts 4 is of experts, and --method lora has none"),
+    (f"{LORA} --lora-rank 0", "--lora-rank 0: choose 1 or more"),
+    (f"{LORA} --lora-from 99", "--lora-from 99, but this model has 8 layers: choose 0 to 7"),
+    (f"{LORA} --shared-prompts 4", "--shared-prompts 4 is of experts, and --method lora has none"),
     (f"{TRAIN} --dtype float16", "'float16'"),
     (f"{TRAIN} --template caht", "--template caht: choose auto, chat, plain, or a file"),
     # files and folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,14 @@ BROWSER = next(
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    assert "http://" not in page() and "https://" not in page() and "//cdn" not in page()
+    shown = page(512)
+    assert "http://" not in shown and "https://" not in shown and "//cdn" not in shown
+
+
+@pytest.mark.parametrize("most", [1, 64, 512])
+def test_it_asks_for_as_many_tokens_as_the_server_gives(most: int) -> None:
+    [field] = re.findall('<input id="tokens"[^>]*>', page(most))
+    assert f'max="{most}"' in field and f'value="{most}"' in field and "MOST" not in page(most)
 
 
 @pytest.fixture(scope="module")

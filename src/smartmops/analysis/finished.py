@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smartmops.checks.errors import DataError, RunError, UnknownOption
+from smartmops.checks.errors import DataError, RunError, SmartmopsError, UnknownOption
+from smartmops.checks.folders import as_path
 from smartmops.checks.limits import check_named
 from smartmops.data.several import held
 from smartmops.data.tasks import read, splits
@@ -20,8 +21,9 @@ from smartmops.evaluation.perplexity import answer
 from smartmops.evaluation.perplexity import evaluate as measured
 from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import base_of, load_run, template_of
-from smartmops.options.finished.reading import EvaluateConfig, InspectConfig
+from smartmops.options.finished.reading import Answered, EvaluateConfig, InspectConfig, Question
 from smartmops.options.training import TrainConfig
+from smartmops.progress.bars import console
 from smartmops.reading.early import check_parts
 from smartmops.reading.embedder import Embedder
 from smartmops.reading.task import Task, same_test_split
@@ -71,6 +73,36 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
         validation=not config.data and arguments.get("validation", False),
         columns=config.columns if config.data else tuple(arguments.get("columns", ())),
     )  # fmt: skip
+
+
+def _seen(run: Run, given: Sequence[Example]) -> Iterator[str]:
+    """How many examples are of what a run was trained on, which its own data say as long as they are what they were."""
+    arguments = run.config["arguments"]
+    try:
+        train, test = splits(
+            held(arguments["data"]), arguments["limit"], arguments["test_share"],
+            arguments.get("data_seed", arguments["seed"]), arguments.get("validation", False),
+            columns=tuple(arguments.get("columns", ())),
+        )  # fmt: skip
+        same_test_split(run, of_examples(test))
+        own = arguments.get("clients_data")
+        if own is not None:
+            train = [*train, *read(own, columns=tuple(arguments.get("columns", ())))]
+    except (SmartmopsError, OSError) as error:
+        yield f"whether {run.path} was trained on some of these examples cannot be told ({error})"
+        return
+    known = {_said(example) for example in train if example.category != arguments.get("hold_out")}
+    again = sum(_said(example) in known for example in given)
+    if again:
+        yield (f"{again} of {len(given)} examples are of the data that {run.path} was trained on, so what is measured "
+               "on them says little of others")  # fmt: skip
+    if "keys" in arguments:
+        yield f"the data of {run.path}'s clients are not here, so whether some of these are theirs cannot be told"
+
+
+def _said(example: Example) -> Example:
+    """What it says, whatever task and source it goes under."""
+    return replace(example, category="", source="")
 
 
 def _check_free(run: Run) -> None:
@@ -139,8 +171,10 @@ class LoadedRun:
             max_new_tokens: At which the answer ends that has not ended itself.
 
         Raises:
+            ConfigError: an argument is outside its limits; a `WrongType`: of another type.
             RunError: there is no such expert.
         """
+        check_named(Question(text=text, context=context, max_new_tokens=max_new_tokens))
         return self._answer(Example(text, context, ""), expert, max_new_tokens)
 
     def chat(
@@ -151,6 +185,7 @@ class LoadedRun:
         Raises:
             DataError: turns are out of order, the last is not the user's, or there is no such expert.
         """
+        check_named(Answered(max_new_tokens=max_new_tokens))
         system, history, question = opened(messages)
         if question is None:
             raise DataError(f"the conversation of {len(messages)} messages ends with the assistant: add what the "
@@ -202,8 +237,9 @@ class LoadedRun:
 
     def save(self, folder: str | Path) -> None:
         """Write adapter and tokenizer into a folder that `PeftModel.from_pretrained` loads on the same base."""
-        self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
+        place = str(as_path("folder", folder, "a folder"))
+        self.model.save_pretrained(place)
+        self.tokenizer.save_pretrained(place)
 
     def check_gated(self) -> None:
         """Whether there are experts to weigh.
@@ -237,6 +273,8 @@ class LoadedRun:
         """What is measured as the test part of a task: all of other data, or what the run was measured on."""
         if config.data:
             given = read(again.data, columns=again.columns)
+            for said in _seen(self._run, given):
+                console.print(said)
             return Task.of(self.model, self.tokenizer, [], given, again, "measured")
         train, examples = splits(again.data, again.limit, again.test_share, again.data_seed, again.validation,
                                  columns=again.columns)  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smartmops.checks.errors import BaseModelError, ConfigError
+from smartmops.checks.errors import BaseModelError, ConfigError, WrongType
 from smartmops.options.compression import Quantisation
 from smartmops.tuner.engine import keep_unpacked
 
@@ -39,6 +39,9 @@ def load_base(model: str, dtype: torch.dtype | str = "auto", quantisation: Quant
         BaseModelUnreachable: the model can neither be found nor fetched.
         BaseModelError: it is no model, or gradients do not pass through the quantised one as they should.
     """
+    if not isinstance(model, str | Path):
+        raise WrongType(f"model={model!r}: give a folder, a *.gguf file, a hub id, smollm2 or tiny")
+    model = str(model)
     name = local(model)
     with readable(model):
         kind = quantisation or quantised.stored(name)

@@ -20,12 +20,20 @@ class UnknownOption(ConfigError, TypeError):
     """There is no such option, or a required one is missing."""
 
 
+class WrongType(ConfigError, TypeError):
+    """An option or an argument is of another type than it takes."""
+
+
 class FileTaken(ConfigError, OSError):
     """A file or folder that an option names cannot be written."""
 
 
 class DataError(SmartmopsError, ValueError):
     """Data cannot be read, or are not fit for what is asked of them."""
+
+
+class NoText(DataError, TypeError):
+    """What is to be text is something else."""
 
 
 class BaseModelError(SmartmopsError, ValueError):

@@ -12,10 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from .errors import NotAFolder, RunError, RunExists, RunNotFound
+from .errors import ConfigError, NotAFolder, RunError, RunExists, RunNotFound, WrongType
 
 MARK = ".lock"  # of a folder that a process writes; says nothing of what the folder holds
 NEAR = 3  # folders that are named where the one asked for is not there
+
+
+def as_path(name: str, value: Any, what: str) -> Path:
+    """An argument that is a path, or text that is one.
+
+    Raises:
+        WrongType, ConfigError: it is something else, or blank.
+    """
+    if not isinstance(value, str | Path):
+        raise WrongType(f"{name}={value!r}: give {what}")
+    if not str(value).strip():
+        raise ConfigError(f"{name}={value!r} is blank: give {what}")
+    return Path(value)
 
 
 @dataclass(frozen=True)

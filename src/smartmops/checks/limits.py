@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origi
 
 import tyro
 
-from smartmops.checks.errors import ConfigError, RunError, SmartmopsError
+from smartmops.checks.errors import ConfigError, RunError, SmartmopsError, WrongType
 
 FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 GIVEN = re.compile(rf"^{FLAG.pattern} ([^\s:,]+)(?=[:,])", re.MULTILINE)  # a line that opens with a value
@@ -165,10 +165,10 @@ def unused(config: Any, names: Iterable[str], acts: bool, why: str) -> Iterator[
     for name in () if acts else names:
         value = getattr(config, name)
         if value != by_default[name]:
-            if isinstance(value, bool):
+            if isinstance(by_default[name], bool):
                 yield f"{typed(name if value else f'no_{name}')} {why}"
             else:
-                yield f"{typed(name)} {' '.join(value) if isinstance(value, tuple) else value} {why}"
+                yield f"{typed(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value} {why}"
 
 
 def check(config: Options, *, given: bool = False) -> None:
@@ -179,17 +179,20 @@ def check(config: Options, *, given: bool = False) -> None:
         given: Whether a user gave them, so that none may do nothing.
 
     Raises:
-        ConfigError: some are not; one line for each, with its value, its limit and the way out.
+        ConfigError: some are not; one line for each, with its value, its limit and the way out (a `WrongType` where
+            all are of another type).
         RunError: the place alone is wrong: taken already, or not there where it is to be gone on with.
     """
     found = list(dict.fromkeys(_each(config)))
+    mistyped = [line for line in found if line.endswith(GIVE)]
     found = found or list(dict.fromkeys([*config.problems(), *(config.idle() if given else ())]))
-    if (place := config.taken()) is not None:
+    place = config.taken() if isinstance(getattr(config, "out", None), Path | None) else None
+    if place is not None:
         if not found:
             raise place
         found = [*found, *([str(place)] if not any(line.startswith("--out ") for line in found) else [])]
     if found:
-        raise ConfigError("\n".join(found))
+        raise (WrongType if found == mistyped else ConfigError)("\n".join(found))
 
 
 def check_named(config: Options) -> None:
@@ -281,6 +284,7 @@ def _of_several(hint: Any) -> bool:
 
 
 NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "True or False"}
+GIVE = tuple(f": give {each}" for each in (*NAMES.values(), "a list"))  # how a line ends that is of a type
 
 
 def _is(kind: type, value: Any) -> bool:

@@ -36,6 +36,7 @@ class Local:
     max_grad_norm: float = 1.0  # gradients are clipped to it, as Hugging Face's Trainer does
     half: bool = False  # float16 on the way back, as the difference from what was received
     share_above: float = 0.0  # experts whose mean gate weight is not above it stay at home
+    head_lr: float = 0.02  # Adam's rate for the weights per head of separate prefix attention
 
 
 @dataclass(frozen=True)

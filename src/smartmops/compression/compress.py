@@ -28,6 +28,7 @@ from smartmops.checks.errors import BaseModelError, DiskError, RunExists, Smartm
 from smartmops.checks.folders import held_by
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
+from smartmops.checks.resources import translated
 from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
 from smartmops.progress.bars import counted
 from smartmops.settings.writing import NAME, resolved, versions
@@ -55,7 +56,8 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     with alone(partial):
         new = not held_by(partial)
         try:
-            return _compress(config)
+            with translated(config):
+                return _compress(config)
         except SmartmopsError as error:
             # No layer is done: what the user mends would be refused there. A full disk is told to go on with --resume.
             if new and held_by(partial) == [STATE] and not isinstance(error, DiskError):

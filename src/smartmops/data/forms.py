@@ -113,13 +113,17 @@ class _Reader:
         self.chosen, self.task = chosen, task
         self.way_out = "write it in quotes" if unit == "line" else "store the column as text"
         self.form: Form | None = None
-        self.category: str | None = None  # the column with the task, if there is one
+        self.category: str | None = None  # a column that may hold the task, if there is one
+        self.tasks: str | None = None  # the first of them that says something, which all rows are read from
+        self.passed = dict[str, str]()  # what says something else than the column that is taken, and how to take it
 
     @property
     def told(self) -> str:
-        """Where the tasks come from."""
-        named = self.chosen.get("category", self.category)
-        return f"tasks from column `{named}`" if named else f"task `{self.task}`" if self.task else "no column of tasks"
+        """Where the tasks come from, and what else they might have come from."""
+        named = self.chosen.get("category") or self.tasks or self.category
+        alone = f"task `{self.task}`" if self.task else "no column of tasks"
+        left = [f"`{other}` is not read ({way})" for other, way in self.passed.items()]
+        return ", ".join([f"tasks from column `{named}`" if named else alone, *left])
 
     def read(self, row: Any) -> list[Example]:
         if not isinstance(row, dict):
@@ -217,10 +221,21 @@ class _Reader:
             return value or ""
         raise DataError(f"`{column}` is {shown(value)}, not text: {self.way_out}")
 
-    def _label(self, row: Mapping[str, Any], columns: Iterable[str]) -> str:
+    def _label(self, row: Mapping[str, Any], columns: Sequence[str]) -> str:
+        """What the first column that says something says; nothing where none does. Tasks of all rows are of one."""
+        field = columns[0]
+        there = [name for name in columns[: 1 if field in self.chosen else None] if row.get(name) is not None]
+        said = {name: word for name in there if (word := self._name(row, name))}
+        column = next(iter(said), "")
+        if columns is CATEGORY:
+            column = self.tasks = self.tasks or column
+        self.passed |= {name: f"--columns {field}={name} takes it in place of `{column}`"
+                        for name, word in said.items() if column in said and word != said[column]}  # fmt: skip
+        return said.get(column, "")
+
+    def _name(self, row: Mapping[str, Any], column: str) -> str:
         """A name, for which numbers are taken too; nothing where it is blank."""
-        column = next((name for name in columns if row.get(name) is not None), "")
-        value = row.get(column)
+        value = row[column]
         found = str(value) if isinstance(value, int) and not isinstance(value, bool) else self._words(row, column)
         return found if found.strip() else ""
 

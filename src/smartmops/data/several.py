@@ -41,7 +41,10 @@ def names_of(data: Names) -> tuple[str, ...]:
     """
     if not isinstance(data, str | Path | Iterable):
         raise DataError(f"data={data!r} names no data: give office, a file, a folder or a hub id, or a list of them")
-    return (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
+    names = (data,) if isinstance(data, str | Path) else tuple(data)
+    if wrong := [each for each in names if not isinstance(each, str | Path)]:
+        raise DataError(f"data={wrong[0]!r} names no data: give office, a file, a folder or a hub id")
+    return tuple(map(str, names))
 
 
 def held(data: Names) -> str | tuple[str, ...]:
@@ -78,6 +81,7 @@ class Named:
     file: Path
     split: str  # train, held, or nothing
     rest: str  # its own name without the split's and a shard's number
+    place: tuple[str, ...]  # the folders between, but for those that are called as a split
     plain: bool  # whether the file or a folder is called as the split and no more
 
     @classmethod
@@ -89,7 +93,8 @@ class Named:
         split = "train" if any(each["train"] for each in found) else "held" if found else ""
         inside = any(SPLIT.fullmatch(part) for part in around)
         rest = bare if inside else SPLIT.sub("", bare, 1).strip("-_. ")
-        return cls(file, split, rest, inside or SPLIT.fullmatch(bare) is not None)
+        place = tuple(part for part in around if not SPLIT.fullmatch(part))
+        return cls(file, split, rest, place, inside or SPLIT.fullmatch(bare) is not None)
 
 
 def files_of(folder: Path, every_split: bool) -> tuple[list[tuple[Path, str]], list[Path]]:
@@ -99,8 +104,10 @@ def files_of(folder: Path, every_split: bool) -> tuple[list[tuple[Path, str]], l
     for training and one held out are called alike beside it. Then the training split alone is read, unless
     `every_split` is, and what else is in a name is its task, if there are several. Otherwise a file is a task.
 
+    Files of several folders that are called alike are tasks of their own, named for their folders too.
+
     Raises:
-        DataError: there is no file of a known form, or a compressed one.
+        DataError: there is no file of a known form, or a compressed one; or two tasks cannot be told apart by name.
     """
     files = [file for file in under(folder) if file.name not in ABOUT]
     packed = [file for file in files if file.suffix.lower() in PACKED and ending(file.with_suffix("")) in SUFFIXES]
@@ -114,11 +121,29 @@ def files_of(folder: Path, every_split: bool) -> tuple[list[tuple[Path, str]], l
     alike = {each.rest for each in train} & {each.rest for each in named if each.split == "held"}
     told = all(each.split for each in named) or any(each.plain for each in train) or bool(alike)
     if not told:
-        return [(each.file, each.file.stem) for each in named], []
+        named = [replace(each, rest=each.file.stem, place=each.file.relative_to(folder).parts[:-1]) for each in named]
+        return list(_tasks(folder, named)), []
     chosen = train if train and not every_split else named
-    several = len({each.rest for each in chosen}) > 1
+    several = len({(each.rest, each.place) for each in chosen}) > 1
     left = [each.file for each in named if each not in chosen]
-    return [(each.file, each.rest if several else "") for each in chosen], left
+    return list(_tasks(folder, chosen)) if several else [(each.file, "") for each in chosen], left
+
+
+def _tasks(folder: Path, named: Sequence[Named]) -> Iterator[tuple[Path, str]]:
+    """Files, each with the task that its name tells, and its folders' names where another one's is called alike."""
+    first, held = dict[str, Named](), dict[str, Named]()
+    apart = [(each, first.setdefault(each.rest, each)) for each in named]
+    alike = {each.rest: (other.file, each.file) for each, other in apart if each.place != other.place}
+    for one, another in alike.values():
+        log.info("%s: %s and %s are called alike, so where rows name no task, these are named for their folders too",
+                 folder, one.relative_to(folder), another.relative_to(folder))  # fmt: skip
+    for each in named:
+        task = "-".join((*(each.place if each.rest in alike else ()), *filter(None, [each.rest]))) or folder.name
+        other = held.setdefault(task, each)
+        if (other.place, other.rest) != (each.place, each.rest) and {other.rest, each.rest} & alike.keys():
+            both = f"{other.file.relative_to(folder)} and {each.file.relative_to(folder)}"
+            raise DataError(f"data={str(folder)!r}: {both} would both be task {task!r}: rename one")
+        yield each.file, task
 
 
 def tell_unread(folder: Path, files: Iterable[Path]) -> None:

@@ -201,12 +201,12 @@ def _all(
     columns: Sequence[str],
 ) -> Sequence[Example]:
     """What one name stands for; of several, all examples, each with its task and source."""
+    if not names or not all(name.strip() for name in names):
+        raise DataError("no data are named: give a file, a folder, a hub id, office, dolly or superni")
     if len(names) == 1:
         found = _read(names[0], keep, keep_general_qa, columns)
         _check_named(found, names[0])
         return found
-    if not names:
-        raise DataError("no data are named: give a file, a folder, a hub id, office, dolly or superni")
     own = () if set(names) <= set(BUILT_IN) else BUILT_IN
     return keep(
         example for name, label in zip(names, labels(names), strict=True)

@@ -53,7 +53,7 @@ def local_of(config: FederateConfig) -> Local:
     rate = EMBEDDED_RATE[config.init] if absolute else central.rate
     gate_rate = 1e-3 if config.gate_lr is None else config.gate_lr
     return Local(config.local_steps, config.batch_size, rate, gate_rate, 0, config.proximal,
-                 half=config.payload == "float16", share_above=config.share_above)  # fmt: skip
+                 half=config.payload == "float16", share_above=config.share_above, head_lr=config.head_lr)  # fmt: skip
 
 
 class InProcess:
@@ -237,6 +237,7 @@ def _finish(
         "perplexity": seen[-1]["perplexity"],
         "tokens": seen[-1]["tokens"],
         "perplexity_frozen": frozen.metrics()["perplexity"],
+        "gained": seen[-1]["perplexity"]["overall"] < frozen.overall,
         "rounds": [{key: row[key] for key in keys if key in row} for row in rows],
         "bytes_up": sum(row.get("bytes_up", 0) for row in rows),
         "bytes_down": sum(row.get("bytes_down", 0) for row in rows),

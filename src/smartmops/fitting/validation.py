@@ -64,11 +64,12 @@ def _shut(model: Any, start: Mapping[str, Tensor]) -> str:
     return "closed" if begins_at_base else "untrained"
 
 
-def verdict(metrics: Mapping[str, Any]) -> str | None:
+def verdict(metrics: Mapping[str, Any], longer: str = "--steps") -> str | None:
     """What a table must not hide: that nothing was gained, by which numbers, and what to try; None where something was.
 
     Args:
         metrics: Of a run, as `metrics.json` holds them.
+        longer: The option by which the command trains longer.
     """
     found, frozen = metrics["perplexity"]["overall"], metrics["perplexity_frozen"]["overall"]
     if metrics.get("gained", True) and found < frozen:
@@ -80,4 +81,4 @@ def verdict(metrics: Mapping[str, Any]) -> str | None:
                 f"{best['validation_perplexity']:.3f}; {said}")  # fmt: skip
         said += SAVED[best["adapter"]]
     return (f"Nothing was gained: {said} Try more or cleaner data, another rate (--prompt-lr), fewer --experts, or "
-            "more --steps.")  # fmt: skip
+            f"more {longer}.")  # fmt: skip

@@ -17,6 +17,7 @@ from smartmops.checks.errors import DiskError, SmartmopsError
 from smartmops.checks.folders import held_by
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
+from smartmops.checks.resources import translated
 from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import Evaluation, samples
 from smartmops.fitting.kept import Kept, state_of
@@ -60,7 +61,8 @@ def begun(command: str, config: Any, method: str, **seeds: Any) -> Iterator[Run]
         new = not held_by(config.out)
         run = ranks.first_does(Run.create, config.out, about, config.resume)
         try:
-            yield run
+            with translated(config):  # memory that is not enough is something to mend, too
+                yield run
         except SmartmopsError as error:
             if new and ranks.rank() == 0 and not isinstance(error, DiskError):  # which says --resume
                 _taken_away(run)

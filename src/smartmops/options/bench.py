@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import OutFolder, refused
-from smartmops.checks.limits import Count, Number, OneOf, Options, Several, Whole
+from smartmops.checks.limits import Count, Number, OneOf, Options, Several, Whole, listed, unused
 
 from .training import Columns, Data, Model
 
@@ -22,6 +22,16 @@ RATIOS = (
 # Of a base that is named, `smartmops bench MODEL`.
 ROWS = ("train", "train_short", "train_middle", "train_long", "memory", "preparing", "quality", "prefill", "decode_1",
         "decode_16", "mixed", "start_up", "busy_neighbour")  # fmt: skip
+DECODED = ("decode_vs_bare_batch_1", "decode_vs_bare_batch_8", "mixed_batch_vs_lora", "decode_1", "decode_16", "mixed")
+READ_BY = {  # options that not every row reads
+    "repeats": tuple(name for name in RATIOS + ROWS if name not in ("preparing", "quality")),
+    "prompt_tokens": ("prefill_vs_bare", "decode_vs_bare_batch_1", "decode_vs_bare_batch_8"),
+    "new_tokens": DECODED,
+    "quality_steps": ("quality",),
+    "gate_examples": ("gate_pretraining_seconds",),
+    "peak_sizes": ("matrix_peak_share",),
+    "many_experts": ("experts_70_vs_7",),
+}
 POSITIONS = 4096  # of the random model
 Ratio = Annotated[str, OneOf(tuple(dict.fromkeys(RATIOS + ROWS)))]
 Positions = Annotated[int, Number(f"1 to {POSITIONS}, the positions of the model", 1, POSITIONS)]
@@ -113,9 +123,14 @@ class BenchConfig(Growth, MeasuredModel, Measuring, Options):
         """K, the number of prompts."""
         return self.experts * self.prompts_per_expert
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """All that is measured by default."""
+        return RATIOS if self.model is None else ROWS
+
     def problems(self) -> Iterator[str]:
         """Whether the shape is one, and what is named can be measured on it."""
-        known = RATIOS if self.model is None else ROWS
+        known = self.known
         for name in self.only:
             if name not in known:
                 what = "the random Llama" if self.model is None else f"{self.model}, a base that is named"
@@ -131,6 +146,22 @@ class BenchConfig(Growth, MeasuredModel, Measuring, Options):
         if self.prompt_tokens + self.new_tokens > POSITIONS:
             yield (f"--prompt-tokens {self.prompt_tokens} and --new-tokens {self.new_tokens} are more than the model's "
                    f"{POSITIONS} positions: choose fewer")  # fmt: skip
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        own = self.model is None
+        yield from unused(self, ("dtype",), not own, "is of a base that is named: give MODEL, or leave it away")
+        yield from unused(self, ("layers", "hidden", "intermediate", "heads", "vocabulary", "injection_layer"), own,
+                          f"is of the random Llama, and {self.model} is measured: leave one of them away")  # fmt: skip
+        yield from unused(self, tuple(each.name for each in fields(Growth) if each.name != "growth"), self.growth,
+                          "is of --growth: give that, or leave it away")  # fmt: skip
+        for name, rows in READ_BY.items():
+            here = [row for row in self.known if row in rows]
+            acts = not {*here}.isdisjoint(self.only or self.known) or (self.growth and name == "repeats")
+            way = f"of {listed(here)}, which --only leaves out: name it there" if here else (
+                f"not of what is measured {'on the random Llama' if own else f'on {self.model}'}: choose "
+                f"{'a MODEL' if own else 'the random Llama'}")  # fmt: skip
+            yield from unused(self, (name,), acts, f"is {way}, or leave it away")
 
     def taken(self) -> RunError | None:
         """As `Options`."""

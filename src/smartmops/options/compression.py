@@ -12,7 +12,7 @@ import tyro
 
 from smartmops.checks.errors import ConfigError, RunError, RunExists
 from smartmops.checks.folders import OutFolder, held_by, missing, near
-from smartmops.checks.limits import LARGEST, Count, NotNegative, Number, OneOf, Options, Seed, Share, Text
+from smartmops.checks.limits import LARGEST, Count, NotNegative, Number, OneOf, Options, Seed, Share, Text, unused
 
 from .training import Base, Columns, Zeros
 
@@ -141,6 +141,11 @@ class CompressConfig(CompressRun, Calibrated, Quantised, Pruning, Options):
             return "nf4"
         return None if not self.int8 else "int8" if self.int8_engine == "bitsandbytes" else "int8-torchao"
 
+    @property
+    def pruned(self) -> bool:
+        """Whether weights become zero."""
+        return (self.sparsity, self.pattern) != (None, None)
+
     def check_positions(self, positions: object) -> None:
         """Whether a model of so many positions (None: it does not say) takes sequences of the length asked for.
 
@@ -159,9 +164,28 @@ class CompressConfig(CompressRun, Calibrated, Quantised, Pruning, Options):
             yield f"--sparsity {self.sparsity} and --pattern {self.pattern} are both asked for: choose one"
         if self.sparsity is None and self.pattern is None and self.quantisation is None:
             yield "nothing to do: give --sparsity 0.75 or --pattern 7:8, --int8 or --nf4"
-        pruned = (self.sparsity, self.pattern) != (None, None)
-        if pruned and self.calibration is None and self.method != "magnitude" and self.model != "tiny":
+        if self.pruned and self.calibration is None and self.method != "magnitude" and self.model != "tiny":
             yield f"no calibration text for {self.model}: give --calibration a text file, or the DATA it will serve"
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        calibrates, solved = self.pruned and self.method != "magnitude", self.pruned and self.method == "sparsegpt"
+        reads = calibrates or self.calibration is not None or self.model == "tiny"
+        of_data = reads and not (self.calibration or "").endswith(TEXT_ENDINGS)
+        acting = {
+            ("method",): (self.pruned, "pruning: give --sparsity or --pattern"),
+            ("block_size", "damping"): (solved, "pruning by --method sparsegpt: choose that"),
+            ("int8_engine",): (self.int8, "--int8: give that"),
+            ("sequences", "seed"): (calibrates, "text that pruning is calibrated on, and none is: choose --method "
+                                                "sparsegpt or wanda, with --sparsity or --pattern"),
+            ("sequence_length", "batch_size"): (reads, "text, and none is read to calibrate or measure on: give "
+                                                       "--calibration"),
+            ("columns", "data_seed", "limit", "test_share"): (of_data, "DATA, and none are read to calibrate or to "
+                                                                       "measure on: name them by --calibration"),
+            ("device",): (self.pruned or reads, "layers that are pruned or measured: give --calibration"),
+        }  # fmt: skip
+        for names, (acts, of) in acting.items():
+            yield from unused(self, names, acts, f"is of {of}, or leave it away")
 
     def taken(self) -> RunError | None:
         """As `Options`."""

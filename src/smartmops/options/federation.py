@@ -172,16 +172,16 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         for name, aggregation in (("trim", "trimmed-mean"), ("server_lr", "fedadam")):
             yield from unused(self, (name,), self.aggregation == aggregation,
                               f"is of --aggregation {aggregation}: choose that, or leave it away")  # fmt: skip
-        several, prompts = self.traits.reads and self.experts > 1, self.gate_granularity == "prompt"
-        for names, acts in (("gate_lr",), several or prompts), (("share_above",), several):
-            yield from unused(self, names, acts, "is of a gate, and this adapter has none: choose --method mops, or "
-                              "leave it away")  # fmt: skip
+        yield from unused(self, ("share_above",), self.traits.reads and self.experts > 1,
+                          "is of a gate, and this adapter has none: choose --method mops, or "
+                          "leave it away")  # fmt: skip
+        yield from unused(self, ("relative_lr",), not self.traits.ours or self.expert_kind == "keys_values",
+                          "does not reach clients with --expert-kind hidden_states, whose rate is absolute: give "
+                          "--prompt-lr")  # fmt: skip
         yield from unused(self, ("quorum", "attempts", "norm_limit"), self.noise_multiplier is None,
-                          "makes something hang on how many answered, or on how far others went, which "
-                          "--noise-multiplier does not cover: leave it away")  # fmt: skip
+                          "gives way to --noise-multiplier, under which every update that comes counts: "
+                          "leave one of them away")  # fmt: skip
         yield from unused(self, ("relative_gate_lr",), False, "does not reach the clients: give --gate-lr")
-        yield from unused(self, ("head_lr",), self.prefix_attention != "separate",
-                          "does not reach the clients: leave it away")  # fmt: skip
 
     def _shared_out(self) -> Iterator[str]:
         """What does nothing of the options that share data out among clients on this machine."""
@@ -195,6 +195,8 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
                           f"is of --partition skewed: {away}")  # fmt: skip
         yield from unused(self, ("dirichlet_alpha",), own and self.partition == "dirichlet",
                           f"is of --partition dirichlet: {away}")  # fmt: skip
+        yield from unused(self, ("allow_other_versions",), False, "is of `smartmops federate-server`, and clients here "
+                          "have the same versions: leave it away")  # fmt: skip
         yield from unused(self, ("actors",), self.engine == "flower-simulation",
                           f"is of --engine flower-simulation: {away}")  # fmt: skip
 

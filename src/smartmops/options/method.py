@@ -191,21 +191,12 @@ class GatePretraining:
 def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
     """What options of our own methods have to do with each other, and with the methods that are trained."""
     ours = any(METHODS[method].ours for method in methods)
-    wanted = {
-        "visible_to": config.visible_to, "null_expert": config.null_expert, "unrelated": config.unrelated,
-        "shared_prompts": config.shared_prompts, "freeze_first_column": config.freeze_first_column,
-        "gate_layer": config.gate_layer,
-        "prefix_attention": None if config.prefix_attention == "joint" else config.prefix_attention,
-    }  # fmt: skip
-    for name, value in wanted.items():
-        if value in (None, 0, False):
-            continue
-        if not ours:
-            yield (f"{typed(name)} {value} is of experts, and --method {methods[0]} has none: choose --method mops, or "
-                   "leave it away")  # fmt: skip
-        elif (value == "answers" or name == "prefix_attention") and config.expert_kind == "hidden_states":
-            yield (f"{typed(name)} {value} needs --expert-kind keys_values, but it is hidden_states: choose that, or "
-                   f"leave {typed(name)} away")  # fmt: skip
+    if ours and config.expert_kind == "hidden_states":
+        for name, wanted in (("visible_to", config.visible_to == "answers"),
+                             ("prefix_attention", config.prefix_attention != "joint")):  # fmt: skip
+            if wanted:
+                yield (f"{typed(name)} {getattr(config, name)} needs --expert-kind keys_values, but it is "
+                       f"hidden_states: choose that, or leave {typed(name)} away")  # fmt: skip
     if ours and config.expert_kind == "keys_values" and config.gate_target == "hidden_states":
         yield ("--gate-target hidden_states scales prompts that run through the layers, and those of --expert-kind "
                "keys_values do not: choose --gate-target attention, or --expert-kind hidden_states")  # fmt: skip
@@ -222,25 +213,71 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
 
 
 def method_idle(config: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
-    """Which options of experts and rates do nothing as the others are."""
+    """Which options of experts, gate and rates do nothing as the others are."""
     traits = [METHODS[method] for method in methods]
-    ours = any(each.ours for each in traits)
+    ours, lora = any(each.ours for each in traits), any(each.adapter == "lora" for each in traits)
+    sized = lora and config.lora_match != "none"  # by experts that are not trained
+    experts = f"experts, and --method {methods[0]} has none: choose --method mops"
     acting = {
-        ("lora_rank", "lora_alpha", "lora_from", "lora_match"):
-            (any(each.adapter == "lora" for each in traits), "LoRA, which is not trained here: choose that method"),
-        ("expert_attention",): (ours and config.expert_kind == "hidden_states",
-                                "experts that run through the layers: choose --expert-kind hidden_states"),
+        ("lora_alpha", "lora_match"): (lora, "LoRA, which is not trained here: choose that method"),
+        ("lora_rank",): (lora and not sized, "LoRA of a given size: choose that method, without --lora-match"),
+        ("lora_from",): (lora and config.lora_match != "memory", "LoRA of given layers: choose that method, without "
+                                                                 "--lora-match memory"),
+        ("experts", "prompts_per_expert"): (ours or sized or any(each.adapter == "prompts" for each in traits),
+                                            "prompts, and there are none: choose --method mops"),
+        ("expert_kind", "injection_layer", "shared_prompts"): (ours or sized, experts),
+        ("init", "visible_to", "freeze_first_column", "prefix_attention"): (ours, experts),
+        ("expert_attention",): (any(each.gate != "none" for each in traits) and config.expert_kind == "hidden_states",
+                                "experts that run through the layers: choose --method mops with --expert-kind "
+                                "hidden_states"),
         ("gate_renormalise",): (config.gate_top_k is not None, "the weights that --gate-top-k keeps: give that"),
         ("head_lr",): (ours and config.prefix_attention == "separate", "--prefix-attention separate: choose that"),
+        ("relative_lr",): (config.prompt_lr is None and any(each.rate is None for each in traits),
+                           "prompts without a --prompt-lr: train such"),
     }  # fmt: skip
-    for names, (acts, of) in acting.items():
+    for names, (acts, of) in (acting | _gate_acting(config, {each.gate for each in traits}, sized)).items():
         yield from unused(config, names, acts, f"is of {of}, or leave it away")
+    yield from unused(config, ("relative_gate_lr",), config.gate_lr is None, "gives way to --gate-lr: leave one of "
+                      "them away")  # fmt: skip
+
+
+def _gate_acting(config: MethodConfig, gates: set[str], sized: bool) -> dict[tuple[str, ...], tuple[bool, str]]:
+    """Of options of the gate, whether they act under gates of these kinds, and what they are of."""
+    one = config.experts == 1 and config.gate_granularity == "expert"
+    kinds = set() if one else gates
+    null = "learned" in gates  # then a single expert too may leave a text to the base
+    leaves = null and (config.expert_kind == "keys_values" if config.null_expert is None else config.null_expert)
+    read, learned = leaves or kinds & {"learned", "highest", "even"}, kinds & {"learned", "highest"}
+    away = "and this adapter has none: choose --method mops and several --experts"
+    return {
+        ("gate_target", "gate_granularity"): (bool(kinds - {"none"}), f"a gate, {away}"),
+        ("embedder",): (bool(read), f"a gate that reads, {away}"),
+        ("gate_layer", "gate_input"): (bool(read) and config.embedder is None,
+                                       "a gate that reads the model's own states: choose --method mops and several "
+                                       "--experts, without --embedder"),
+        ("gate_temperature", "gate_lr", "relative_gate_lr"): (bool(learned), f"a gate that learns, {away}"),
+        ("gate_hidden_size",): (bool(learned) or sized, f"a gate that learns, {away}"),
+        ("gate_top_k",): (bool(kinds & {"learned", "even"}), "a gate that weighs several experts: choose --method mops "
+                                                             "and several --experts"),
+        ("null_expert",): (null, f"a gate that is taught, {away}"),
+        ("null_threshold", "unrelated"): (leaves, "a null expert, and there is none: choose --null-expert"),
+    }  # fmt: skip
 
 
 def gate_idle(config: GatePretraining, method: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
-    """Which options of Adam's pretraining of the gate do nothing, because it is not pretrained, or in closed form."""
+    """Which options of the gate's pretraining do nothing, because there is none, or in closed form."""
     closed = method.expert_kind == "keys_values" and method.gate_granularity == "expert"
-    learned = any(METHODS[name].learned for name in methods) and config.gate_pretraining != "none"
+    several = method.experts > 1
+    reads = several and any(METHODS[name].reads for name in methods)
+    learned = several and any(METHODS[name].learned for name in methods) and config.gate_pretraining != "none"
+    choose = "choose --method mops and several --experts, or leave it away"
+    yield from unused(config, ("gate_pretraining",), reads, f"is of a gate, and this adapter has none: {choose}")
+    yield from unused(config, ("expert_names",), reads and config.gate_pretraining == "labels",
+                      f"is of a gate that learns labels: {choose}")  # fmt: skip
+    yield from unused(config, ("gate_start",), learned, f"is of a gate that is pretrained: {choose}")
+    if learned and not closed and config.gate_start == "ridge":
+        yield ("--gate-start ridge needs --expert-kind keys_values and --gate-granularity expert: choose those, or "
+               "leave it away")  # fmt: skip
     yield from unused(
         config, ("gate_pretraining_steps", "gate_pretraining_lr"),
         learned and (config.gate_start == "gradient" or not closed),

@@ -11,7 +11,7 @@ import tyro
 
 from smartmops.checks.columns import BUILT_IN
 from smartmops.checks.folders import OutFolder
-from smartmops.checks.limits import Count, Options, Positive, Rate, Seed, Several, Whole
+from smartmops.checks.limits import Count, Options, Positive, Rate, Seed, Several, Whole, unused
 
 from .compression import Calibration
 from .training import Activations, Columns, Data, Model
@@ -20,6 +20,9 @@ Name = Literal[
     "all", "table2", "table3", "table4", "table5", "table6", "table8", "figure3", "figure4", "figure5", "figure6",
     "ablation", "unseen", "answers", "interference",
 ]  # fmt: skip
+FEDERATED = ("table3", "table5", "figure5")
+OF_ONE_SEED = ("figure5", "figure6")  # they show gates, which are not averaged
+COMPRESSED = ("all", "table2", "table3", "table4", "table5", "table6", "figure6")  # their bases, by default
 
 
 @dataclass(frozen=True)
@@ -119,3 +122,20 @@ class ReproduceConfig(GridRounds, GridLines, GridData, GridBases, GridRun, Optio
             named = next((text for text in self.data if text.rpartition("=")[2] in BUILT_IN), "those of the tables")
             yield (f"--columns {' '.join(self.columns)}: {named} have columns of their own: give --data of yours "
                    "alone, or leave the option away")  # fmt: skip
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        federated, away = self.name == "all" or self.name in FEDERATED, "leave it away"
+        yield from unused(self, ("clients", "eval_every"), federated,
+                          f"is of federated training, and {self.name} has none: {away}")  # fmt: skip
+        yield from unused(self, ("clients_per_round", "rounds", "local_steps"), federated or self.steps is None,
+                          f"gives way to --steps in {self.name}: leave one of them away")  # fmt: skip
+        yield from unused(self, ("steps", "tune"), self.name not in FEDERATED,
+                          f"is of central training, and {self.name} has none: {away}")  # fmt: skip
+        yield from unused(self, ("seeds",), self.name not in OF_ONE_SEED or len(self.seeds) == 1,
+                          f"are several, and {self.name} shows one: give one")  # fmt: skip
+        compressed = any(base != "dense" for base in self.bases) if self.bases else self.name in COMPRESSED
+        yield from unused(self, ("calibration",), compressed,
+                          f"is of bases that are compressed, and these are not: give --bases, or {away}")  # fmt: skip
+        yield from unused(self, ("budget", "activations"), not self.tables_only,
+                          "is of cells that are run, and --tables-only runs none: leave one of them away")  # fmt: skip

@@ -164,9 +164,12 @@ class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, Data
         methods = self.trained()
         yield from method_idle(self, methods)
         yield from gate_idle(self, self, methods)
+        ours = any(METHODS[method].ours for method in methods)
+        yield from unused(self, ("recovery_prompts", "activations"), ours,
+                          f"is of experts, and --method {methods[0]} has none: choose --method mops, or "
+                          "leave it away")  # fmt: skip
         yield from unused(
-            self, ("recovery_steps", "recovery_lr"),
-            self.recovered_by > 0 and any(METHODS[method].ours for method in methods),
+            self, ("recovery_steps", "recovery_lr", "keep_recovery_prompts"), self.recovered_by > 0 and ours,
             "is of recovery prompts, and there are none: give --recovery-prompts, or leave it away",
         )  # fmt: skip
 
@@ -256,7 +259,14 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
     def idle(self) -> Iterator[str]:
         """As `Options`."""
         yield from super().idle()
-        away = "leave one of them away"
+        away, traits = "leave one of them away", [METHODS[method] for method in self.trained()]
+        yield from unused(self, ("interference_examples",), any(each.ours for each in traits),
+                          "is of prompts of ours, and there are none: choose --method mops, or "
+                          "leave it away")  # fmt: skip
+        yield from unused(self, ("samples_per_task",),
+                          self.embedder is None and any(each.answers for each in traits),
+                          "is of answers to a text alone, which such a method, or one with --embedder, is not asked "
+                          "for: leave it away")  # fmt: skip
         yield from unused(self, ("answer_tokens",), self.answers_per_task > 0,
                           "is of scored answers, and there are none: give --answers-per-task, or "
                           "leave it away")  # fmt: skip
@@ -308,4 +318,6 @@ class CompareConfig(TrainConfig):
         yield from unused(self, ("method", "prompt_lr"), False,
                           "is of one method, and compare trains several: name each with its rate "
                           "by --methods")  # fmt: skip
+        yield from unused(self, ("relative_lr",), None in self.compared.values(),
+                          "gives way to the rates of --methods: leave one of them away")  # fmt: skip
         yield from unused(self, ("seed",), False, f"is one seed, and compare takes several: write --seeds {self.seed}")

@@ -45,8 +45,8 @@ def entropy(weights: Sequence[float]) -> float:
 
 
 def experts_used(weights: Sequence[float]) -> float:
-    """Effective number of experts, exp(entropy): 1 for one expert alone, E for E experts used alike."""
-    return math.exp(entropy(weights))
+    """Effective number of experts, exp(entropy): 1 for one expert alone, E for E used alike, 0 where all is left."""
+    return math.exp(entropy(weights)) if any(weights) else 0.0
 
 
 def favourites(table: GateTable) -> dict[str, str]:

@@ -203,14 +203,14 @@ def _heatmaps(run: Run) -> list[dict[str, Any]]:
         stages = gates.tables(run.read_gates() or {})
     except ValueError as error:
         raise RunError(f"{run.path}: {error}") from error
-    highest = max((w for table in stages.values() for row in table.weights.values() for w in row), default=1.0)
+    highest = max((w for table in stages.values() for row in table.weights.values() for w in row), default=0.0)
     maps = []
     for stage, table in stages.items():
         own = gates.own_weights(table)
         rows = [
             {
                 "task": task,
-                "cells": [(f"{w:.2f}", round(w / highest, 3), w == max(weights)) for w in weights],
+                "cells": [(f"{w:.2f}", round(w / (highest or 1.0), 3), w == max(weights) > 0) for w in weights],
                 "used": f"{gates.experts_used(weights):.1f}",
             }
             for task, weights in table.weights.items()

@@ -122,6 +122,15 @@ class Plan:
         best = min(own, key=lambda cell: float(found[cell]["metrics"]["perplexity"]["overall"]))
         return settings | dict(variant.among[own.index(best)])
 
+    def rated(self) -> set[str]:
+        """What `given` may name."""
+        chain = [variant for data in self.datas for variant in self.variants(data)]
+        for variant in chain:
+            chain += [other for other in (variant.like, variant.over) if other]
+        if self.study.command == "train":
+            return {variant.label for variant in chain}
+        return {f"federate:{name}" for each in chain for name in (each.label, each.settings["method"])}
+
     def cells(self) -> list[Cell]:
         """All cells whose settings are known: those of the first seed first, so that a budget cuts seeds, not lines."""
         return [

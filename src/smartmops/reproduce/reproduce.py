@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smartmops.checks.errors import ConfigError
 from smartmops.checks.limits import check
 from smartmops.evidence.page import markdown
 from smartmops.options.reproduce import ReproduceConfig
@@ -29,10 +31,11 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     """
     check(config)
     out = config.out or Path("runs/reproduce")
-    out.mkdir(parents=True, exist_ok=True)
     until = math.inf if config.budget is None else time.monotonic() + 60 * config.budget
     names = list(STUDIES) if config.name == "all" else [config.name]
     plans = {name: plan_of(config, name) for name in names}
+    _check_named(config, list(plans.values()))
+    out.mkdir(parents=True, exist_ok=True)
     counts = {"cells": 0, "missing": 0}
     for base in (base for plan in plans.values() for base in plan.names()):
         Base(base).compression()
@@ -58,6 +61,24 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
 
         write_html(pages, out, out / "report.html")
     return counts
+
+
+def _check_named(config: ReproduceConfig, plans: Sequence[Plan]) -> None:
+    """Whether all data and rates that were named are of some table.
+
+    Raises:
+        ConfigError: one is of none, and would do nothing.
+    """
+    taken = {data for plan in plans for data in plan.datas}
+    if left := [data for data in datas_of(config.data) if data not in taken]:
+        asked = ", ".join(plans[0].study.datas)
+        raise ConfigError(f"--data {left[0].path}: {config.name} is of {asked} where they are given, so "
+                          f"{left[0].name!r} would not be read: leave it away")  # fmt: skip
+    rated = sorted({name for plan in plans if config.rates for name in plan.rated()})
+    for name in config.rates:
+        if name not in rated:
+            raise ConfigError(f"--rates {name} {config.rates[name]}: no line of {config.name} takes it, choose from "
+                              f"{', '.join(rated)}")  # fmt: skip
 
 
 def _run(plan: Plan, until: float) -> None:

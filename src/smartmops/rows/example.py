@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from smartmops.checks.errors import DataError
+from smartmops.checks.errors import DataError, NoText
 
 ROLES = ("system", "user", "assistant")
 TEXTS = ("instruction", "context", "response", "category", "source", "system")
@@ -18,6 +18,7 @@ class Example:
     """One supervised example of one task.
 
     Raises:
+        NoText: a text is something else.
         DataError: a text holds half a character, as cut-off text from the web does: no tokenizer and no file takes it.
     """
 
@@ -30,9 +31,13 @@ class Example:
     history: tuple[tuple[str, str], ...] = ()  # earlier turns: what the user said, what the assistant answered
 
     def __post_init__(self) -> None:
-        texts = [getattr(self, name) for name in TEXTS] + [text for turn in self.history for text in turn]
         try:
+            texts = [getattr(self, name) for name in TEXTS] + [text for turn in self.history for text in turn]
             "".join(texts).encode()
+        except TypeError:
+            wrong = next((name for name in TEXTS if not isinstance(getattr(self, name), str)), "history")
+            wanted = "pairs of question and answer" if wrong == "history" else "text"
+            raise NoText(f"`{wrong}` is {str(getattr(self, wrong))[:40]!r}, not {wanted}: give that") from None
         except UnicodeEncodeError:
             for name, text in zip([*TEXTS, *["history"] * 2 * len(self.history)], texts, strict=True):
                 _check_characters(name, text)
@@ -76,6 +81,9 @@ def opened(messages: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[tuple[str,
         DataError: as `conversation`, but for the end and empty turns.
     """
     system, history, question = "", list[tuple[str, str]](), None
+    if not isinstance(messages, Sequence):
+        raise NoText(f"messages={str(messages)[:40]!r} is no list of messages: write "
+                     '[{"role": "user", "content": ...}]')  # fmt: skip
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise DataError(f"message {number} is {str(message)[:40]!r}, no object with role and content: write "

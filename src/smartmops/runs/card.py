@@ -147,7 +147,8 @@ def _numbers(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     lines.append(_row("**overall**", (side["overall"] for side in sides.values())))
     lines += ["", _means(config, metrics) if compared else f"One run{_told(config, metrics)}."]
     if metrics.get("gained") is False:
-        lines += ["", "**Nothing was gained: it answers as the frozen base does.**"]
+        closed = metrics.get("best", {}).get("adapter") == "closed"
+        lines += ["", f"**Nothing was gained{': it answers as' if closed else ' over'} the frozen base{' does' * closed}.**"]
     return "\n".join([*lines, ""])
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from smartmops.checks.errors import WrongType
+
 THOUGHT = "</think>"  # which ends what models think before they answer
 
 
@@ -28,6 +30,17 @@ class Prompt:
     input_ids: list[int]
     gate_mask: list[int] | None  # 1 on tokens of the user's and the application's own text; None: the tokenizer is slow
     header: int  # tokens at the end that open the assistant's turn
+
+
+def a_tokenizer(given: Any) -> Any:
+    """What was given for a tokenizer, where it is one.
+
+    Raises:
+        WrongType: it is none.
+    """
+    if not hasattr(given, "chat_template"):
+        raise WrongType(f"tokenizer={str(given)[:40]!r}: give the model's tokenizer")
+    return given
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part]) -> list[tuple[list[int], list[int]]]:

@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from smartmops.checks.errors import BaseModelError, ConfigError
 from smartmops.rows.example import Example, opened
 
-from .parts import Part, Prompt, holds, ids_of, shared, span, tokens, whole_after
+from .parts import Part, Prompt, a_tokenizer, holds, ids_of, shared, span, tokens, whole_after
 
 CHOICES = "auto, chat, plain or a file with a Jinja template"
 FILE = "chat_template.jinja"  # what transformers calls it, beside a tokenizer
@@ -61,7 +61,7 @@ def render(
     Raises:
         ConfigError: as `Template.of`, or the messages are no conversation.
     """
-    chosen = Template.of(template, tokenizer)
+    chosen = Template.of(template, a_tokenizer(tokenizer))
     system, history, question = opened([{"role": "user", "content": text}] if isinstance(text, str) else text)
     *earlier, (user, answer) = history if question is None else (*history, (question, ""))
     turns = Example(user, "", answer, system=system, history=tuple(earlier)).turns()

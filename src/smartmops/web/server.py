@@ -290,7 +290,7 @@ def _telling(app: FastAPI, site: Site) -> None:
 
     @app.get("/")
     async def playground() -> Response:
-        return HTMLResponse(page(), headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(page(site.most), headers={"Content-Security-Policy": POLICY})
 
     @app.get("/openapi.json")
     async def described(request: Request) -> Response:

@@ -112,6 +112,21 @@ class InspectConfig(Options):
     max_new_tokens: Count = 48  # largest number of tokens of an answer
 
 
+@dataclass(kw_only=True)
+class Answered(Options):
+    """How a run in memory answers."""
+
+    max_new_tokens: Count = 48  # largest number of tokens of an answer
+
+
+@dataclass(kw_only=True)
+class Question(Answered):
+    """What a run in memory is asked."""
+
+    text: Annotated[str, Text("an instruction")]  # instruction to answer
+    context: str = ""  # text that the instruction refers to
+
+
 @dataclass
 class ReportConfig(Options):
     """One self-contained report.html of one or several runs."""
