@@ -251,15 +251,17 @@ def _made(kind: type[C], config: C | str | Path | None, options: dict[str, Any])
         WrongType: what is given for a config is none.
         ConfigError: a value is outside its limits, or the file cannot be read.
     """
+    file: dict[str, Any] = {}
     if isinstance(config, str | Path):
-        options, config = options_of(as_path("config", config, "a YAML file of options"), kind) | options, None
+        file, config = options_of(as_path("config", config, "a YAML file of options"), kind), None
     if config is not None and not isinstance(config, kind):
         raise WrongType(f"config={str(config)[:40]!r} is no {kind.__name__}: give one, a YAML file of options, or "
                         "options by name")  # fmt: skip
     if config is not None and options:
         raise UnknownOption(f"a config and {', '.join(options)}: give one or the other")
     if config is None:
-        config = kind(**_complete(kind, options))
+        config = kind(**_complete(kind, file | options))
+        config.from_file = {name: value for name, value in file.items() if name not in options}  # type: ignore[misc]
     check_named(config)
     return config
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import smartmops as sm
 from smartmops import cli
 from smartmops.checks.errors import ConfigError
+from smartmops.checks.limits import check
 from smartmops.options.training import TrainConfig
 from smartmops.settings.described import GROUPS
 from smartmops.settings.examples import EXAMPLES
@@ -134,3 +136,21 @@ def test_the_package_is_a_program_too() -> None:
     done = subprocess.run([sys.executable, "-m", "smartmops", "--version"], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])})  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith("smartmops ")
+
+
+def test_a_file_may_serve_several_methods_and_what_it_gives_in_vain_is_said_and_not_refused(tmp_path: Path) -> None:
+    file = tmp_path / "shared.yaml"
+    file.write_text("model: tiny\ndata: office\ngate_lr: 0.5\nexperts: 3\nmethod: lora\n")
+    words = ["train", "--config", str(file), "--out", str(tmp_path / "a")]
+    with pytest.warns(UserWarning, match="in the file of options, --gate-lr 0.5 is of a gate"):
+        check(asked(cli.COMMANDS, words)[1], given=True)
+    with pytest.warns(UserWarning), pytest.raises(ConfigError, match=r"--gate-lr 0\.25 is of a gate"):
+        check(asked(cli.COMMANDS, [*words, "--gate-lr", "0.25"])[1], given=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(asked(cli.COMMANDS, [*words, "--method", "mops", "--gate-lr", "0.25"])[1], given=True)
+    with (
+        pytest.warns(UserWarning, match="in the file of options"),
+        pytest.raises(ConfigError, match=r"gate_lr 0\.25 is of a gate"),
+    ):
+        sm.train(config=file, out=tmp_path / "a", gate_lr=0.25)

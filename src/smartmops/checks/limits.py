@@ -7,15 +7,28 @@ and how options are typed; knows no option.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import types
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import tyro
 
@@ -144,7 +157,13 @@ def typed(name: str) -> str:
 
 
 class Options:
-    """What a config of a command is asked beside the limits of its fields."""
+    """What a config of a command is asked beside the limits of its fields.
+
+    Attributes:
+        from_file: What a file of options gave, which may serve several methods: there an option may do nothing.
+    """
+
+    from_file: ClassVar[Mapping[str, Any]] = {}
 
     def problems(self) -> Iterator[str]:
         """What is wrong with several options together; asked once each is right by itself."""
@@ -164,7 +183,7 @@ def unused(config: Any, names: Iterable[str], acts: bool, why: str) -> Iterator[
     by_default = {each.name: each.default for each in fields(config)}
     for name in () if acts else names:
         value = getattr(config, name)
-        if value != by_default[name]:
+        if value != by_default[name] and not (name in config.from_file and config.from_file[name] == value):
             if isinstance(by_default[name], bool):
                 yield f"{typed(name if value else f'no_{name}')} {why}"
             else:
@@ -185,7 +204,7 @@ def check(config: Options, *, given: bool = False) -> None:
     """
     found = list(dict.fromkeys(_each(config)))
     mistyped = [line for line in found if line.endswith(GIVE)]
-    found = found or list(dict.fromkeys([*config.problems(), *(config.idle() if given else ())]))
+    found = found or list(dict.fromkeys([*config.problems(), *(_idle(config) if given else ())]))
     place = config.taken() if isinstance(getattr(config, "out", None), Path | None) else None
     if place is not None:
         if not found:
@@ -193,6 +212,18 @@ def check(config: Options, *, given: bool = False) -> None:
         found = [*found, *([str(place)] if not any(line.startswith("--out ") for line in found) else [])]
     if found:
         raise (WrongType if found == mistyped else ConfigError)("\n".join(found))
+
+
+def _idle(config: Options) -> list[str]:
+    """Which options that were typed do nothing; of those out of a file it is said, and no more."""
+    told = list(config.idle())
+    if config.from_file:
+        bare = copy.copy(config)
+        bare.from_file = {}  # type: ignore[misc]
+        for line in bare.idle():
+            if line not in told:
+                warnings.warn(f"in the file of options, {line}", stacklevel=3)
+    return told
 
 
 def check_named(config: Options) -> None:

@@ -87,6 +87,7 @@ def _made(kind: type, name: str, words: list[str]) -> Any:
     for name, table in tables.items():
         if not getattr(made, name):
             setattr(made, name, table)
+    made.from_file = given
     return made
 
 
