@@ -26,8 +26,9 @@ from smartmops.checks.errors import AdapterError, AdapterNotFound, RunError, Run
 from smartmops.checks.folders import half_written, held_by, refused
 from smartmops.settings.writing import KINDS, NAME, resolved, versions
 
+PATHS = "paths"  # of config.json: which of the names of base, data and embedder were files or folders at the start
 # A moved folder, a newer library or another tracker is the same run.
-MAY_DIFFER = ("versions", "arguments.out", "arguments.resume", "arguments.report_to")
+MAY_DIFFER = ("versions", PATHS, "arguments.out", "arguments.resume", "arguments.report_to")
 TEST_SPLIT = "test split"  # of the fingerprints in inputs.json, that of the test examples as they were drawn
 _TEMPORARY = ".tmp"  # ending of everything half-written; a resumed run sweeps them away
 _REPLACED = ".adapter.replaced"  # the former adapter, for the instant between the two renames of a swap
