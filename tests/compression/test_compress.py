@@ -113,7 +113,7 @@ def test_card_and_records_say_the_same(whole: Path, prose: Path, base_folder: Pa
         "sparsegpt",
         "2:4",
         f"16 sequences of {LENGTH} tokens",
-        str(prose),
+        f"`{prose.name}`",
         f"{told['held_out_tokens']} held-out",
     ):
         assert words in card

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from smartmops.checks.errors import DataError, RunError, UnknownOption
+from smartmops.checks.errors import DataError, FileTaken, RunError, UnknownOption
+from smartmops.checks.folders import filled, unmade, whole
 from smartmops.checks.limits import check_named
 from smartmops.data.several import held
 from smartmops.data.tasks import read, splits
@@ -26,6 +27,7 @@ from smartmops.reading.early import check_parts
 from smartmops.reading.embedder import Embedder
 from smartmops.reading.task import Task, same_test_split
 from smartmops.rows.example import Example, of_examples, opened
+from smartmops.runs.card import save
 from smartmops.runs.folder import Run
 from smartmops.tokens.template import Template
 from smartmops.traits import is_told
@@ -110,7 +112,7 @@ class LoadedRun:
 
     Attributes:
         model: The adapted model, a `PeftModel` in eval mode.
-        tokenizer: Its own, with the chat template that the run was trained with.
+        tokenizer: Its own, with the chat template that the run was trained with, or none.
         path: The run folder.
         experts: What each expert is meant for, in order; empty where the method has none.
     """
@@ -201,9 +203,22 @@ class LoadedRun:
         return self._measured(config, _again(config, self._run))
 
     def save(self, folder: str | Path) -> None:
-        """Write adapter and tokenizer into a folder that `PeftModel.from_pretrained` loads on the same base."""
-        self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
+        """Write adapter, card and tokenizer into a new folder that `PeftModel.from_pretrained` loads on the same base.
+
+        The tokenizer there has the template of the run, or none, so that `smartmops.render` writes as the run does.
+
+        Raises:
+            RunExists: the folder holds something, such as a run or what was saved before.
+            FileTaken: it is a file, or cannot be written.
+        """
+        path = Path(folder)
+        if (said := unmade(path)) is not None:
+            raise FileTaken(f"folder {path}{said}")
+        if (error := filled(path, "folder")) is not None:
+            raise error
+        with whole(path) as beside:
+            self.tokenizer.save_pretrained(str(beside))
+            save(self.model, beside, self._template, self._run.config, self._run.read_metrics() or None)
 
     def check_gated(self) -> None:
         """Whether there are experts to weigh.

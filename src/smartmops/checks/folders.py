@@ -1,13 +1,15 @@
 """Files and folders that options name: what can be made, what is there, and what lies near a mistyped name.
 
-Knows paths. Writes nothing that stays.
+Knows paths. Writes nothing that stays, but for the folder and the file that others fill.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,6 +129,27 @@ def held_by(path: Path) -> list[str]:
     """Names of what a folder holds, but for what is half written; none of one that is not there."""
     found = path.iterdir() if path.is_dir() else iter(())
     return sorted(item.name for item in found if item.name != MARK and not half_written(item))
+
+
+def filled(path: Path, name: str) -> RunExists | None:
+    """Why nothing new can be put into a folder that an option names; None: it is empty, or not there."""
+    held = held_by(path)
+    return RunExists(f"{name} {path} holds {held[0]}: choose another folder") if held else None
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of a new or empty one at the end; where that fails, nothing is left."""
+    beside = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if path.exists():
+            path.rmdir()
+        os.replace(beside, path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def half_written(item: Path) -> bool:

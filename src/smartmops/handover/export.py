@@ -6,7 +6,6 @@ Knows runs, and what is compared. What the files look like, `prefixes` and `rout
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
 import shutil
@@ -23,6 +22,7 @@ from torch import Tensor
 from smartmops.backbone import halves
 from smartmops.base.names import shown_name
 from smartmops.checks.errors import RunError
+from smartmops.checks.folders import whole
 from smartmops.experts.gate import by_expert
 from smartmops.options.finished.handover import PREFIXES, ExportConfig
 from smartmops.rows.example import Example
@@ -71,17 +71,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
     run, answerer = Run.open(config.run), Answerer.open(config.run)
     if not getattr(answerer.model.get_base_model(), "is_quantized", False):
         answerer.model.float()
-    beside = config.out.with_name(f".{config.out.name}.{os.getpid()}.tmp")
-    beside.mkdir(parents=True)
-    try:
-        found = _router(beside, answerer, run) if config.format == "router" else _experts(config, beside, answerer, run)
-        write_text(beside / "export.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        if config.out.exists():
-            config.out.rmdir()
-        os.replace(beside, config.out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with whole(config.out) as folder:
+        found = _router(folder, answerer, run) if config.format == "router" else _experts(config, folder, answerer, run)
+        write_text(folder / "export.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found
 
 

@@ -72,7 +72,7 @@ def keep(run: Run, model: Any, template: Template) -> None:
     Raises:
         AdapterError: as `Run.save_adapter`.
     """
-    run.save_adapter(lambda folder: _save(model, folder, template, run.config))
+    run.save_adapter(lambda folder: save(model, folder, template, run.config))
 
 
 def number(run: Run, template: Template, metrics: Mapping[str, Any]) -> None:
@@ -80,11 +80,14 @@ def number(run: Run, template: Template, metrics: Mapping[str, Any]) -> None:
     write_text(run.adapter_dir / "README.md", card(template, run.config, metrics))
 
 
-def _save(model: Any, folder: Path, template: Template, config: Mapping[str, Any]) -> None:
+def save(
+    model: Any, folder: Path, template: Template, config: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+) -> None:
+    """Write an adapter, its template and its card into an empty folder; arguments as `card`."""
     model.save_pretrained(folder)
     if template.source is not None:
         (folder / FILE).write_text(template.source, encoding="utf-8")
-    (folder / "README.md").write_text(card(template, config), encoding="utf-8")
+    (folder / "README.md").write_text(card(template, config, metrics), encoding="utf-8")
 
 
 def card(
