@@ -15,6 +15,8 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 import smartmops as sm
+from smartmops import cli
+from smartmops.options.finished.reading import EvaluateConfig
 
 TEXT = "What is the capital of France?"
 
@@ -49,6 +51,41 @@ def test_it_says_what_it_measures(run: sm.LoadedRun, tmp_path: Path, capsys: pyt
     run.evaluate(str(tmp_path / "own.jsonl"))
     assert "measured: 20 examples" in (said := capsys.readouterr().out) and "test: " not in said
     assert json.loads((run.path / "evaluation.json").read_text())["examples"] == 20
+
+
+def test_a_run_that_cannot_be_written_is_measured_and_says_so(
+    run: sm.LoadedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (run.path / "evaluation.json").unlink(missing_ok=True)
+    monkeypatch.setattr("smartmops.runs.folder.open", _read_only, raising=False)
+    found = cli.evaluate_command(EvaluateConfig(run=run.path))
+    assert found["perplexity"] and "overall" in capsys.readouterr().out
+    file = run.path / "evaluation.json"
+    said = f"{file} cannot be written (Read-only file system): the numbers are told here alone"
+    assert said in caplog.messages and not file.exists()
+
+
+def _read_only(path: Path, *_: Any, **__: Any) -> Any:
+    raise OSError(30, "Read-only file system", str(path))
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("report RUN", "RUN/report.html cannot be written: name another file with --out"),
+    ("experts RUN drop ONE --in-place", "--in-place: RUN cannot be written: write what changed elsewhere, with --out DIR"),
+    ("experts RUN add --name new --data DATA --in-place", "--in-place: RUN cannot be written"),
+])  # fmt: skip
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(
+    line: str, said: str, run: sm.LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("never read")
+    known = {"RUN": str(run.path), "ONE": run.experts[0], "DATA": str(tmp_path / "rows.jsonl")}
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr("sys.argv", ["smartmops", *(known.get(word, word) for word in line.split())])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.startswith(f"error: {said.replace('RUN', str(run.path))}")
 
 
 def test_a_run_tested_on_validation_data_is_measured_on_them_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -33,6 +34,7 @@ from smartmops.tokens.template import Template
 from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel
 
+log = logging.getLogger(__name__)
 ASKING = threading.Lock()  # what a gate said stands on the model until the next text is read
 
 
@@ -44,7 +46,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         `perplexity` {`overall`, `per_task`: {task: value}}, and `answers` where `config.answers` asks for some; with
         `config.suite`, `suite` alone, as `evaluation.harness.measure` returns it. The same is written to
-        RUN/evaluation.json, and what a suite measured also into `suites` of RUN/metrics.json.
+        RUN/evaluation.json, and what a suite measured also into `suites` of RUN/metrics.json, where these can be
+        written; a line says so where not.
 
     Raises:
         RunNotFound: there is no finished run.
@@ -243,9 +246,8 @@ class LoadedRun:
     def _asked(self, config: EvaluateConfig, suite: harness.Suite) -> dict[str, Any]:
         found = harness.measure(self.model, self.tokenizer, self._template, suite, config.batch_size,
                                 config.suite_limit, self._embedder)  # fmt: skip
-        self._run.write_evaluation({"suite": found})
         kept = self._run.read_metrics()
-        self._run.write_metrics(kept | {"suites": kept.get("suites", {}) | {suite.name: found}})
+        self._keep({"suite": found}, kept | {"suites": kept.get("suites", {}) | {suite.name: found}})
         return {"suite": found}
 
     def _task(self, config: EvaluateConfig, again: TrainConfig) -> Task:
@@ -268,5 +270,14 @@ class LoadedRun:
             asked = questions(self.model, self.tokenizer, examples, config.answers, size, task.template)
             metrics["answers"] = score(self.model, self.tokenizer, [examples[i] for i in asked],
                                        [rows[i] for i in asked], size, task.template)  # fmt: skip
-        self._run.write_evaluation(metrics | {"data": again.data, "examples": len(rows)})
+        self._keep(metrics | {"data": again.data, "examples": len(rows)})
         return metrics
+
+    def _keep(self, evaluation: dict[str, Any], metrics: dict[str, Any] | None = None) -> None:
+        """Write what was measured into the run; where that cannot be written, it is told all the same."""
+        try:
+            self._run.write_evaluation(evaluation)
+            if metrics is not None:
+                self._run.write_metrics(metrics)
+        except OSError as error:
+            log.warning("%s cannot be written (%s): the numbers are told here alone", error.filename, error.strerror)

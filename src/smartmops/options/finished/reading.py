@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from smartmops.checks.folders import OutFile, near
+from smartmops.checks.folders import OutFile, Writable, near
 from smartmops.checks.limits import Count, Options, Seed, Share, Text, Whole, unused
 from smartmops.options.training import Columns, Datas, Model, Template, ValidationConfig
 
@@ -123,3 +123,10 @@ class ReportConfig(Options):
         """Whether there is a run."""
         if not self.runs:
             yield "0 run folders given: name at least one, such as runs/quickstart"
+        elif self.out is None and (said := Writable().wrong(self.page)) is not None:
+            yield f"{self.page}{said.rpartition(':')[0]}: name another file with --out"
+
+    @property
+    def page(self) -> Path:
+        """The file that is written."""
+        return self.out or self.runs[0] / "report.html"
