@@ -6,16 +6,18 @@ Knows paths. Writes nothing that stays, but for the folder and the file that oth
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from .errors import NotAFolder, RunError, RunExists, RunNotFound
 
+log = logging.getLogger(__name__)
 MARK = ".lock"  # of a folder that a process writes; says nothing of what the folder holds
 NEAR = 3  # folders that are named where the one asked for is not there
 
@@ -140,15 +142,48 @@ def filled(path: Path, name: str) -> RunExists | None:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of a new or empty one at the end; where that fails, nothing is left."""
-    beside = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
-    beside.mkdir(parents=True)
+    fresh = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
+    fresh.mkdir(parents=True)
     try:
-        yield beside
+        yield fresh
         if path.exists():
             path.rmdir()
-        os.replace(beside, path)
+        os.replace(fresh, path)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def beside(out: Path) -> Path:
+    """Where what is half done is kept."""
+    return out.with_name(f"{out.name}.partial")
+
+
+@contextmanager
+def growing(path: Path) -> Iterator[TextIO]:
+    """A text file that takes the place of another at the end; what was written until a failure stays beside it.
+
+    Half a surrogate pair is written as JSON spells it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a device or a pipe, whose place nothing can take
+        with path.open("w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+            yield file
+        return
+    path = path.resolve()
+    partial = beside(path)
+    opened = partial.open("x", encoding="utf-8", errors="backslashreplace", buffering=1)
+    try:
+        with opened as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        if partial.stat().st_size:
+            log.warning("%s keeps what was written until then; %s is as it was", partial, path)
+        else:
+            partial.unlink()
         raise
 
 

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smartmops.base import dense_weight, describe, load_base, local, quantised_as, quantised_linears
 from smartmops.base.names import readable, shown_name
 from smartmops.checks.errors import BaseModelError, DiskError, RunExists, SmartmopsError
-from smartmops.checks.folders import held_by
+from smartmops.checks.folders import beside, held_by
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
-from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
+from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation
 from smartmops.progress.bars import counted
 from smartmops.settings.writing import NAME, resolved, versions
 
