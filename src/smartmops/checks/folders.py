@@ -6,10 +6,11 @@ Knows paths. Writes nothing that stays, but for the folder and the file that oth
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,7 @@ def refused(path: Path, resume: bool) -> RunError | None:
         return NotAFolder(f"--out {path} is a file: choose a folder")
     held = held_by(path)
     if resume and not path.exists():
-        return missing(path, near(path, "config.json"))
+        return missing(path, near(path, is_run))
     if held and not resume:
         return RunExists(f"--out {path} exists and holds {_described(held)}")
     if held and "config.json" not in held:
@@ -220,17 +221,27 @@ def _described(held: list[str]) -> str:
     return f"{kind}: choose another folder, or resume with --resume"
 
 
-def near(path: Path, holding: str | None = None) -> str:
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote its config.json, and not a model; so also where it cannot be read: who opens it says why."""
+    file = folder / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return file.is_file()
+    return not isinstance(found, dict) or "arguments" in found
+
+
+def near(path: Path, fits: Callable[[Path], bool] | None = None) -> str:
     """The names beside `path` that are most like it, as the end of a sentence; empty where there are none.
 
-    With `holding`, only folders that hold a file of that name.
+    With `fits`, only those that it lets through.
     """
     try:
         beside = [item.name for item in path.absolute().parent.iterdir() if not item.name.startswith(".")
-                  and (holding is None or (item / holding).is_file())]  # fmt: skip
+                  and (fits is None or fits(item))]  # fmt: skip
     except OSError:
         return ""
-    most = 0.0 if holding else 0.6
+    most = 0.0 if fits else 0.6
     found = difflib.get_close_matches(path.name, beside, NEAR, most)
     return f" (there {'are' if len(found) > 1 else 'is'} {', '.join(str(path.parent / name) for name in found)})" if (
         found) else ""  # fmt: skip

@@ -165,5 +165,5 @@ class CompressConfig(CompressRun, Calibrated, Quantised, Pruning, Options):
         if partial.exists() and not self.resume:
             return RunExists(f"{partial} holds an unfinished compression: go on with --resume, or delete it")
         if self.resume and not self.out.exists() and not partial.exists():
-            return missing(self.out, near(self.out, "compression.json"))
+            return missing(self.out, near(self.out, lambda folder: (folder / "compression.json").is_file()))
         return None
