@@ -26,6 +26,7 @@ from smartmops.checks.folders import whole
 from smartmops.experts.gate import by_expert
 from smartmops.options.finished.handover import PREFIXES, ExportConfig
 from smartmops.rows.example import Example
+from smartmops.runs.adapters import peft_as_it_is
 from smartmops.runs.folder import PATHS, Run, write_text
 from smartmops.serving.answering import Answerer
 from smartmops.tokens.template import Template
@@ -137,7 +138,8 @@ Follow = Callable[[Asked], Tensor]
 
 def _by_peft(base: Any, folder: Path) -> Follow:
     """Logits of an answer's tokens as plain PEFT gives them."""
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    with peft_as_it_is():
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
 
     @torch.no_grad()
     def follow(each: Asked) -> Tensor:
