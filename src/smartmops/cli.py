@@ -284,7 +284,7 @@ def advise_command(config: AdviseConfig) -> dict[str, Any]:
 def report_command(config: ReportConfig) -> Path:
     """Write the report and say where it is."""
     _ready(config)
-    return _report(list(config.runs), config.out or config.runs[0] / "report.html")
+    return _report(list(config.runs), config.page)
 
 
 def _report(runs: list[Path], out: Path) -> Path:

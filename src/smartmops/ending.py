@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.text import Text
 
 from smartmops.checks.errors import QuorumLost, SmartmopsError
+from smartmops.checks.folders import beside
 from smartmops.checks.resources import lacking
-from smartmops.options.compression import CompressConfig, beside
+from smartmops.options.compression import CompressConfig
 
 FAULT, WRONG, QUORUM, CTRL_C, UNREAD, KILLED = 1, 2, 3, 130, 141, 143  # exit statuses
 

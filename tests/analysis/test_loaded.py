@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoTokenizer
 
 import smartmops as sm
+from smartmops import cli
 from smartmops.data.tasks import splits
+from smartmops.options.finished.reading import EvaluateConfig
 
 TEXT = "What is the capital of France?"
 
@@ -84,6 +88,41 @@ def test_where_its_own_data_have_gone_it_says_that_it_cannot_tell(
         assert f"whether {tmp_path / 'run'} was trained on some of these examples cannot be told (" in said
 
 
+def test_a_run_that_cannot_be_written_is_measured_and_says_so(
+    run: sm.LoadedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (run.path / "evaluation.json").unlink(missing_ok=True)
+    monkeypatch.setattr("smartmops.runs.folder.open", _read_only, raising=False)
+    found = cli.evaluate_command(EvaluateConfig(run=run.path))
+    assert found["perplexity"] and "overall" in capsys.readouterr().out
+    file = run.path / "evaluation.json"
+    said = f"{file} cannot be written (Read-only file system): the numbers are told here alone"
+    assert said in caplog.messages and not file.exists()
+
+
+def _read_only(path: Path, *_: Any, **__: Any) -> Any:
+    raise OSError(30, "Read-only file system", str(path))
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("report RUN", "RUN/report.html cannot be written: name another file with --out"),
+    ("experts RUN drop ONE --in-place", "--in-place: RUN cannot be written: write what changed elsewhere, with --out DIR"),
+    ("experts RUN add --name new --data DATA --in-place", "--in-place: RUN cannot be written"),
+])  # fmt: skip
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(
+    line: str, said: str, run: sm.LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("never read")
+    known = {"RUN": str(run.path), "ONE": run.experts[0], "DATA": str(tmp_path / "rows.jsonl")}
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr("sys.argv", ["smartmops", *(known.get(word, word) for word in line.split())])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.startswith(f"error: {said.replace('RUN', str(run.path))}")
+
+
 def test_a_run_tested_on_validation_data_is_measured_on_them_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +183,52 @@ def test_what_it_saves_is_loaded_by_peft(tmp_path: Path, run: sm.LoadedRun) -> N
     again = PeftModel.from_pretrained(base, tmp_path / "own").eval()
     assert again.peft_config["default"].expert_names == run.experts
     assert (tmp_path / "own" / "tokenizer.json").is_file()
+    for file in (run.path / "adapter").iterdir():
+        assert (tmp_path / "own" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert [file.name for file in tmp_path.iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_what_it_saves_answers_as_the_run_whatever_template_the_base_has(tmp_path: Path, template: str) -> None:
+    model, tokenizer = sm.load_base("tiny", "float32")
+    tokenizer.chat_template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+                               "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "base")
+    sm.train(model=str(tmp_path / "base"), data="office", limit=140, steps=1, batch_size=4, dtype="float32",
+             template=template, samples_per_task=0, out=tmp_path / "run")  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        run = sm.load_run(tmp_path / "run")
+        run.save(tmp_path / "own")
+    own = AutoTokenizer.from_pretrained(tmp_path / "own")
+    said = sm.render(own, TEXT)
+    assert said == sm.render(tokenizer, TEXT, template=template) == sm.render(run.tokenizer, TEXT)
+    again = PeftModel.from_pretrained(sm.load_base(str(tmp_path / "base"), "float32")[0], tmp_path / "own").eval()
+    ids = again.generate(inputs=torch.tensor([said.input_ids]), gate_mask=torch.tensor([said.gate_mask]),
+                         max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(said.input_ids) :]  # fmt: skip
+    assert own.decode(ids, skip_special_tokens=True).strip() == run.generate(TEXT, max_new_tokens=8)
+
+
+def test_it_saves_over_nothing(tmp_path: Path, run: sm.LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for folder, held in ((tmp_path / "mine", "notes.txt"), (run.path, "adapter"), (run.path / "adapter", "README.md")):
+        before = sorted(folder.iterdir())
+        with pytest.raises(sm.RunError, match=rf"^folder {folder} holds {held}: choose another folder$"):
+            run.save(folder)
+        assert sorted(folder.iterdir()) == before
+    with pytest.raises(OSError, match=r"notes\.txt is a file: choose a folder"):
+        run.save(tmp_path / "mine" / "notes.txt")
+    monkeypatch.setattr(run.model, "save_pretrained", _full)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(tmp_path / "full")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def _full(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    raise OSError(28, "No space left on device")
 
 
 def test_each_thread_gets_the_gate_of_its_own_text(run: sm.LoadedRun) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smartmops.checks.folders import Existing, WordOrFile, WordOrFolder, near, refused, unmade
+from smartmops.checks.folders import Existing, WordOrFile, WordOrFolder, is_run, near, refused, unmade
 
 
 def test_what_can_be_made_is_not_made(tmp_path: Path) -> None:
@@ -43,13 +43,15 @@ def test_a_word_is_never_taken_for_a_folder(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_mistyped_name_meets_its_neighbours(tmp_path: Path) -> None:
-    for name in ("smol", "tiny-long", "notes"):
+    for name in ("smol", "tiny-long", "notes", "smolle"):
         (tmp_path / name).mkdir()
-    (tmp_path / "smol" / "config.json").touch()
+    (tmp_path / "smol" / "config.json").write_text('{"arguments": {}}')
+    (tmp_path / "smolle" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "smolly").touch()
     error = refused(tmp_path / "smoll", resume=True)
     assert isinstance(error, FileNotFoundError)
     assert f"mend the name (there is {tmp_path / 'smol'}), or leave --resume away" in str(error)
-    assert near(tmp_path / "nowhere" / "x", "config.json") == ""
+    assert near(tmp_path / "nowhere" / "x", is_run) == ""
     assert "notes" in (Existing("a folder", folder=True).wrong(tmp_path / "note") or "")
 
 

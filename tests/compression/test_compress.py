@@ -92,8 +92,10 @@ def test_perplexities_are_those_of_plain_forward_passes(
     assert abs(metrics["perplexity_after"] / metrics["perplexity_before"] - 1) > 0.01, "or pruning does nothing here"
 
 
-def test_card_and_records_say_the_same(whole: Path, prose: Path) -> None:
+def test_card_and_records_say_the_same(whole: Path, prose: Path, base_folder: Path) -> None:
     found, card = record(whole), (whole / "README.md").read_text()
+    assert f"# {base_folder.name}, " in card and "Text: `prose.txt`" in card
+    assert not any(str(folder) in card for folder in (base_folder.parent, prose.parent))
     metrics = json.loads((whole / "metrics.json").read_text())
     assert found["metrics"] == metrics
     assert f"| {metrics['perplexity_before']:.3f} | {metrics['perplexity_after']:.3f} |" in card
@@ -111,7 +113,7 @@ def test_card_and_records_say_the_same(whole: Path, prose: Path) -> None:
         "sparsegpt",
         "2:4",
         f"16 sequences of {LENGTH} tokens",
-        str(prose),
+        f"`{prose.name}`",
         f"{told['held_out_tokens']} held-out",
     ):
         assert words in card

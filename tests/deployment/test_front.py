@@ -13,7 +13,7 @@ import pytest
 from smartmops.deployment.client import free_port
 from smartmops.deployment.front import Front, standing
 from smartmops.deployment.keys import KeysConfig, make_keys, signed_now
-from smartmops.deployment.knocks import Door, Keyring, Knocks
+from smartmops.deployment.knocks import SIGNATURE, Door, Keyring, Knocks
 from smartmops.deployment.server import ServerConfig, _superlink
 
 
@@ -113,6 +113,20 @@ def test_a_body_above_the_limit_is_answered_as_soon_as_that_is_known(
 def test_what_is_not_for_nodes_is_noted(post: Callable[..., httpx.Response], said: list[str]) -> None:
     assert post("/v1/control/list-runs[bold]").status_code == 404
     assert said == ["refused 127.0.0.1: not for nodes: POST '/v1/control/list-runs[bold]'"]
+
+
+def test_a_stranger_hears_the_kind_alone_and_the_operator_all(
+    post: Callable[..., httpx.Response], keys: Path, said: list[str], tmp_path: Path
+) -> None:
+    make_keys(KeysConfig(out=tmp_path, clients=("mallory",)))
+    strange, own = (signed_now(place / "client.key")
+                    for place in (tmp_path / "clients" / "mallory", keys / "clients" / "berlin"))  # fmt: skip
+    for headers, kind, detail in (
+        (strange, "a key that is none of the clients'", f"no file in {keys / 'server' / 'clients'} holds it"),
+        (own | {SIGNATURE: strange[SIGNATURE]}, "a signature that does not fit its key", "the key is that of 'berlin'"),
+    ):
+        assert post(PULL, headers=headers).text == kind
+        assert said.pop() == f"refused 127.0.0.1: {kind}: {detail}"
 
 
 def test_a_port_that_is_taken_is_an_error_here(server_keys: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from ipaddress import ip_address
 from pathlib import Path
@@ -36,6 +37,29 @@ def test_a_client_is_added_later_and_nothing_else_changes(tmp_path: Path) -> Non
     added = make_keys(KeysConfig(out=tmp_path, clients=("berlin", "paris")))
     assert sorted(file.name for file in added) == ["ca.crt", "client.key", "paris.pub"]
     assert all(file.read_bytes() == content for file, content in before.items())
+
+
+@pytest.mark.parametrize("whole", range(7))
+def test_keys_that_could_not_all_be_written_are_made_by_the_same_command_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
+) -> None:
+    left, replace = iter(range(whole)), os.replace
+
+    def stopped(fresh: Path, file: Path) -> None:
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        replace(fresh, file)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(OSError, match="No space left"):
+        make_keys(KeysConfig(out=tmp_path, clients=("berlin",)))
+    monkeypatch.setattr(os, "replace", replace)
+    make_keys(KeysConfig(out=tmp_path, clients=("berlin",)))
+    authority = x509.load_pem_x509_certificate((tmp_path / "clients" / "berlin" / "ca.crt").read_bytes())
+    server = x509.load_pem_x509_certificate((tmp_path / "server" / "server.crt").read_bytes())
+    server.verify_directly_issued_by(authority)
+    private = load_ssh_private_key((tmp_path / "clients" / "berlin" / "client.key").read_bytes(), None)
+    assert load_ssh_public_key((tmp_path / "server" / "clients" / "berlin.pub").read_bytes()) == private.public_key()
 
 
 @pytest.mark.parametrize(

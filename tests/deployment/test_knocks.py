@@ -88,7 +88,7 @@ def test_only_times_of_now_are_taken(door: Door, folder: Path, age: float, taken
     if taken:
         assert door.admit(headers) == "berlin"
     else:
-        with pytest.raises(Refused, match=rf"'berlin' signed {age:.0f} s ago .* set both clocks"):
+        with pytest.raises(Refused, match=rf"set both clocks: 'berlin' signed {age:.0f} s ago"):
             door.admit(headers)
 
 

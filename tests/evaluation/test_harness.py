@@ -155,12 +155,14 @@ def test_a_suite_is_measured_by_itself(options: dict[str, Any], said: str, run: 
 
 
 def test_base_and_run_are_asked_the_same_and_stand_side_by_side(
-    run: LoadedRun, suite: Path, capsys: pytest.CaptureFixture[str]
+    run: LoadedRun, suite: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval", reason="the harness, extra lm-eval")
+    monkeypatch.chdir(suite)  # which git knows nothing of
     before = json.loads((run.path / "metrics.json").read_text())
     found = cli.evaluate_command(EvaluateConfig(run=run.path, suite=str(suite)))["suite"]
-    table = capsys.readouterr().out
+    table, said = capfd.readouterr()
+    assert "fatal" not in said
     assert found["questions"] == {"choose": 5, "say": 5} and found["shortened"] == 0
     assert found["adapted"]["choose"]["acc"] == 1.0, "the run was trained to say A or B"
     asked = asked_of(run)

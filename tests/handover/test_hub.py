@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from hub import Hub, hub
 
 import smartmops as sm
 from smartmops import cli
-from smartmops.handover.hub import without_folders
+from smartmops.handover.hub import stage, without_folders
+from smartmops.runs.folder import Run
 
 TOKEN = "hf_secretsecretsecretsecretsecretsecret"
 NAMES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -80,3 +82,25 @@ def test_what_is_no_repository_is_refused(repo: str, by_answers: Path) -> None:
 def test_paths_lose_their_folders() -> None:
     found: Any = without_folders({"a": ["/home/me/base", "org/name"], "b": {"c": "~/x/y"}, "d": 3, "e": None})
     assert found == {"a": ["base", "org/name"], "b": {"c": "y"}, "d": 3, "e": None}
+    given = {"expert_names": ["in/and/out"], "embedder": "models/client-x/emb", "tokenizer_name_or_path": "client/base"}
+    found = without_folders(given, ["client/base"])
+    assert found == {"expert_names": ["in/and/out"], "embedder": "emb", "tokenizer_name_or_path": "base"}
+
+
+def test_a_base_named_from_the_working_folder_is_no_id_of_the_hub(
+    by_answers: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run as it is where base and data were named from there: what goes to the hub names neither folder."""
+    shutil.copytree(by_answers, tmp_path / "run")
+    (tmp_path / "client-x").mkdir()
+    (tmp_path / "client-x" / "c_sp").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    for name, kept in (("config.json", {"base": "client-x/c_sp", "data": "client-x/gone", "paths": ["client-x/gone"]}),
+                       ("adapter/adapter_config.json", {"base_model_name_or_path": "client-x/c_sp"})):  # fmt: skip
+        file = tmp_path / "run" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | kept))
+    (tmp_path / "staged").mkdir()
+    stage(Run.open(Path("run")), tmp_path / "staged", "me/fruit")
+    texts = [(tmp_path / "staged" / name).read_text() for name in ("README.md", "adapter_config.json")]
+    assert "client-x" not in "".join(texts) and all("c_sp" in text for text in texts)
+    assert 'load_base("c_sp")' in texts[0] and "data `gone`" in texts[0]

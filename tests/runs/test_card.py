@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoTokenizer
 
 from smartmops.base import local
+from smartmops.base.names import shown_name
 from smartmops.flow.trainer import train
 from smartmops.methods.baselines import load_run, template_of
 from smartmops.runs.card import card
@@ -48,6 +50,22 @@ def test_the_card_names_folders_without_where_they_are(tmp_path: Path) -> None:
     told = card(template, {"base": str(tmp_path), "data": "/home/me/rows.jsonl", "method": "mops"})
     assert f"# mops on {tmp_path.name}\n" in told and "`rows.jsonl`" in told and "/home" not in told
     assert str(tmp_path) not in told
+
+
+@pytest.mark.parametrize(("name", "paths", "shown"), [
+    ("models/client-x/c_sp", (), "c_sp"), ("client-x/rows.JSONL", (), "rows.JSONL"), ("./c_sp", (), "c_sp"),
+    ("~/client-x/c_sp", (), "c_sp"), ("client-x/here", (), "here"), ("client-x/gone", ("client-x/gone",), "gone"),
+    ("client-x/here/..", (), "client-x"), ("owner/name-1.5", (), "owner/name-1.5"), ("smollm2", (), "smollm2"),
+])  # fmt: skip
+def test_a_path_is_one_that_is_here_was_here_or_is_spelt_as_one(
+    name: str, paths: tuple[str, ...], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "client-x" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert shown_name(name, paths) == shown
+    template = Template.of("plain", AutoTokenizer.from_pretrained(local("tiny")))
+    words = card(template, {"base": name, "data": ["office", name], "method": "mops", "paths": paths})
+    assert f"# mops on {shown}\n" in words and f"data `office {shown}`" in words
 
 
 def told(config: dict[str, Any], metrics: dict[str, Any]) -> str:

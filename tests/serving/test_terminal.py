@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +17,7 @@ from smartmops.checks.errors import DataError
 from smartmops.data.asked import read_rows
 from smartmops.options.finished.serving import ChatConfig, GenerateConfig
 from smartmops.rows.example import Example
+from smartmops.serving import terminal
 from smartmops.serving.answering import Answer, Answerer, Settings
 from smartmops.serving.terminal import by, chat, generate
 
@@ -63,6 +68,40 @@ def test_a_file_is_answered_row_by_row_whatever_the_batch(
     assert all(sum(row["experts"].values()) + row["left_to_base"] == pytest.approx(1, abs=1e-3) for row in found)
     assert typed([*line, "--out", str(tmp_path / "new" / "out.jsonl")], monkeypatch, capsys) == ""
     assert [json.loads(each) for each in (tmp_path / "new" / "out.jsonl").read_text().splitlines()] == found
+
+
+def test_a_file_of_answers_is_replaced_whole_and_what_was_answered_is_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    out.write_text("earlier answers\n")
+    (tmp_path / "link.jsonl").symlink_to(out)
+    line = ["generate", str(run), "--file", str(file), "--max-new-tokens", "2", "--batch-size", "1", "--out"]
+    partial, whole = tmp_path / "out.jsonl.partial", terminal.each_answered
+
+    def stopped(*given: Any) -> Iterator[dict[str, Any]]:
+        assert out.read_text() == "earlier answers\n"
+        yield from islice(whole(*given), 2)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(terminal, "each_answered", stopped)
+    with pytest.raises(SystemExit):
+        typed([*line, str(tmp_path / "link.jsonl")], monkeypatch, capsys)
+    assert "free some disk space" in capsys.readouterr().err
+    assert out.read_text() == "earlier answers\n"
+    assert [json.loads(each)["instruction"] for each in partial.read_text().splitlines()] == [
+        row["instruction"] for row in ROWS[:2]]  # fmt: skip
+    monkeypatch.setattr(terminal, "each_answered", whole)
+    with pytest.raises(SystemExit):
+        typed([*line, str(out)], monkeypatch, capsys)
+    assert f"{partial} holds answers that were not ended: move it away, or delete it" in capsys.readouterr().err
+    partial.unlink()
+    typed([*line, str(tmp_path / "link.jsonl")], monkeypatch, capsys)
+    assert len(out.read_text().splitlines()) == len(ROWS) and (tmp_path / "link.jsonl").is_symlink()
+    assert not partial.exists()
+    typed([*line, os.devnull], monkeypatch, capsys)
+    assert not Path(os.devnull).is_file()
 
 
 def test_a_file_asks_what_training_would_read(run: Path, answerer: Answerer, tmp_path: Path) -> None:

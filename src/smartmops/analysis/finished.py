@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from smartmops.checks.errors import DataError, RunError, SmartmopsError, UnknownOption
-from smartmops.checks.folders import as_path
+from smartmops.checks.errors import DataError, FileTaken, RunError, SmartmopsError, UnknownOption
+from smartmops.checks.folders import as_path, filled, unmade, whole
 from smartmops.checks.limits import check_named
 from smartmops.data.several import held
 from smartmops.data.tasks import read, splits
@@ -28,11 +29,13 @@ from smartmops.reading.early import check_parts
 from smartmops.reading.embedder import Embedder
 from smartmops.reading.task import Task, same_test_split
 from smartmops.rows.example import Example, of_examples, opened
+from smartmops.runs.card import save
 from smartmops.runs.folder import Run
 from smartmops.tokens.template import Template
 from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel
 
+log = logging.getLogger(__name__)
 ASKING = threading.Lock()  # what a gate said stands on the model until the next text is read
 
 
@@ -44,7 +47,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         `perplexity` {`overall`, `per_task`: {task: value}}, and `answers` where `config.answers` asks for some; with
         `config.suite`, `suite` alone, as `evaluation.harness.measure` returns it. The same is written to
-        RUN/evaluation.json, and what a suite measured also into `suites` of RUN/metrics.json.
+        RUN/evaluation.json, and what a suite measured also into `suites` of RUN/metrics.json, where these can be
+        written; a line says so where not.
 
     Raises:
         RunNotFound: there is no finished run.
@@ -142,7 +146,7 @@ class LoadedRun:
 
     Attributes:
         model: The adapted model, a `PeftModel` in eval mode.
-        tokenizer: Its own, with the chat template that the run was trained with.
+        tokenizer: Its own, with the chat template that the run was trained with, or none.
         path: The run folder.
         experts: What each expert is meant for, in order; empty where the method has none.
     """
@@ -236,10 +240,22 @@ class LoadedRun:
         return self._measured(config, _again(config, self._run))
 
     def save(self, folder: str | Path) -> None:
-        """Write adapter and tokenizer into a folder that `PeftModel.from_pretrained` loads on the same base."""
-        place = str(as_path("folder", folder, "a folder"))
-        self.model.save_pretrained(place)
-        self.tokenizer.save_pretrained(place)
+        """Write adapter, card and tokenizer into a new folder that `PeftModel.from_pretrained` loads on the same base.
+
+        The tokenizer there has the template of the run, or none, so that `smartmops.render` writes as the run does.
+
+        Raises:
+            RunExists: the folder holds something, such as a run or what was saved before.
+            FileTaken: it is a file, or cannot be written.
+        """
+        path = as_path("folder", folder, "a folder")
+        if (said := unmade(path)) is not None:
+            raise FileTaken(f"folder {path}{said}")
+        if (error := filled(path, "folder")) is not None:
+            raise error
+        with whole(path) as beside:
+            self.tokenizer.save_pretrained(str(beside))
+            save(self.model, beside, self._template, self._run.config, self._run.read_metrics() or None)
 
     def check_gated(self) -> None:
         """Whether there are experts to weigh.
@@ -264,9 +280,8 @@ class LoadedRun:
     def _asked(self, config: EvaluateConfig, suite: harness.Suite) -> dict[str, Any]:
         found = harness.measure(self.model, self.tokenizer, self._template, suite, config.batch_size,
                                 config.suite_limit, self._embedder)  # fmt: skip
-        self._run.write_evaluation({"suite": found})
         kept = self._run.read_metrics()
-        self._run.write_metrics(kept | {"suites": kept.get("suites", {}) | {suite.name: found}})
+        self._keep({"suite": found}, kept | {"suites": kept.get("suites", {}) | {suite.name: found}})
         return {"suite": found}
 
     def _task(self, config: EvaluateConfig, again: TrainConfig) -> Task:
@@ -291,5 +306,14 @@ class LoadedRun:
             asked = questions(self.model, self.tokenizer, examples, config.answers, size, task.template)
             metrics["answers"] = score(self.model, self.tokenizer, [examples[i] for i in asked],
                                        [rows[i] for i in asked], size, task.template)  # fmt: skip
-        self._run.write_evaluation(metrics | {"data": again.data, "examples": len(rows)})
+        self._keep(metrics | {"data": again.data, "examples": len(rows)})
         return metrics
+
+    def _keep(self, evaluation: dict[str, Any], metrics: dict[str, Any] | None = None) -> None:
+        """Write what was measured into the run; where that cannot be written, it is told all the same."""
+        try:
+            self._run.write_evaluation(evaluation)
+            if metrics is not None:
+                self._run.write_metrics(metrics)
+        except OSError as error:
+            log.warning("%s cannot be written (%s): the numbers are told here alone", error.filename, error.strerror)

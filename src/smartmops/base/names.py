@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache as remembered
 from pathlib import Path
@@ -24,7 +25,8 @@ from smartmops.checks.resources import lacking
 from .builtin import BUILT_IN
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".zip", ".whl", ".onnx")  # that no hub id ends with
+FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".zip", ".whl", ".onnx", ".jsonl", ".ndjson", ".csv",
+         ".tsv", ".parquet", ".txt")  # that no hub id ends with  # fmt: skip
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PATIENCE = 10  # seconds for the hub's answer
 CHOICES = "give a model folder, a hub id, a *.gguf file, smollm2 or tiny"
@@ -77,6 +79,16 @@ def _line(error: Exception) -> str:
 def is_of_hub(model: str) -> bool:
     """Whether a MODEL argument names neither what is built in nor a path that exists."""
     return model not in BUILT_IN and not Path(model).expanduser().exists()
+
+
+def shown_name(name: str, paths: Collection[str] = ()) -> str:
+    """A name without where it lies, where it is a path: one that is there, is spelt as one, or is among `paths`.
+
+    A folder that is gone may be spelt as an id of the hub is, so that a run keeps which of its names were paths.
+    """
+    path = Path(name).expanduser()
+    spelt = name.startswith(("/", ".", "~")) or len(path.parts) > 2 or path.suffix.lower() in FILES
+    return Path(os.path.abspath(path)).name if spelt or name in paths or path.exists() else name
 
 
 def _held(path: Path) -> Path:

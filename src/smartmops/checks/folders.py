@@ -1,19 +1,24 @@
 """Files and folders that options name: what can be made, what is there, and what lies near a mistyped name.
 
-Knows paths. Writes nothing that stays.
+Knows paths. Writes nothing that stays, but for the folder and the file that others fill.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import logging
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from .errors import ConfigError, NotAFolder, RunError, RunExists, RunNotFound, WrongType
 
+log = logging.getLogger(__name__)
 MARK = ".lock"  # of a folder that a process writes; says nothing of what the folder holds
 NEAR = 3  # folders that are named where the one asked for is not there
 
@@ -142,6 +147,60 @@ def held_by(path: Path) -> list[str]:
     return sorted(item.name for item in found if item.name != MARK and not half_written(item))
 
 
+def filled(path: Path, name: str) -> RunExists | None:
+    """Why nothing new can be put into a folder that an option names; None: it is empty, or not there."""
+    held = held_by(path)
+    return RunExists(f"{name} {path} holds {held[0]}: choose another folder") if held else None
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of a new or empty one at the end; where that fails, nothing is left."""
+    fresh = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        if path.exists():
+            path.rmdir()
+        os.replace(fresh, path)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def beside(out: Path) -> Path:
+    """Where what is half done is kept."""
+    return out.with_name(f"{out.name}.partial")
+
+
+@contextmanager
+def growing(path: Path) -> Iterator[TextIO]:
+    """A text file that takes the place of another at the end; what was written until a failure stays beside it.
+
+    Half a surrogate pair is written as JSON spells it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a device or a pipe, whose place nothing can take
+        with path.open("w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+            yield file
+        return
+    path = path.resolve()
+    partial = beside(path)
+    opened = partial.open("x", encoding="utf-8", errors="backslashreplace", buffering=1)
+    try:
+        with opened as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        if partial.stat().st_size:
+            log.warning("%s keeps what was written until then; %s is as it was", partial, path)
+        else:
+            partial.unlink()
+        raise
+
+
 def half_written(item: Path) -> bool:
     """Whether a kill left it."""
     return item.name.startswith(".") and item.name.endswith(".tmp")
@@ -153,7 +212,7 @@ def refused(path: Path, resume: bool) -> RunError | None:
         return NotAFolder(f"--out {path} is a file: choose a folder")
     held = held_by(path)
     if resume and not path.exists():
-        return missing(path, near(path, "config.json"))
+        return missing(path, near(path, is_run))
     if held and not resume:
         return RunExists(f"--out {path} exists and holds {_described(held)}")
     if held and "config.json" not in held:
@@ -175,17 +234,27 @@ def _described(held: list[str]) -> str:
     return f"{kind}: choose another folder, or resume with --resume"
 
 
-def near(path: Path, holding: str | None = None) -> str:
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote its config.json, and not a model; so also where it cannot be read: who opens it says why."""
+    file = folder / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return file.is_file()
+    return not isinstance(found, dict) or "arguments" in found
+
+
+def near(path: Path, fits: Callable[[Path], bool] | None = None) -> str:
     """The names beside `path` that are most like it, as the end of a sentence; empty where there are none.
 
-    With `holding`, only folders that hold a file of that name.
+    With `fits`, only those that it lets through.
     """
     try:
         beside = [item.name for item in path.absolute().parent.iterdir() if not item.name.startswith(".")
-                  and (holding is None or (item / holding).is_file())]  # fmt: skip
+                  and (fits is None or fits(item))]  # fmt: skip
     except OSError:
         return ""
-    most = 0.0 if holding else 0.6
+    most = 0.0 if fits else 0.6
     found = difflib.get_close_matches(path.name, beside, NEAR, most)
     return f" (there {'are' if len(found) > 1 else 'is'} {', '.join(str(path.parent / name) for name in found)})" if (
         found) else ""  # fmt: skip

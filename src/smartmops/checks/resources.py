@@ -19,9 +19,14 @@ from .limits import typed
 SIZES = ("batch_size", "max_length", "sequences", "sequence_length", "actors", "experts", "prompt_tokens")
 FULL = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "alloc_failed")
 NO_SPACE = ("no space left on device", "disk quota exceeded", "os error 28", "os error 122", "file write failed")
-# Answers of the operating system that more disk, more permissions or a sound disk would change.
-CODES = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EMFILE", "ENFILE", "EIO", "ESTALE")
-REFUSED = {getattr(errno, name) for name in CODES if hasattr(errno, name)}
+# Answers of the operating system that more disk, more permissions or a sound disk would change, each with the way out.
+WAYS = {
+    "free some disk space": ("ENOSPC", "EDQUOT", "EFBIG"),
+    "see to its permissions, or choose another place": ("EACCES", "EPERM", "EROFS"),
+    "close other programs, or allow more open files (ulimit -n)": ("EMFILE", "ENFILE"),
+    "see to its disk, or choose another place": ("EIO", "ESTALE"),
+}
+REFUSED = {getattr(errno, name): way for way, names in WAYS.items() for name in names if hasattr(errno, name)}
 
 
 @contextmanager
@@ -43,12 +48,12 @@ def lacking(config: Any, error: BaseException) -> ResourceError | None:
     """What an error says that the machine lacks, with the way out in the options of `config`; None: nothing."""
     if is_full(error):
         return OutOfMemory(lower(config, error))
-    refused = isinstance(error, OSError) and error.errno in REFUSED
-    if not refused and not any(words in str(error).lower() for words in NO_SPACE):
+    way = REFUSED.get(error.errno or 0) if isinstance(error, OSError) else None
+    if way is None and not any(words in str(error).lower() for words in NO_SPACE):
         return None
     reason, file = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
     again = ", then go on with --resume" if hasattr(config, "resume") else ""
-    return DiskError(f"{f'{file}: ' if file else ''}{reason}: free some disk space, or see to its permissions{again}")
+    return DiskError(f"{f'{file}: ' if file else ''}{reason}: {way or next(iter(WAYS))}{again}")
 
 
 def is_full(error: BaseException) -> bool:

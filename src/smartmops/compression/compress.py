@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smartmops.base import dense_weight, describe, load_base, local, quantised_as, quantised_linears
-from smartmops.base.names import readable
+from smartmops.base.names import readable, shown_name
 from smartmops.checks.errors import BaseModelError, DiskError, RunExists, SmartmopsError
-from smartmops.checks.folders import held_by
+from smartmops.checks.folders import beside, held_by
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.checks.resources import translated
-from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation, beside
+from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation
 from smartmops.progress.bars import counted
 from smartmops.settings.writing import NAME, resolved, versions
 
@@ -342,7 +342,7 @@ def _card(record: dict[str, Any], metrics: dict[str, Any], text: dict[str, Any] 
     done = [f"pruned by {record['begun_with']['method']} to {pattern}"] if pattern else []
     done += [f"quantised to {quantisation}"] if quantisation else []
     yield "---\nlibrary_name: transformers\ntags: [compressed, smartmops]\n---"
-    yield f"# {record['model']}, {' and '.join(done)}\n"
+    yield f"# {shown_name(record['model'])}, {' and '.join(done)}\n"
     if pattern and ":" in pattern:
         yield f"{pattern} means: {pattern.replace(':', ' of every ')} neighbouring inputs of a linear layer are zero.\n"
     if pattern:
@@ -359,7 +359,7 @@ def _card(record: dict[str, Any], metrics: dict[str, Any], text: dict[str, Any] 
     yield f"{metrics['seconds']:.0f} seconds, {memory:.2f} GiB of memory at most{on_device}."
     if text:
         rows = f"{text['sequences']} sequences of {text['length']} tokens, seed {text['seed']}"
-        yield f"\nText: `{text['data']}`. Calibration: {rows if text['sequences'] else 'none'}."
+        yield f"\nText: `{shown_name(text['data'])}`. Calibration: {rows if text['sequences'] else 'none'}."
         yield f"Perplexity: {text['held_out_tokens']} held-out {text['counts']}."
     if record["layers"]:
         yield "\n| linear layer | zeros | error of its output |\n|---|---|---|"

@@ -65,8 +65,8 @@ class Front:
             response = await self._answer(request)
         except Refused as refused:
             self.knocks.note(request.client.host if request.client else "?", refused)
-            # Closed, because what may still come of the body is not read.
-            response = Response(str(refused), refused.status, {"connection": "close"})
+            # Closed, because what may still come of the body is not read; the detail names folders and clients.
+            response = Response(refused.kind, refused.status, {"connection": "close"})
         await response(scope, receive, send)
 
     async def _answer(self, request: Any) -> Any:

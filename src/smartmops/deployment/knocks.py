@@ -27,8 +27,8 @@ class Refused(Exception):
 
     Attributes:
         status: Of HTTP.
-        kind: Why, in words that are the same for all of their kind.
-        detail: What is known beyond that.
+        kind: Why, in words that are the same for all of their kind; all that whoever is refused hears.
+        detail: What is known beyond that, for the operator.
     """
 
     def __init__(self, status: int, kind: str, detail: str = "") -> None:
@@ -120,8 +120,8 @@ class Door:
             raise Refused(401, "a signature that does not fit its key", f"the key is that of {name!r}") from None
         age = self.clock() - signed
         if not -AHEAD < age < OLD:
-            raise Refused(401, "signed at another time", f"{name!r} signed {age:.0f} s ago by this machine's clock, "
-                          f"and -{AHEAD:.0f} to {OLD:.0f} s are taken: set both clocks")  # fmt: skip
+            raise Refused(401, "signed at another time than the server's clock shows, set both clocks",
+                          f"{name!r} signed {age:.0f} s ago, and -{AHEAD:.0f} to {OLD:.0f} s are taken")  # fmt: skip
         return name, stamp, signed
 
 

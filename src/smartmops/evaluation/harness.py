@@ -118,7 +118,7 @@ def measure(
     was_training = model.training
     model.eval()
     for side in ("frozen", "adapted"):
-        with model.disable_adapter() if side == "frozen" else nullcontext(), _quiet():
+        with model.disable_adapter() if side == "frozen" else nullcontext(), _quiet(), _without_git():
             results = simple_evaluate(
                 _language_model(asked), tasks=suite.tasks, task_manager=suite.manager, limit=limit,
                 apply_chat_template=True, fewshot_as_multiturn=True, log_samples=False, bootstrap_iters=DRAWS,
@@ -272,3 +272,16 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """The harness asks git for the folder's commit; where there is none, git says so itself, whoever is quiet."""
+    from lm_eval import evaluator
+
+    asking = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asking

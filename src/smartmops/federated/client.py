@@ -23,6 +23,7 @@ from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import parameter_groups
 from smartmops.options.method import MethodConfig
 from smartmops.reading.task import Task
+from smartmops.runs.adapters import peft_as_it_is
 from smartmops.settings.writing import versions
 from smartmops.states.instructions import instructions
 from smartmops.tuner import MoPsModel
@@ -220,7 +221,8 @@ class Worker:
             if self._held is not None:
                 self._held.model.base_model.unload()
                 self.task.base.requires_grad_(False)
-            model = get_peft_model(self.task.base, PeftConfig.from_peft_type(**copy.deepcopy(job.adapter)))
+            with peft_as_it_is():
+                model = get_peft_model(self.task.base, PeftConfig.from_peft_type(**copy.deepcopy(job.adapter)))
             self.task.states.clear()
         load_arrays(model, job.arrays)
         rows, collate = self.task.feed(model)

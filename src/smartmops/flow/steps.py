@@ -6,7 +6,7 @@ Knows how they follow one another. Knows no loop over methods, seeds or rounds.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from smartmops.checks.folders import held_by
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.checks.resources import translated
+from smartmops.data.several import names_of
 from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import Evaluation, samples
 from smartmops.fitting.kept import Kept, state_of
@@ -30,7 +31,7 @@ from smartmops.preparing.selection import told
 from smartmops.reading.early import check_tasks
 from smartmops.reading.task import Task
 from smartmops.runs import ranks
-from smartmops.runs.folder import Run
+from smartmops.runs.folder import PATHS, Run
 from smartmops.runs.progress import Phases
 from smartmops.settings.writing import NAME
 from smartmops.states.answer_states import AnswerStates
@@ -55,7 +56,7 @@ def begun(command: str, config: Any, method: str, **seeds: Any) -> Iterator[Run]
     """
     ranks.first_does(check, config)
     about = {"command": command, "arguments": asdict(config), **seeds, "base": config.model, "data": config.data,
-             "method": method}  # fmt: skip
+             "method": method, PATHS: _paths([config.model, *names_of(config.data), config.embedder])}  # fmt: skip
     with ExitStack() as held:
         ranks.first_does(held.enter_context, alone(config.out))
         new = not held_by(config.out)
@@ -67,6 +68,11 @@ def begun(command: str, config: Any, method: str, **seeds: Any) -> Iterator[Run]
             if new and ranks.rank() == 0 and not isinstance(error, DiskError):  # which says --resume
                 _taken_away(run)
             raise
+
+
+def _paths(names: Iterable[str | None]) -> list[str]:
+    """Those names that are files or folders."""
+    return [name for name in names if name is not None and Path(name).expanduser().exists()]
 
 
 def _taken_away(run: Run) -> None:

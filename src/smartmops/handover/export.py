@@ -6,7 +6,6 @@ Knows runs, and what is compared. What the files look like, `prefixes` and `rout
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
 import shutil
@@ -21,12 +20,14 @@ from peft import PeftModel
 from torch import Tensor
 
 from smartmops.backbone import halves
+from smartmops.base.names import shown_name
 from smartmops.checks.errors import RunError
+from smartmops.checks.folders import whole
 from smartmops.experts.gate import by_expert
 from smartmops.options.finished.handover import PREFIXES, ExportConfig
 from smartmops.rows.example import Example
-from smartmops.runs.card import shown_name
-from smartmops.runs.folder import Run, write_text
+from smartmops.runs.adapters import peft_as_it_is
+from smartmops.runs.folder import PATHS, Run, write_text
 from smartmops.serving.answering import Answerer
 from smartmops.tokens.template import Template
 
@@ -71,17 +72,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
     run, answerer = Run.open(config.run), Answerer.open(config.run)
     if not getattr(answerer.model.get_base_model(), "is_quantized", False):
         answerer.model.float()
-    beside = config.out.with_name(f".{config.out.name}.{os.getpid()}.tmp")
-    beside.mkdir(parents=True)
-    try:
-        found = _router(beside, answerer, run) if config.format == "router" else _experts(config, beside, answerer, run)
-        write_text(beside / "export.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        if config.out.exists():
-            config.out.rmdir()
-        os.replace(beside, config.out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with whole(config.out) as folder:
+        found = _router(folder, answerer, run) if config.format == "router" else _experts(config, folder, answerer, run)
+        write_text(folder / "export.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found
 
 
@@ -90,7 +83,7 @@ def _experts(config: ExportConfig, folder: Path, answerer: Answerer, run: Run) -
     names = list(config.experts or answerer.experts)
     asked = {name: [_asked(answerer, text, name) for text in TEXTS] for name in names}
     layers = {name: pinned(answerer.model, _inputs(answerer, TEXTS[0], name)) for name in names}
-    adapter, base_name = answerer.model.peft_config["default"], shown_name(str(run.config["base"]))
+    adapter, base_name = answerer.model.peft_config["default"], _shown(run, str(run.config["base"]))
     stops, files = answerer.template.stops(answerer.model), _file_names(names)
     base = answerer.model.base_model.unload()
     about = {"base": base_name, "visible_to": adapter.visible_to, "answer_header": adapter.answer_header,
@@ -112,6 +105,10 @@ def _experts(config: ExportConfig, folder: Path, answerer: Answerer, run: Run) -
     page = peft_page if config.format in PREFIXES else kv_page
     write_text(folder / "README.md", page(found))
     return found
+
+
+def _shown(run: Run, name: str) -> str:
+    return shown_name(name, run.config.get(PATHS, ()))
 
 
 def _asked(answerer: Answerer, text: str, expert: str) -> Asked:
@@ -141,7 +138,8 @@ Follow = Callable[[Asked], Tensor]
 
 def _by_peft(base: Any, folder: Path) -> Follow:
     """Logits of an answer's tokens as plain PEFT gives them."""
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    with peft_as_it_is():
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
 
     @torch.no_grad()
     def follow(each: Asked) -> Tensor:
@@ -191,14 +189,14 @@ def _router(folder: Path, answerer: Answerer, run: Run) -> dict[str, Any]:
     layer, adapter = model.base_model.layer(), model.peft_config["default"]
     texts = [*TEXTS, *(str(each["instruction"]) for each in run.read_samples()[:OWN] if each.get("instruction"))]
     weighed = [_weighed(answerer, text) for text in texts]
-    about: dict[str, Any] = {"experts": list(answerer.experts), "base": shown_name(str(run.config["base"])),
+    about: dict[str, Any] = {"experts": list(answerer.experts), "base": _shown(run, str(run.config["base"])),
                              "by_name": router.by_name(layer, "default"),
                              "sum_to_one": adapter.gate_top_k is None or adapter.gate_renormalise}  # fmt: skip
     base = model.base_model.unload()
     if answerer._embedder is not None:
         module: Any = router.Gate(layer, "default")
         inputs = [{"features": torch.tensor(answerer._embedder([text]))} for text in texts]
-        about["features"] = f"embedding of width {adapter.embedding_size} by {adapter.embedder}"
+        about["features"] = f"embedding of width {adapter.embedding_size} by {_shown(run, adapter.embedder)}"
     else:
         base.set_attn_implementation("eager")  # whose steps every opset has
         module = router.Router(

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from smartmops.base.names import shown_name
 from smartmops.checks.errors import HubError
 from smartmops.methods.baselines import base_of, template_of
 from smartmops.options.finished.handover import PushConfig
 from smartmops.runs.card import ORIGINS, card
-from smartmops.runs.folder import Run, check_adapter
+from smartmops.runs.folder import PATHS, Run, check_adapter
 from smartmops.tokens.template import FILE, Template, read_template
 
 CARRIED = ("adapter_config.json", "adapter_model.safetensors", FILE)
+MODELS = ("base_model_name_or_path", "tokenizer_name_or_path", "embedder")  # fields of PEFT's configs and ours
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
 
 
@@ -54,9 +56,9 @@ def stage(run: Run, folder: Path, repo: str) -> None:
         if (run.adapter_dir / name).is_file():
             shutil.copy(run.adapter_dir / name, folder / name)
     file = folder / "adapter_config.json"
-    found = without_folders(json.loads(file.read_text(encoding="utf-8")))
-    base = str(run.config["base"])
-    found["base_model_name_or_path"] = ORIGINS.get(base, without_folders(base))
+    base, paths = str(run.config["base"]), run.config.get(PATHS, ())
+    found = without_folders(json.loads(file.read_text(encoding="utf-8")), paths)
+    found["base_model_name_or_path"] = ORIGINS.get(base, shown_name(base, paths))
     file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(local(base_of(run)))
     if (run.adapter_dir / FILE).is_file():
@@ -65,12 +67,16 @@ def stage(run: Run, folder: Path, repo: str) -> None:
     (folder / "README.md").write_text(card(template, run.config, run.read_metrics(), repo), encoding="utf-8")
 
 
-def without_folders(value: Any) -> Any:
-    """A JSON value in which no text says where on this machine something lies: the last part of each path is left."""
+def without_folders(value: Any, paths: Collection[str] = ()) -> Any:
+    """A JSON value in which no text says where on this machine something lies: the last part of each path is left.
+
+    Which texts may be paths without being spelt as such, their fields say; `paths` are known to be some.
+    """
     if isinstance(value, Mapping):
-        return {key: without_folders(each) for key, each in value.items()}
+        return {key: shown_name(each, paths) if key in MODELS and isinstance(each, str) else
+                without_folders(each, paths) for key, each in value.items()}  # fmt: skip
     if isinstance(value, list):
-        return [without_folders(each) for each in value]
+        return [without_folders(each, paths) for each in value]
     if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "./", "../"))):
         return Path(value).name
     return value

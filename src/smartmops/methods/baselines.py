@@ -15,7 +15,7 @@ from smartmops.base import load_base
 from smartmops.checks.errors import RunError
 from smartmops.experts import keys_values
 from smartmops.options.method import MethodConfig
-from smartmops.runs.adapters import check_config, load_adapter
+from smartmops.runs.adapters import check_config, load_adapter, peft_as_it_is
 from smartmops.runs.folder import Run, check_adapter
 from smartmops.states.fingerprint import SAMPLED, sampled
 from smartmops.tokens.template import FILE, read_template
@@ -94,7 +94,7 @@ BUILDERS: dict[str, Callable[..., PeftConfig]] = {
 def load_run(path: Path) -> tuple[Any, Any, Run]:
     """The adapted model of a run in eval mode, its tokenizer, and the run; a run's own base wins over the one it names.
 
-    The tokenizer's chat template is the one that the run was trained with, whatever the base has today.
+    The tokenizer's chat template is the one that the run was trained with, or none, whatever the base has today.
 
     Raises:
         FileNotFoundError: no finished run, or no adapter, at `path`.
@@ -110,8 +110,7 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     if run.read_inputs().get(SAMPLED, now) != now:
         raise RunError(f"{base_of(run)} is not the base that {run.path} was trained on, its weights are others: bring "
                        "that one back, or train again")  # fmt: skip
-    if (run.adapter_dir / FILE).is_file():
-        tokenizer.chat_template = read_template(run.adapter_dir / FILE)
+    tokenizer.chat_template = read_template(run.adapter_dir / FILE) if (run.adapter_dir / FILE).is_file() else None
     return load_adapter(base, run.adapter_dir), tokenizer, run
 
 
@@ -178,7 +177,8 @@ def build(
     adapter = peft_config(config, count, width, words)
     if isinstance(adapter, LoraConfig | IA3Config):
         targets.choose(base, adapter)
-    model = get_peft_model(base, adapter)
+    with peft_as_it_is():
+        model = get_peft_model(base, adapter)
     if count and recovery is not None:
         model.base_model.layer().mops_recovery["default"].data.copy_(recovery)
     return model

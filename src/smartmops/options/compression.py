@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from smartmops.checks.errors import ConfigError, RunError, RunExists
-from smartmops.checks.folders import OutFolder, held_by, missing, near
+from smartmops.checks.folders import OutFolder, beside, held_by, missing, near
 from smartmops.checks.limits import LARGEST, Count, NotNegative, Number, OneOf, Options, Seed, Share, Text, unused
 
 from .training import Base, Columns, Zeros
@@ -42,11 +41,6 @@ class Device:
     def wrong(self, value: str) -> str | None:
         """As `limits.Limit`."""
         return None if re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d+)?)", value) else ": choose cpu, cuda, cuda:N, xpu or mps"
-
-
-def beside(out: Path) -> Path:
-    """The folder of what is half done."""
-    return out.with_name(f"{out.name}.partial")
 
 
 def numbers_of(pattern: str) -> tuple[int, int] | None:
@@ -195,5 +189,5 @@ class CompressConfig(CompressRun, Calibrated, Quantised, Pruning, Options):
         if partial.exists() and not self.resume:
             return RunExists(f"{partial} holds an unfinished compression: go on with --resume, or delete it")
         if self.resume and not self.out.exists() and not partial.exists():
-            return missing(self.out, near(self.out, "compression.json"))
+            return missing(self.out, near(self.out, lambda folder: (folder / "compression.json").is_file()))
         return None

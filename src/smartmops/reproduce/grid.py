@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smartmops.checks.errors import ConfigError
+from smartmops.checks.folders import beside
 from smartmops.compression.compress import compress
 from smartmops.federated.federate import federate
 from smartmops.flow.trainer import train
 from smartmops.methods.baselines import load_run
-from smartmops.options.compression import CompressConfig, beside
+from smartmops.options.compression import CompressConfig
 from smartmops.options.federation import FederateConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.options.training import EMBEDDED_SETTING, TrainConfig

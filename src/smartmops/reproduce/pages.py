@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smartmops.base.names import shown_name
 from smartmops.evidence import figures, tables
 from smartmops.evidence.page import Block, Gates, Page, Picture, Table, Text
 from smartmops.evidence.paper import printed
 from smartmops.evidence.tables import figure, gain, gains, label, perplexities, spread
-from smartmops.runs.card import shown_name
 from smartmops.traits import BASELINE, BY_NAME, PROPOSED
 
 from .plan import Plan

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,19 @@ def load_adapter(base: Any, folder: Path) -> Any:
     check_adapter(folder)
     check_config(folder / "adapter_config.json")
     try:
-        return PeftModel.from_pretrained(base, folder).eval()
+        with peft_as_it_is():
+            return PeftModel.from_pretrained(base, folder).eval()
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise AdapterError(f"{folder} does not fit this base ({_line(error)}): load the base that it was trained "
                            "on, or train it again") from error  # fmt: skip
+
+
+@contextmanager
+def peft_as_it_is() -> Iterator[None]:
+    """Without the warning of transformers that PEFT asks a base by an old name whether it keeps its activations."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def check_config(file: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from smartmops.base.builtin import BUILT_IN
-from smartmops.base.names import HUB_ID, local
+from smartmops.base.names import HUB_ID, local, shown_name
 from smartmops.data.several import names_of
 from smartmops.rows.example import Example
 from smartmops.settings.writing import versions
@@ -21,7 +21,7 @@ from smartmops.tokens.frames import gate_frame
 from smartmops.tokens.template import FILE, Template
 from smartmops.traits import METHODS
 
-from .folder import Run, write_text
+from .folder import PATHS, Run, write_text
 
 SHOWN = Example("Name the animal.", "A cat sat on the mat.", "The cat.")
 CARD = """---
@@ -72,7 +72,7 @@ def keep(run: Run, model: Any, template: Template) -> None:
     Raises:
         AdapterError: as `Run.save_adapter`.
     """
-    run.save_adapter(lambda folder: _save(model, folder, template, run.config))
+    run.save_adapter(lambda folder: save(model, folder, template, run.config))
 
 
 def number(run: Run, template: Template, metrics: Mapping[str, Any]) -> None:
@@ -80,11 +80,14 @@ def number(run: Run, template: Template, metrics: Mapping[str, Any]) -> None:
     write_text(run.adapter_dir / "README.md", card(template, run.config, metrics))
 
 
-def _save(model: Any, folder: Path, template: Template, config: Mapping[str, Any]) -> None:
+def save(
+    model: Any, folder: Path, template: Template, config: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+) -> None:
+    """Write an adapter, its template and its card into an empty folder; arguments as `card`."""
     model.save_pretrained(folder)
     if template.source is not None:
         (folder / FILE).write_text(template.source, encoding="utf-8")
-    (folder / "README.md").write_text(card(template, config), encoding="utf-8")
+    (folder / "README.md").write_text(card(template, config, metrics), encoding="utf-8")
 
 
 def card(
@@ -100,7 +103,8 @@ def card(
     """
     named = str(config.get("base", "unknown"))
     base, data = (
-        " ".join(map(shown_name, names_of(config.get(key, "unknown")))) for key in ("base", "data")
+        " ".join(shown_name(name, config.get(PATHS, ())) for name in names_of(config.get(key, "unknown")))
+        for key in ("base", "data")
     )
     chat, opened = template.source is not None, template.words(template.parts([SHOWN]))
     licence, origin = licence_of(named), ORIGINS.get(named, named if base == named and "/" in named else None)
@@ -184,18 +188,14 @@ def licence_of(base: str) -> str | None:
         return LICENCES[base]
     found = Path(local(base)) / "README.md" if base in BUILT_IN else Path(base) / "README.md"
     if not found.is_file():
-        cached = try_to_load_from_cache(base, "README.md") if HUB_ID.fullmatch(base) else None
+        of_hub = HUB_ID.fullmatch(base) and shown_name(base) == base
+        cached = try_to_load_from_cache(base, "README.md") if of_hub else None
         if not isinstance(cached, str):
             return None
         found = Path(cached)
     front = found.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
     named = re.search(r"^license:\s*[\"']?([\w.-]+)", front, re.MULTILINE) if front.startswith("---") else None
     return named[1] if named else None
-
-
-def shown_name(name: str) -> str:
-    """A name without where it lies, where it is a path."""
-    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
 
 
 def _quoted(text: str) -> str:

@@ -16,6 +16,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from smartmops.checks.errors import AdapterError, AdapterNotFound, RunError, Run
 from smartmops.checks.folders import half_written, held_by, refused
 from smartmops.settings.writing import KINDS, NAME, resolved, versions
 
+PATHS = "paths"  # of config.json: which of the names of base, data and embedder were files or folders at the start
 # A moved folder, a newer library or another tracker is the same run.
-MAY_DIFFER = ("versions", "arguments.out", "arguments.resume", "arguments.report_to")
+MAY_DIFFER = ("versions", PATHS, "arguments.out", "arguments.resume", "arguments.report_to")
 TEST_SPLIT = "test split"  # of the fingerprints in inputs.json, that of the test examples as they were drawn
 _TEMPORARY = ".tmp"  # ending of everything half-written; a resumed run sweeps them away
 _REPLACED = ".adapter.replaced"  # the former adapter, for the instant between the two renames of a swap
@@ -43,8 +45,11 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            error.filename = str(path)  # not the one beside it, which nobody asked for
         raise
 
 

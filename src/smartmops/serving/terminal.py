@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+from smartmops.checks.folders import growing
 from smartmops.data.asked import read_rows
 from smartmops.options.finished.serving import AnswerConfig, ChatConfig, GenerateConfig
 from smartmops.rows.example import Example
@@ -35,21 +36,21 @@ def generate(config: GenerateConfig, write: Write = printed) -> list[dict[str, A
 
     Raises:
         DataError: the file holds what is no row, a prompt does not fit the model, or the run has no experts.
+        OSError: a file cannot be written; what was answered is kept beside it.
     """
     if config.file is None:
         row = {"instruction": config.text or "", "context": config.context}
         example, answerer = Example(row["instruction"], row["context"], ""), Answerer.open(config.run)
         return [row | _told(spoken(answerer, example, settings_of(config), write, **_who(config)))]
     rows, answerer = read_rows(config.file), Answerer.open(config.run)
-    found = []
-    with ExitStack() as stack:
-        if config.out is not None:
-            config.out.parent.mkdir(parents=True, exist_ok=True)
-            write = stack.enter_context(config.out.open("w", encoding="utf-8", buffering=1)).write
-        for row in each_answered(answerer, rows, config):
-            found.append(row)
-            write(json.dumps(row, ensure_ascii=False) + "\n")
-    return found
+    with nullcontext() if config.out is None else growing(config.out) as file:
+        return [_line(row, write if file is None else file.write) for row in each_answered(answerer, rows, config)]
+
+
+def _line(row: dict[str, Any], write: Write) -> dict[str, Any]:
+    """The row, written as a line of JSON."""
+    write(json.dumps(row, ensure_ascii=False) + "\n")
+    return row
 
 
 def each_answered(

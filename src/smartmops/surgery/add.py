@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from smartmops.base.names import shown_name
 from smartmops.checks.errors import DataError
 from smartmops.data.several import names_of
 from smartmops.data.tasks import read
@@ -19,7 +20,6 @@ from smartmops.options.finished.surgery import AddConfig, AdviseConfig, Trial
 from smartmops.reading.early import look_at_data
 from smartmops.reading.task import Task
 from smartmops.runs.adapters import load_adapter
-from smartmops.runs.card import shown_name
 from smartmops.runs.folder import Run
 from smartmops.tokens.batches import Encoded
 

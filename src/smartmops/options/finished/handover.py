@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from smartmops.checks.errors import RunError, RunExists
-from smartmops.checks.folders import OutFolder, held_by
+from smartmops.checks.errors import RunError
+from smartmops.checks.folders import OutFolder, filled
 from smartmops.checks.limits import Options, Text, listed, unused
 
 from .serving import Run, adapter_config, experts_of
@@ -47,8 +47,7 @@ class ExportConfig(Options):
 
     def taken(self) -> RunError | None:
         """As `Options`."""
-        held = held_by(self.out)
-        return RunExists(f"--out {self.out} holds {held[0]}: choose another folder") if held else None
+        return filled(self.out, "--out")
 
 
 @dataclass(frozen=True)

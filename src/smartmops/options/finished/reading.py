@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from smartmops.checks.folders import OutFile, near
+from smartmops.checks.folders import OutFile, Writable, is_run, near
 from smartmops.checks.limits import Count, Options, Seed, Share, Text, Whole, unused
 from smartmops.options.training import Columns, Datas, Model, Template, ValidationConfig
 
@@ -23,23 +22,14 @@ class RunFolder:
         """As `limits.Limit`."""
         if not value.is_dir():
             what = "is a file" if value.exists() else "does not exist"
-            return f" {what}: give a run folder, as written by --out{near(value, 'config.json')}"
+            return f" {what}: give a run folder, as written by --out{near(value, is_run)}"
         if not (value / "config.json").is_file():
             return " has no config.json, so it is no run folder: give a folder written by --out"
-        if not _of_run(value / "config.json"):
+        if not is_run(value):
             return " is no run folder, its config.json is no run's: give a folder written by train, compare or federate"
         if not (value / "metrics.json").is_file():
             return " is unfinished, it has no metrics.json: finish it with --resume, or give a finished run"
         return None
-
-
-def _of_run(config: Path) -> bool:
-    """Whether a run wrote it, and not a model; so also where it cannot be read: who opens the run says why."""
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True
-    return not isinstance(found, dict) or "arguments" in found
 
 
 FinishedRun = Annotated[Path, RunFolder()]
@@ -138,3 +128,10 @@ class ReportConfig(Options):
         """Whether there is a run."""
         if not self.runs:
             yield "0 run folders given: name at least one, such as runs/quickstart"
+        elif self.out is None and (said := Writable().wrong(self.page)) is not None:
+            yield f"{self.page}{said.rpartition(':')[0]}: name another file with --out"
+
+    @property
+    def page(self) -> Path:
+        """The file that is written."""
+        return self.out or self.runs[0] / "report.html"

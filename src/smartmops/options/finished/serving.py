@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from smartmops.checks.folders import Existing, OutFile
+from smartmops.checks.folders import Existing, OutFile, beside
 from smartmops.checks.limits import Count, NotNegative, Number, Options, Positive, Seed, Text, listed, unused
 
 from .reading import RunFolder
@@ -103,6 +103,8 @@ class GenerateConfig(AnswerConfig):
             yield f"--out {self.out} is for the answers of --file: give that, or leave --out away"
         if self.out is not None and self.file is not None and self.out.resolve() == self.file.resolve():
             yield f"--out {self.out} is the file that is answered: choose another name"
+        if self.out is not None and (begun := beside(self.out.resolve())).exists():
+            yield f"--out {self.out}: {begun} holds answers that were not ended: move it away, or delete it"
         if self.base and self.expert is not None:
             yield f"--expert {self.expert} and --base are both asked for: choose one"
         if self.expert is not None and self.expert not in (names := experts_of(self.run)):

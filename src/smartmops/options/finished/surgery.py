@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from smartmops.checks.errors import RunError
-from smartmops.checks.folders import Existing, OutFolder, refused
+from smartmops.checks.folders import Existing, OutFolder, refused, unmade
 from smartmops.checks.limits import Count, Fresh, Options, Rate, Seed, Share, Text, Whole, check, listed, unused
 from smartmops.options.method import Unrelated
 from smartmops.options.training import Columns, Data
@@ -194,6 +194,11 @@ class ExpertsConfig(Options):
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the change."""
+        if isinstance(self.do, _Writing) and self.do.in_place:
+            for folder in (self.run, self.run.absolute().parent):  # the changed run is made beside it
+                if (said := unmade(folder)) is not None:
+                    yield f"--in-place: {folder}{said.rpartition(':')[0]}: write what changed elsewhere, with --out DIR"
+                    break
         try:
             check(self.do)
         except ValueError as error:
