@@ -205,6 +205,7 @@ def test_where_the_frozen_base_is_best_the_run_says_so_and_saves_it(
     config: Make, monkeypatch: Any, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     kind: dict[str, Any] = {"method": "mops", "expert_kind": method} if method == "keys_values" else {"method": method}
+    kind |= {} if method in ("mops", "keys_values") else {"gate_lr": None}
     as_by_default = TrainConfig.gate_pretraining_steps  # which only one of these methods takes
     chosen = config(**kind, steps=4, validation_share=0.2, samples_per_task=0, gate_pretraining_steps=as_by_default)
     real = steps.measured

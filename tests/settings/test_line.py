@@ -6,7 +6,6 @@ import os
 import shlex
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -138,19 +137,30 @@ def test_the_package_is_a_program_too() -> None:
     assert done.returncode == 0 and done.stdout.startswith("smartmops ")
 
 
-def test_a_file_may_serve_several_methods_and_what_it_gives_in_vain_is_said_and_not_refused(tmp_path: Path) -> None:
+def test_what_a_file_gives_in_vain_is_said_and_not_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """For a file may serve several methods."""
     file = tmp_path / "shared.yaml"
-    file.write_text("model: tiny\ndata: office\ngate_lr: 0.5\nexperts: 3\nmethod: lora\n")
-    words = ["train", "--config", str(file), "--out", str(tmp_path / "a")]
-    with pytest.warns(UserWarning, match="in the file of options, --gate-lr 0.5 is of a gate"):
-        check(asked(cli.COMMANDS, words)[1], given=True)
-    with pytest.warns(UserWarning), pytest.raises(ConfigError, match=r"--gate-lr 0\.25 is of a gate"):
+    file.write_text("model: tiny\ndata: office\ngate_lr: 0.5\nmethod: lora\nrecovery_prompts: 0\n")
+    words, said = (
+        ["train", "--config", str(file), "--out", str(tmp_path / "a")],
+        "passed over: --gate-lr 0.5 is of a gate",
+    )
+    check(asked(cli.COMMANDS, words)[1], given=True)
+    assert [each.startswith(said) for each in caplog.messages] == [True]
+    with pytest.raises(ConfigError, match=r"--gate-lr 0\.25 is of a gate"):
         check(asked(cli.COMMANDS, [*words, "--gate-lr", "0.25"])[1], given=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check(asked(cli.COMMANDS, [*words, "--method", "mops", "--gate-lr", "0.25"])[1], given=True)
-    with (
-        pytest.warns(UserWarning, match="in the file of options"),
-        pytest.raises(ConfigError, match=r"gate_lr 0\.25 is of a gate"),
-    ):
+    with pytest.raises(ConfigError, match=r"gate_lr 0\.25 is of a gate"):
         sm.train(config=file, out=tmp_path / "a", gate_lr=0.25)
+    caplog.clear()
+    check(asked(cli.COMMANDS, [*words, "--method", "mops", "--gate-lr", "0.25"])[1], given=True)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("option", "said"), [
+    ("--experts 3", "--experts 3 is of prompts, and there are none"), ("--expert-kind hidden_states", "--expert-kind"),
+    ("--samples-per-task 0 --gate-lr 0", None),
+])  # fmt: skip
+def test_a_command_may_serve_several_methods(option: str, said: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    words = shlex.split(f"train tiny --data office --method ia3 --out new {option}")
+    check(asked(cli.COMMANDS, words)[1], given=True)
+    assert [each.startswith(f"passed over: {said}") for each in caplog.messages] == [True] * (said is not None)

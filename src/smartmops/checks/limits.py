@@ -8,10 +8,10 @@ and how options are typed; knows no option.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import re
 import types
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -33,6 +33,8 @@ from typing import (
 import tyro
 
 from smartmops.checks.errors import ConfigError, RunError, SmartmopsError, WrongType
+
+logger = logging.getLogger(__name__)
 
 FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 GIVEN = re.compile(rf"^{FLAG.pattern} ([^\s:,]+)(?=[:,])", re.MULTILINE)  # a line that opens with a value
@@ -161,9 +163,11 @@ class Options:
 
     Attributes:
         from_file: What a file of options gave, which may serve several methods: there an option may do nothing.
+        common: Options that may stand in the same command for several methods, though some have no use for them.
     """
 
     from_file: ClassVar[Mapping[str, Any]] = {}
+    common: ClassVar[tuple[str, ...]] = ()
 
     def problems(self) -> Iterator[str]:
         """What is wrong with several options together; asked once each is right by itself."""
@@ -183,7 +187,9 @@ def unused(config: Any, names: Iterable[str], acts: bool, why: str) -> Iterator[
     by_default = {each.name: each.default for each in fields(config)}
     for name in () if acts else names:
         value = getattr(config, name)
-        if value != by_default[name] and not (name in config.from_file and config.from_file[name] == value):
+        spared = name in config.common or (name in config.from_file and config.from_file[name] == value)
+        nothing = type(value) in (int, float) and value == 0  # and nothing is what comes of it
+        if value != by_default[name] and not spared and not nothing:
             if isinstance(by_default[name], bool):
                 yield f"{typed(name if value else f'no_{name}')} {why}"
             else:
@@ -215,14 +221,12 @@ def check(config: Options, *, given: bool = False) -> None:
 
 
 def _idle(config: Options) -> list[str]:
-    """Which options that were typed do nothing; of those out of a file it is said, and no more."""
-    told = list(config.idle())
-    if config.from_file:
-        bare = copy.copy(config)
-        bare.from_file = {}  # type: ignore[misc]
-        for line in bare.idle():
-            if line not in told:
-                warnings.warn(f"in the file of options, {line}", stacklevel=3)
+    """Which options that were typed do nothing; of common ones and those out of a file it is said, and no more."""
+    told, bare = list(config.idle()), copy.copy(config)
+    bare.from_file, bare.common = {}, ()  # type: ignore[misc]
+    for line in bare.idle():
+        if line not in told:
+            logger.warning("passed over: %s", line)
     return told
 
 

@@ -134,6 +134,8 @@ class Batches:
 class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, DataOptions, BaseOptions):
     """What is adapted to which data, and how both are read."""
 
+    common: ClassVar[tuple[str, ...]] = ("experts", "prompts_per_expert", "expert_kind")
+
     @property
     def recovered_by(self) -> int:
         """Number of recovery prompts."""
