@@ -21,7 +21,7 @@ from smartmops import cli
 from smartmops.base import load_base
 from smartmops.checks.errors import RunError
 from smartmops.clients.admission import admitted
-from smartmops.clients.messages import Failure, Hello, Reply, pack
+from smartmops.clients.messages import VERSION, Failure, Hello, Reply, pack
 from smartmops.evaluation.measure import measured
 from smartmops.federated import client as client_module
 from smartmops.federated import federate as module
@@ -323,7 +323,13 @@ def test_the_gate_is_pretrained_on_instructions_of_the_server_that_nobody_labell
 
 
 def hello(**changes: Any) -> bytes:
-    given = {"name": "x", "examples": 3, "categories": ["a"], "base": "own", "versions": versions() | {"messages": "1"}}
+    given = {
+        "name": "x",
+        "examples": 3,
+        "categories": ["a"],
+        "base": "own",
+        "versions": versions() | {"messages": str(VERSION)},
+    }
     return pack(Hello(**given | changes))
 
 
@@ -346,8 +352,8 @@ def test_what_is_no_greeting_is_refused_with_who_sent_it(config: Make, blob: byt
     [
         ({"examples": 0}, "'x' holds no examples"),
         ({"base": "other"}, "another base model, tokenizer or template"),
-        ({"versions": versions() | {"messages": "1", "torch": "1.0"}}, r"runs torch 1\.0, the server .*--allow-other-versions"),
-        ({"versions": versions() | {"messages": "7"}}, "runs messages 7, the server 1: install the same$"),
+        ({"versions": versions() | {"messages": str(VERSION), "torch": "1.0"}}, r"runs torch 1\.0, the server .*--allow-other-versions"),
+        ({"versions": versions() | {"messages": "7"}}, f"runs messages 7, the server {VERSION}: install the same$"),
         ({"categories": ["a", "zebra"]}, "'zebra', which the gate does not know .*--gate-pretraining clusters"),
     ],
 )  # fmt: skip
@@ -358,7 +364,7 @@ def test_a_client_that_does_not_belong_is_refused(config: Make, change: dict[str
 
 
 def test_clients_that_belong_are_numbered_and_named(config: Make) -> None:
-    everyone = {n: hello(name=str(n), versions={"messages": "1"}) for n in range(3)}
+    everyone = {n: hello(name=str(n), versions={"messages": str(VERSION)}) for n in range(3)}
     assert admitted(everyone, config(allow_other_versions=True), "own", ["a", "b"]) == {0: "0", 1: "1", 2: "2"}
     with pytest.raises(ValueError, match="clients_per_round=3, but there are 2 clients"):
         admitted({n: everyone[n] for n in range(2)}, config(), "own", [])

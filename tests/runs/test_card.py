@@ -13,7 +13,7 @@ from smartmops.base import local
 from smartmops.base.names import shown_name
 from smartmops.flow.trainer import train
 from smartmops.methods.baselines import load_run, template_of
-from smartmops.runs.card import card
+from smartmops.runs.card import card, licence_of
 from smartmops.tokens.template import Template
 
 Make = Callable[..., Any]
@@ -50,6 +50,22 @@ def test_the_card_names_folders_without_where_they_are(tmp_path: Path) -> None:
     told = card(template, {"base": str(tmp_path), "data": "/home/me/rows.jsonl", "method": "mops"})
     assert f"# mops on {tmp_path.name}\n" in told and "`rows.jsonl`" in told and "/home" not in told
     assert str(tmp_path) not in told
+
+
+def test_a_template_that_refuses_the_cards_example_leaves_the_card_without_it(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(local("tiny"))
+    (tmp_path / "lines.jinja").write_text(TAGS.replace("m.content", "m.content.replace('\n\n', ' ')"))
+    template = Template.of(str(tmp_path / "lines.jinja"), tokenizer)
+    told = card(template, {"base": "tiny", "data": "office", "method": "mops"})
+    assert "    No example: template" in told and "does not write 'Name the animal" in told
+
+
+def test_a_folder_that_has_gone_takes_no_licence_of_who_is_called_so_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.setattr("smartmops.runs.card.try_to_load_from_cache", lambda *_: str(tmp_path / "README.md"))
+    assert licence_of("models/mine") == "mit" and licence_of("models/mine", ["models/mine"]) is None
 
 
 @pytest.mark.parametrize(("name", "paths", "shown"), [

@@ -283,6 +283,39 @@ def test_thoughts_of_earlier_answers_may_be_left_out_and_those_of_the_last_moved
     assert read(row, tokenizer) == "No?Hi."
 
 
+THINKING = (
+    "{% for m in messages %}<|user|>{% if m.role == 'assistant' %}<think>\n{{ m.content.split('</think>')[0]"
+    ".replace('<think>', '').strip() if '</think>' in m.content else '' }}\n</think>\n\n{{ m.content.split('</think>')[-1]"
+    ".strip() }}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|user|><think>\n"
+    "{% endif %}"
+)  # opens a thought with every turn, as models do that always think
+
+
+@pytest.mark.parametrize("response", ["<think>\nLet me see.\n</think>\n\n42", "42"])
+def test_where_every_answer_begins_with_a_thought_its_own_is_learnt(
+    make_tokenizer: Make, tmp_path: Path, response: str
+) -> None:
+    (tmp_path / "own.jinja").write_text(THINKING)
+    tokenizer = chatting(make_tokenizer, CHATML)
+    row = encode(Example("Hi.", "", response), tokenizer, 500, Template.of(str(tmp_path / "own.jinja"), tokenizer))
+    thought = "Let me see." if "see" in response else ""
+    assert tokenizer.decode(row.input_ids) == f"<|user|>Hi.<|end|><|user|><think>\n{thought}\n</think>\n\n42<|end|>"
+
+
+SWITCHED = FIRST_LINE.replace(
+    "m.content{0}", "m.content.replace('/no_think', '').rstrip() if m.role == 'system' else m.content.lstrip('\n')"
+)
+
+
+def test_switches_of_thinking_and_breaks_at_an_end_may_go(make_tokenizer: Make, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(SWITCHED)
+    tokenizer, code = chatting(make_tokenizer, CHATML), "\n    print(1)"
+    example = Example("Hi.", "", "Yes.", system="Be brief. /no_think", history=(("Code?", code),))
+    row = encode(example, tokenizer, 500, Template.of(str(tmp_path / "own.jinja"), tokenizer))
+    assert read(row, tokenizer) == "Be brief.Code?Hi."
+    assert "<|user|>    print(1)<|end|>" in tokenizer.decode(row.input_ids)
+
+
 BAD = {
     "no end": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", r"does not end a turn.*'\\n'"),
     "no answer": ("{{ messages[0]['content'] }}<|end|>", r"does not write a question and its answer.*mark0000of4711"),

@@ -78,7 +78,7 @@ def _as_before(model):
     yield
     model.load_state_dict(before)
     model.gradient_checkpointing_disable()
-    model.base_model.model.mops_engine.warned = False
+    model.base_model.model.mops_engine.said.clear()
 
 
 @pytest.fixture

@@ -62,6 +62,8 @@ def distinct(
     So several answers to one question, beams, and experts that answer side by side read it once. None: no two rows are
     the same.
     """
+    if len(real) == 1:
+        return dict(kwargs), None
     _, each = torch.unique(torch.where(real, kwargs["input_ids"], -1), dim=0, return_inverse=True)
     count = int(each.max()) + 1
     if count == len(real):

@@ -20,7 +20,7 @@ from smartmops.checks.errors import FederationError
 
 from .roster import short
 
-VERSION = 1  # of these messages; both sides must speak the same
+VERSION = 2  # of these messages; both sides must speak the same
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Knows PEFT's folders and templates. Trains nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from smartmops.base.builtin import BUILT_IN
 from smartmops.base.names import HUB_ID, local, shown_name
+from smartmops.checks.errors import ConfigError
 from smartmops.data.several import names_of
 from smartmops.rows.example import Example
 from smartmops.settings.writing import versions
@@ -106,8 +107,8 @@ def card(
         " ".join(shown_name(name, config.get(PATHS, ())) for name in names_of(config.get(key, "unknown")))
         for key in ("base", "data")
     )
-    chat, opened = template.source is not None, template.words(template.parts([SHOWN]))
-    licence, origin = licence_of(named), ORIGINS.get(named, named if base == named and "/" in named else None)
+    chat, licence = template.source is not None, licence_of(named, config.get(PATHS, ()))
+    origin = ORIGINS.get(named, named if base == named and "/" in named else None)
     file = f'open("{place}/{FILE}").read()' if place == PLACE else f'open(hf_hub_download("{place}", "{FILE}")).read()'
     front = [f"base_model: {origin}"] * (origin is not None) + [f"license: {licence}"] * (licence is not None)
     found = CARD.format(
@@ -119,10 +120,19 @@ def card(
         template_line=f"\ntokenizer.chat_template = {file}" if chat else "",
         numbers=UNMEASURED if metrics is None else _numbers(config, metrics) or UNMEASURED,
         how=f"With the chat template in `{FILE}`." if chat else "In a plain frame.",
-        shown=_quoted(opened + template.answer([SHOWN], opened) + template.end),
+        shown=_quoted(_example(template)),
     )  # fmt: skip
     imports = "import torch\n" if not (chat and place != PLACE) else "import torch\nfrom huggingface_hub import hf_hub_download\n"
     return found.replace("from peft import PeftModel\n", imports + "from peft import PeftModel\n", 1)
+
+
+def _example(template: Template) -> str:
+    """An example as the template writes it; of a template that refuses it, why."""
+    try:
+        opened = template.words(template.parts([SHOWN]))
+        return opened + template.answer([SHOWN], opened) + template.end
+    except ConfigError as error:
+        return f"No example: {error}."
 
 
 def _needs_mask(template: Template, config: Mapping[str, Any]) -> bool:
@@ -182,13 +192,16 @@ def _told(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     return f": {', '.join(told)}" if told else ""
 
 
-def licence_of(base: str) -> str | None:
-    """The licence that a base's own card names in its front matter; None where there is no such card at hand."""
+def licence_of(base: str, paths: Collection[str] = ()) -> str | None:
+    """The licence that a base's own card names in its front matter; None where there is no such card at hand.
+
+    `paths` are names that were paths when the run began: where one of them is gone, what the hub calls so is another's.
+    """
     if base in LICENCES:
         return LICENCES[base]
     found = Path(local(base)) / "README.md" if base in BUILT_IN else Path(base) / "README.md"
     if not found.is_file():
-        of_hub = HUB_ID.fullmatch(base) and shown_name(base) == base
+        of_hub = HUB_ID.fullmatch(base) and shown_name(base, paths) == base
         cached = try_to_load_from_cache(base, "README.md") if of_hub else None
         if not isinstance(cached, str):
             return None

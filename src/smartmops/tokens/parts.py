@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from smartmops.checks.errors import WrongType
 
 THOUGHT = "</think>"  # which ends what models think before they answer
+SWITCH = re.compile(r"/(no_?)?think\b")  # words by which a user or a system turns thinking off and on
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,14 @@ def shared(one: Sequence[Any], two: Sequence[Any]) -> int:
 def span(text: str, at: int, content: str, behind: str, answers: bool) -> int | None:
     """Characters that a message takes from `at` on, up to what is written behind it; None: it does not stand there.
 
-    Templates trim blanks around some messages, and of earlier answers those that think leave out the thoughts.
+    Templates trim blanks around some messages, take words that switch thinking off or on for themselves, and those that
+    think leave out the thoughts of earlier answers.
     """
-    for words in (content, content.strip(), content.lstrip(), content.rstrip()):
-        if text.startswith(words + behind, at):
-            return len(words)
+    for words in (content, *(() if SWITCH.search(content) is None else (SWITCH.sub("", content),))):
+        for blanks in (None, "\n"):
+            for each in (words, words.strip(blanks), words.lstrip(blanks), words.rstrip(blanks)):
+                if text.startswith(each + behind, at):
+                    return len(each)
     end = text.find(behind, at) if answers and THOUGHT in content else -1
     return None if end < 0 else end - at
 

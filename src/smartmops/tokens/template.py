@@ -221,6 +221,7 @@ class Chat(Template):
             raise ConfigError(f"template {name!r} does not write a question and its answer as they stand, one behind "
                               f"the other ({_short(full)}): mend it, or choose template='plain'")  # fmt: skip
         self._thought = opening[len(common) :]  # what a template opens that answers to learn from do not have
+        self._opens = common.partition(said)[2]  # the assistant's turn, and thoughts where all answers begin with some
         self.header_ids = self._header(common, self.written([asked]), said)
         self.end, self.end_ids, self._closing = self._ending()
         self.takes_system = self._knows_system(asked, told)
@@ -252,7 +253,7 @@ class Chat(Template):
         response = turns[-1].response
         full = self.written([*self._messages(turns), {"role": "assistant", "content": response}])
         found = full[len(opened) : len(full) - len(self._tail)]
-        if not full.startswith(opened) or not full.endswith(self._tail) or not holds(found, response):
+        if not full.startswith(opened) or not full.endswith(self._tail) or not holds(self._opens + found, response):
             raise ConfigError(f"template {self.name!r} writes another prompt, another answer or another end once the "
                               f"answer {_short(response)} is there: choose another template or leave the example "
                               "out")  # fmt: skip

@@ -63,7 +63,7 @@ class Engine:
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]  # what `forward` takes, in order
         self.wrappers: dict[int, Any] = {}
         self.last: ForwardContext | None = None
-        self.warned = False
+        self.said: set[str] = set()  # warnings, each of which is given once
         layers = getattr(self.backbone, halves.layers_name(self.backbone))
         self.layers = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
         for number, layer in enumerate(self.layers):
@@ -320,8 +320,8 @@ class Engine:
             self._say(said)
 
     def _say(self, warning: str) -> None:
-        if not self.warned:
-            self.warned = True
+        if warning not in self.said:
+            self.said.add(warning)
             warnings.warn(warning, stacklevel=2)
 
     @torch.no_grad()
