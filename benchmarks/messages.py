@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-POINTS = [*((n, "fedavg") for n in (10, 100, 1_000, 10_000)), *((n, "trimmed-mean") for n in (10, 100, 1_000))]
+POINTS = [*((n, "fedavg") for n in (10, 100, 1_000, 10_000)), *((n, "trimmed-mean") for n in (10, 100, 1_000, 10_000))]
 RAY = [(10, 10), (100, 100), (1_000, 1_000), (1_000, 10)]  # clients, and those that act in a round
 SMALL, ROUNDS, RAY_ROUNDS, RAY_EXAMPLES = (10, 100), 3, 3, 4_000
 EXPERTS, PROMPTS, WIDTH, INNER = 7, 10, 512, 64  # the arrays of an adapter of hidden states
@@ -183,8 +183,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield "\n![Memory and seconds of a server over the clients that act in a round](messages.png)\n"
     yield ("Answers wait on disk (64 MiB of them in memory) until all are in, since the norm limit is a multiple of the round's "
            "median; then sums run over them one by one, in the order of clients, to the last bit as over a list of all. "
-           "`trimmed-mean` and `median` sort every number over all clients, so they hold one array of all clients in float64: "
-           "their memory grows.\n")  # fmt: skip
+           "`trimmed-mean` and `median` sort every number over all clients, two million numbers at a time, from a second file "
+           "on disk.\n")  # fmt: skip
     if ray:
         yield from _of_ray(ray)
 

@@ -4,8 +4,8 @@ python benchmarks/speed.py DIR [NOTE]    copies DIR/metrics.json, writes speed.m
 
 Of a base that was named, training is measured as `smartmops bench` starts, and generating with OMP_WAIT_POLICY=active.
 
-Of a random Llama the numbers go to speed.json, of a base that was named to speed_MODEL_DATA.json; the page has them
-all. NOTE says what else there is to know of the measurement.
+Of a random Llama the numbers go to speed.json, of a base that was named to speed_MODEL_DATA.json (where `--only quality`
+was measured, over more rows, to speed_MODEL_DATA_quality.json); the page has them all. NOTE says what else there is to know of the measurement.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def main(folder: Path, out: Path = HERE, note: str = "") -> None:
     found = json.loads((folder / "metrics.json").read_text())
     named = found["setting"].get("model")
     found |= {"note": note} if note else {}
-    spins = "_spinning" if found["machine"].get("waiting") == "active" else ""
-    name = "speed" if named is None else f"speed_{Path(named).stem}_{Path(found['setting']['data']).stem}{spins}"
+    kind = "_spinning" if found["machine"].get("waiting") == "active" else "_quality" * ([*found["raw"]] == ["quality"])
+    name = "speed" if named is None else f"speed_{Path(named).stem}_{Path(found['setting']['data']).stem}{kind}"
     (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     if "growth" in found:
         picture(found["growth"], out / "growth.png")
@@ -59,7 +59,9 @@ def named(found: dict[str, Any]) -> Iterator[str]:
         if spins
         else "soon sleep where they wait for each other, as `train` has it"
     )
-    yield f"## {s['model']} on {Path(s['data']).stem}{', generating' if spins else ''}\n"
+    quality = found["raw"].get("quality")
+    about = ", generating" if spins else ", until the quality of LoRA" if quality else ""
+    yield f"## {s['model']} on {Path(s['data']).stem}{about}\n"
     yield (
         f"`smartmops bench {s['model']} --data {s['data']}`: {examples['count']} examples of at most {s['max_length']} tokens in "
         f"batches of {s['batch_size']}, {examples['tokens']} tokens, {examples['predicted_tokens']} of them answers; {s['experts']} experts of "
@@ -82,6 +84,13 @@ def named(found: dict[str, Any]) -> Iterator[str]:
             rates = " | ".join(f"{raw['examples_per_second'][side]:.2f}" for side in sides)
             tokens, answers = (raw[key] / raw["examples"] for key in ("tokens", "predicted_tokens"))
             yield f"| {name.removeprefix('train').strip('_') or 'as drawn'} | {tokens:.0f} | {answers:.0f} | {rates} |"
+    if quality:
+        looks = ", ".join(f"{each:.3f}" for each in quality["mops_validation_nats"])
+        yield (f"\nNats a token on {quality['validation_examples']} validation examples: {quality['validation_nats_before']:.3f} "
+               f"before, {quality['lora_validation_nats']:.3f} after {quality['lora_steps']} steps of LoRA "
+               f"({quality['lora_seconds']:.0f} s); MoPs every {quality['mops_steps_between']} steps {looks} "
+               f"({quality['mops_seconds']:.1f} s of steps, {quality['preparing_seconds']:.1f} s of preparing and "
+               f"{quality['states_seconds']:.1f} s of states before them).")  # fmt: skip
     if slow := found["raw"].get("busy_neighbour"):
         times = slow["times_slower"]
         yield (f"\nBeside a process that takes one core a step takes {times['mops']:.2f} times as long, LoRA's {times['lora']:.2f} "
