@@ -378,6 +378,12 @@ def test_a_block_size_that_does_not_fit_the_pattern_is_refused() -> None:
         prune(small(), texts(), HALF, solver=Solver(block_size=10))
 
 
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_a_block_size_is_not_asked_of_what_solves_in_no_blocks(method: Any) -> None:
+    stats = prune(small(), texts(), HALF, method, Solver(block_size=10))
+    assert all(found["sparsity"] == 0.5 for found in stats.values())
+
+
 def test_what_enters_the_first_layer_is_float32() -> None:
     (hidden,) = embed(small().bfloat16(), texts(batches=1))
     assert (hidden.dtype, hidden.shape) == (torch.float32, (8, 12, 64))

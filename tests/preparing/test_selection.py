@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from smartmops.base import load_base
 from smartmops.experts.gate import log_gate
 from smartmops.flow.trainer import TrainConfig, train
-from smartmops.methods.baselines import MethodConfig
+from smartmops.methods.baselines import MethodConfig, build
 from smartmops.preparing.adapting import adapt
 from smartmops.preparing.pretrain import GatePretraining
-from smartmops.preparing.selection import told
+from smartmops.preparing.selection import told, wire
 from smartmops.reading.task import Task, TaskConfig
 from smartmops.states.instructions import instructions
 
@@ -68,6 +69,14 @@ def test_the_even_gate_is_even_and_stays_so(two_tasks: Path, tmp_path: Path, ada
     assert trained and not any("gate" in name for name in trained)
 
 
+@pytest.mark.parametrize("method", ["oracle", "nearest-cluster"])
+def test_each_of_many_experts_can_be_told(method: Any) -> None:
+    base, _ = load_base("tiny", "float32")
+    model = build(base, MethodConfig(method=method, experts=5, prompts_per_expert=1, gate_hidden_size=3), width=5)
+    wire(model)
+    assert torch.equal(model.base_model.layer().gate(torch.eye(5), "default").detach(), torch.eye(5))
+
+
 @pytest.mark.parametrize("method", ["uniform-gate", "oracle", "nearest-cluster", "top-1"])
 def test_every_one_trains_end_to_end_and_lowers_the_perplexity(two_tasks: Path, tmp_path: Path, method: Any) -> None:
     config = TrainConfig(model="tiny", data=str(two_tasks), out=tmp_path / "run", method=method, experts=2,
@@ -97,9 +106,6 @@ def test_who_is_told_the_task_cannot_answer_an_unknown_one(two_tasks: Path) -> N
 
 
 def test_a_lora_can_begin_above_the_lower_layers() -> None:
-    from smartmops.base import load_base
-    from smartmops.methods.baselines import build
-
     base, _ = load_base("tiny", "float32")
     model = build(base, MethodConfig(method="lora", lora_from=3))
     where = {int(name.split(".layers.")[1].split(".")[0]) for name, p in model.named_parameters() if p.requires_grad}

@@ -158,9 +158,11 @@ def test_what_a_file_gives_in_vain_is_said_and_not_refused(tmp_path: Path, caplo
 
 @pytest.mark.parametrize(("option", "said"), [
     ("--experts 3", "--experts 3 is of prompts, and there are none"), ("--expert-kind hidden_states", "--expert-kind"),
-    ("--samples-per-task 0 --gate-lr 0", None),
+    ("--samples-per-task 0 --gate-lr 0", None), ("--gate-lr 0.5 --resume", "--gate-lr 0.5 is of a gate that learns"),
 ])  # fmt: skip
-def test_a_command_may_serve_several_methods(option: str, said: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    words = shlex.split(f"train tiny --data office --method ia3 --out new {option}")
+def test_a_command_may_serve_several_methods_and_a_run_goes_on_as_it_began(
+    option: str, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = shlex.split(f"train tiny --data office --method ia3 --out {tmp_path} {option}")
     check(asked(cli.COMMANDS, words)[1], given=True)
     assert [each.startswith(f"passed over: {said}") for each in caplog.messages] == [True] * (said is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 TRAIN = "train tiny --data DIR/doc.jsonl --batch-size 4 --experts 3 --steps 2 --out NEW"
+ONE = TRAIN.replace("--experts 3", "--experts 1")
 LORA = "train tiny --data DIR/doc.jsonl --batch-size 4 --steps 2 --out NEW --method lora"
 COMPARE = "compare tiny --data DIR/doc.jsonl --steps 2 --experts 3 --batch-size 4 --out NEW"
 FEDERATE = "federate tiny --data DIR/doc.jsonl --clients 4 --clients-per-round 2 --out NEW"
@@ -16,7 +17,8 @@ INT8 = "compress tiny --out NEW --int8"
 OTHER = "compress DIR/pruned --out NEW"
 BENCH, NAMED = "bench --out NEW", "bench tiny --out NEW"
 REPRODUCE = "reproduce table2 --out NEW"
-NONE = "and this adapter has none: choose --method mops and several --experts, or leave it away"
+CHOOSE = "choose the method mops and several --experts, or leave it away"
+NONE = f"and there is none: {CHOOSE}"
 IDLE: list[tuple[str, str]] = [
     (f"{LORA} --gate-lr 0.1", f"--gate-lr 0.1 is of a gate that learns, {NONE}"),
     (
@@ -31,27 +33,46 @@ IDLE: list[tuple[str, str]] = [
     ),
     (
         f"{TRAIN} --method prompt-tuning --gate-target hidden_states --expert-kind hidden_states",
-        f"--gate-target hidden_states is of a gate, {NONE}",
+        f"--gate-target hidden_states is of a gate over several experts, {NONE}",
     ),
-    (f"{LORA[:-4]}ia3 --gate-granularity prompt", f"--gate-granularity prompt is of a gate, {NONE}"),
+    (
+        f"{LORA[:-4]}ia3 --gate-granularity prompt",
+        f"--gate-granularity prompt is of a gate over several experts, {NONE}",
+    ),
     (f"{TRAIN} --method prompt-tuning --gate-layer 3", "--gate-layer 3 is of a gate that reads the model's own states"),
     (f"{TRAIN} --method prompt-tuning --embedder x", f"--embedder x is of a gate that reads, {NONE}"),
     (f"{TRAIN} --method top-1 --gate-top-k 2", "--gate-top-k 2 is of a gate that weighs several experts"),
-    (f"{TRAIN} --method top-1 --null-expert False", f"--null-expert False is of a gate that is taught, {NONE}"),
+    (
+        f"{TRAIN} --method top-1 --null-expert False",
+        "--null-expert False is of a gate that is taught, and there is none: choose the method mops, or leave it away",
+    ),
     (
         f"{TRAIN} --null-expert False --null-threshold 0.2",
         "--null-threshold 0.2 is of a null expert, and there is none",
     ),
-    (f"{TRAIN} --method prompt-tuning --gate-pretraining clusters", "--gate-pretraining clusters is of a gate, and"),
+    (
+        f"{TRAIN} --method oracle --gate-pretraining clusters",
+        f"--gate-pretraining clusters is of a gate that learns which expert is meant, {NONE}",
+    ),
+    (
+        f"{ONE} --gate-pretraining none --gate-layer 3",
+        f"--gate-pretraining none is of a gate that learns which expert is meant, {NONE}",
+    ),
+    (
+        f"{ONE} --null-expert False --gate-granularity prompt --prompts-per-expert 1",
+        f"--gate-granularity prompt is of a gate over several experts, {NONE}",
+    ),
+    (f"{TRAIN} --method prompt-tuning --gate-layer 0", "--gate-layer 0 is of a gate that reads the model's own states"),
+    (f"{LORA} --injection-layer 0", "--injection-layer 0 is of experts, and there are none: choose the method mops"),
     (f"{LORA} --gate-start gradient", "--gate-start gradient is of a gate that is pretrained"),
     (f"{TRAIN} --expert-kind hidden_states --gate-start ridge", "--gate-start ridge needs --expert-kind keys_values"),
     (f"{LORA} --expert-names a b c", "--expert-names a b c is of a gate that learns labels"),
-    (f"{LORA} --visible-to answers", "--visible-to answers is of experts, and --method lora has none"),
-    (f"{LORA} --freeze-first-column", "--freeze-first-column is of experts, and --method lora has none"),
-    (f"{LORA[:-4]}ia3 --shared-prompts 4", "--shared-prompts 4 is of experts, and --method ia3 has none"),
-    (f"{LORA} --init random", "--init random is of experts, and --method lora has none"),
-    (f"{LORA} --recovery-prompts 5", "--recovery-prompts 5 is of experts, and --method lora has none"),
-    (f"{LORA} --activations off", "--activations off is of experts, and --method lora has none"),
+    (f"{LORA} --visible-to answers", "--visible-to answers is of experts, and there are none"),
+    (f"{LORA} --freeze-first-column", "--freeze-first-column is of experts, and there are none"),
+    (f"{LORA[:-4]}ia3 --shared-prompts 4", "--shared-prompts 4 is of experts, and there are none"),
+    (f"{LORA} --init random", "--init random is of experts, and there are none"),
+    (f"{LORA} --recovery-prompts 5", "--recovery-prompts 5 is of experts, and there are none"),
+    (f"{LORA} --activations off", "--activations off is of experts, and there are none"),
     (f"{LORA} --lora-match memory --lora-rank 5", "--lora-rank 5 is of LoRA of a given size"),
     (f"{TRAIN} --lora-alpha 5", "--lora-alpha 5 is of LoRA, which is not trained here: choose that method"),
     (f"{LORA} --relative-lr 0.1", "--relative-lr 0.1 is of prompts without a --prompt-lr: train such"),
@@ -119,8 +140,18 @@ IDLE: list[tuple[str, str]] = [
     (f"{TRAIN} --answer-tokens 5", "--answer-tokens 5 is of scored answers, and there are none"),
     (f"{TRAIN} --warmup 0.1 --warmup-steps 3", "--warmup 0.1 gives way to --warmup-steps: leave one of them away"),
     (f"{TRAIN} --clip 1 --max-grad-norm 1", "--clip 1.0 gives way to --max-grad-norm: leave one of them away"),
-    (f"{FEDERATE} --method fedlora --gate-lr 0.1", "--gate-lr 0.1 is of a gate that learns, and this adapter has none"),
-    (f"{FEDERATE} --method fedprompt --share-above 0.1", "--share-above 0.1 is of a gate, and this adapter has none"),
+    (f"{FEDERATE} --method fedlora --gate-lr 0.1", "--gate-lr 0.1 is of a gate that learns, and there is none"),
+    (f"{FEDERATE} --method fedlora --init random", "--init random is of experts, and there are none: choose the"),
+    (
+        f"{FEDERATE} --method fedprompt --share-above 0.1",
+        f"--share-above 0.1 is of a gate over several experts, {NONE}",
+    ),
+    (f"{FEDERATE} --relative-lr 0.1 --prompt-lr 0.1", "--relative-lr 0.1 is of prompts without a --prompt-lr"),
+    (f"{FEDERATE} --relative-gate-lr 0.1 --gate-lr 0.1", "--relative-gate-lr 0.1 gives way to --gate-lr"),
+    (
+        f"{COMPARE.replace(' --experts 3', '')} --methods ia3 None --init random",
+        "--init random is of experts, and there are none",
+    ),
     (f"{FEDERATE} --relative-gate-lr 0.1", "--relative-gate-lr 0.1 does not reach the clients: give --gate-lr"),
     (f"{FEDERATE} --partition dirichlet --skew 3", "--skew 3.0 is of --partition skewed: choose that"),
     (f"{FEDERATE} --dirichlet-alpha 3", "--dirichlet-alpha 3.0 is of --partition dirichlet: choose that"),
@@ -149,6 +180,10 @@ ACTING = [
     f"{TRAIN} --gate-lr 0.1 --gate-temperature 2 --gate-layer 3 --null-threshold 0.2 --gate-pretraining clusters",
     f"{TRAIN} --method top-1 --gate-lr 0.1 --gate-hidden-size 9 --gate-target attention --expert-names a b c",
     f"{TRAIN} --method uniform-gate --gate-top-k 2 --no-gate-renormalise",
+    f"{TRAIN} --method nearest-cluster --gate-layer 2 --gate-input sequence",
+    f"{LORA} --lora-match parameters --gate-granularity prompt --gate-hidden-size 9",
+    f"{ONE} --expert-kind hidden_states --null-expert True --gate-target hidden_states",
+    f"{ONE} --gate-pretraining none --null-threshold 0.2",
     f"{LORA} --lora-match memory --prompts-per-expert 5 --injection-layer 2 --shared-prompts 4",
     f"{LORA[:-4]}input-prompt-tuning --prompts-per-expert 5",
     f"{TRAIN} --expert-kind hidden_states --gate-start gradient --gate-pretraining-steps 5 --expert-attention causal",

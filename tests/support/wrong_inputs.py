@@ -77,7 +77,7 @@ WRONG: list[tuple[str, str]] = [
     (f"{TRAIN} --gate-target hidden_states", "--gate-target hidden_states scales prompts"),
     (f"{LORA} --lora-rank 0", "--lora-rank 0: choose 1 or more"),
     (f"{LORA} --lora-from 99", "--lora-from 99, but this model has 8 layers: choose 0 to 7"),
-    (f"{LORA} --shared-prompts 4", "--shared-prompts 4 is of experts, and --method lora has none"),
+    (f"{LORA} --shared-prompts 4", "--shared-prompts 4 is of experts, and there are none"),
     (f"{TRAIN} --dtype float16", "'float16'"),
     (f"{TRAIN} --template caht", "--template caht: choose auto, chat, plain, or a file"),
     # files and folders

@@ -188,7 +188,8 @@ def unused(config: Any, names: Iterable[str], acts: bool, why: str) -> Iterator[
     for name in () if acts else names:
         value = getattr(config, name)
         spared = name in config.common or (name in config.from_file and config.from_file[name] == value)
-        nothing = type(value) in (int, float) and value == 0  # and nothing is what comes of it
+        layer = name.endswith("_layer")  # counted from 0, which is one; a count or a rate of 0 is none, as comes of it
+        nothing = type(value) in (int, float) and value == 0 and not layer
         if value != by_default[name] and not spared and not nothing:
             if isinstance(by_default[name], bool):
                 yield f"{typed(name if value else f'no_{name}')} {why}"
@@ -221,13 +222,21 @@ def check(config: Options, *, given: bool = False) -> None:
 
 
 def _idle(config: Options) -> list[str]:
-    """Which options that were typed do nothing; of common ones and those out of a file it is said, and no more."""
-    told, bare = list(config.idle()), copy.copy(config)
+    """Which options that were typed do nothing; of common ones and those out of a file it is said, and no more.
+
+    So it is of all where a run is resumed, for they must be those that it was begun with.
+    """
+    told, bare = [] if getattr(config, "resume", False) else _one_each(config.idle()), copy.copy(config)
     bare.from_file, bare.common = {}, ()  # type: ignore[misc]
-    for line in bare.idle():
+    for line in _one_each(bare.idle()):
         if line not in told:
             logger.warning("passed over: %s", line)
     return told
+
+
+def _one_each(lines: Iterable[str]) -> list[str]:
+    """The first line of each option: where it does nothing for two reasons, the way out of the second is none."""
+    return list({line.split()[0]: line for line in reversed([*lines])}.values())[::-1]
 
 
 def check_named(config: Options) -> None:

@@ -29,7 +29,7 @@ from smartmops.checks.folders import beside, held_by
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.checks.resources import translated
-from smartmops.options.compression import TEXT_ENDINGS, CompressConfig, Quantisation
+from smartmops.options.compression import CompressConfig, Quantisation
 from smartmops.progress.bars import counted
 from smartmops.settings.writing import NAME, resolved, versions
 
@@ -68,23 +68,19 @@ def compress(config: CompressConfig) -> dict[str, Any]:
 def _compress(config: CompressConfig) -> dict[str, Any]:
     """`compress`, alone in the folder of what is half done."""
     started, quantisation = time.perf_counter(), config.quantisation
-    pattern = (
-        None if config.sparsity is None and config.pattern is None else Pattern.parse(config.sparsity, config.pattern)
-    )
-    text = _read(config, pattern)
+    pattern = Pattern.parse(config.sparsity, config.pattern) if config.pruned else None
+    text = _read(config)
     state = _state(config, text)
     if (done := _finished(config, state)) is not None:
         return done
     model, tokenizer = _load(config)
     modules, solver = layerwise.linears(model, pattern is not None), Solver(config.block_size, config.damping)
     if pattern is not None:
-        for name, module in modules.items():
-            pattern.check(layerwise.matrix(module).shape[1], name)
-        solver.check(pattern)
+        layerwise.check_fits(modules, pattern, config.method, solver)
     layerwise.check_runs_by_layer(model)
     config.check_positions(getattr(model.config, "max_position_embeddings", None))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    rows = _rows(config, model, tokenizer, pattern, text)
+    rows = _rows(config, model, tokenizer, text)
     partial = _partial(config, state, size * (2 if pattern is None or quantisation is None else 3))
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     metrics: dict[str, Any] = {"perplexity_before": _perplexity(model, rows.held_out, device, "perplexity before")}
@@ -141,31 +137,21 @@ def _load(config: CompressConfig) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(name)
 
 
-def _is_data(config: CompressConfig) -> bool:
-    return not (config.calibration or "").endswith(TEXT_ENDINGS)
-
-
-def _calibrates(config: CompressConfig, pattern: Pattern | None) -> bool:
-    return pattern is not None and config.method != "magnitude"
-
-
-def _read(config: CompressConfig, pattern: Pattern | None) -> calibration.Text | None:
+def _read(config: CompressConfig) -> calibration.Text | None:
     """The text to calibrate and measure on; None where none is needed and none given."""
-    if not _calibrates(config, pattern) and config.calibration is None and config.model != "tiny":
+    if not config.reads:
         return None
     return calibration.load(config.calibration or "", config.limit, config.test_share, config.data_seed, config.model,
                             config.columns)  # fmt: skip
 
 
-def _rows(
-    config: CompressConfig, model: Any, tokenizer: Any, pattern: Pattern | None, text: calibration.Text | None
-) -> _Rows:
+def _rows(config: CompressConfig, model: Any, tokenizer: Any, text: calibration.Text | None) -> _Rows:
     """Calibration rows where they are needed, and what is held out; nothing where there is no text."""
     if text is None:
         return _Rows([], [], 0)
     most = min(2048, getattr(model.config, "max_position_embeddings", 2048))
     held_out = calibration.held_out_batches(text, tokenizer, config.sequence_length or most, config.batch_size)
-    if not _calibrates(config, pattern):
+    if not config.calibrates:
         return _Rows([], held_out, 0)
     rows = calibration.calibration_rows(text, tokenizer, config.sequences, config.sequence_length, config.seed, most)
     return _Rows(list(torch.split(rows, config.batch_size)), held_out, rows.shape[1])
@@ -295,7 +281,7 @@ def _told(config: CompressConfig, rows: _Rows) -> dict[str, Any] | None:
         "seed": config.seed,
         "split": {"seed": config.data_seed, "limit": config.limit, "test_share": config.test_share},
         "held_out_tokens": sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in rows.held_out),
-        "counts": "response tokens" if _is_data(config) else "tokens",
+        "counts": "response tokens" if config.of_data else "tokens",
     }
 
 

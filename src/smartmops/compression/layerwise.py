@@ -65,6 +65,18 @@ def matrix(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def check_fits(modules: dict[str, nn.Module], pattern: Pattern, method: Method, solver: Solver) -> None:
+    """Whether every width fits the pattern, and so does the block size where weights are solved for in blocks.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for name, module in modules.items():
+        pattern.check(matrix(module).shape[1], name)
+    if method == "sparsegpt":
+        solver.check(pattern)
+
+
 @contextmanager
 def on_device(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """The layer on `device` in float32, then back where and as it was: its values must fit its own dtype again."""
@@ -214,9 +226,7 @@ def prune(
         ConfigError: a width does not fit the pattern, there is no calibration, or the architecture is not supported.
     """
     solver, modules = solver or Solver(), linears(model)
-    for name, module in modules.items():
-        pattern.check(matrix(module).shape[1], name)
-    solver.check(pattern)
+    check_fits(modules, pattern, method, solver)
     if not batches and method != "magnitude":
         raise ConfigError(f"method={method} needs calibration text, and got 0 tokens: give some, or choose magnitude")
     device = torch.device(device if device is not None else model.device)

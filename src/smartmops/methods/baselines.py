@@ -57,13 +57,14 @@ def _mops(
     if traits.gate == "none":
         prompts = config.experts * config.prompts_per_expert + config.shared_prompts
         return MoPsConfig(num_experts=1, prompts_per_expert=prompts, expert_attention="causal", **shared)
+    least = config.experts if traits.told else 1  # a gate that is told the expert passes a number on for each
     return MoPsConfig(
         num_experts=config.experts,
         prompts_per_expert=config.prompts_per_expert,
         gate_target=config.gate_target,
         gate_input=config.gate_input,
         gate_granularity=config.gate_granularity,
-        gate_hidden_size=max(config.gate_hidden_size, 2 * config.experts if config.closed_form else 0),
+        gate_hidden_size=max(config.gate_hidden_size, 2 * config.experts if config.closed_form else least),
         gate_bias=config.closed_form,
         gate_layer=config.gate_layer if embedding_size is None else None,
         shared_prompts=config.shared_prompts,

@@ -140,6 +140,21 @@ class CompressConfig(CompressRun, Calibrated, Quantised, Pruning, Options):
         """Whether weights become zero."""
         return (self.sparsity, self.pattern) != (None, None)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether text decides which weights become zero."""
+        return self.pruned and self.method != "magnitude"
+
+    @property
+    def reads(self) -> bool:
+        """Whether there is text to calibrate or measure on."""
+        return self.calibrates or self.calibration is not None or self.model == "tiny"
+
+    @property
+    def of_data(self) -> bool:
+        """Whether that text is of DATA."""
+        return self.reads and not (self.calibration or "").endswith(TEXT_ENDINGS)
+
     def check_positions(self, positions: object) -> None:
         """Whether a model of so many positions (None: it does not say) takes sequences of the length asked for.
 
@@ -158,25 +173,24 @@ class CompressConfig(CompressRun, Calibrated, Quantised, Pruning, Options):
             yield f"--sparsity {self.sparsity} and --pattern {self.pattern} are both asked for: choose one"
         if self.sparsity is None and self.pattern is None and self.quantisation is None:
             yield "nothing to do: give --sparsity 0.75 or --pattern 7:8, --int8 or --nf4"
-        if self.pruned and self.calibration is None and self.method != "magnitude" and self.model != "tiny":
+        if self.calibrates and self.calibration is None and self.model != "tiny":
             yield f"no calibration text for {self.model}: give --calibration a text file, or the DATA it will serve"
 
     def idle(self) -> Iterator[str]:
         """As `Options`."""
-        calibrates, solved = self.pruned and self.method != "magnitude", self.pruned and self.method == "sparsegpt"
-        reads = calibrates or self.calibration is not None or self.model == "tiny"
-        of_data = reads and not (self.calibration or "").endswith(TEXT_ENDINGS)
+        solved = self.pruned and self.method == "sparsegpt"
         acting = {
             ("method",): (self.pruned, "pruning: give --sparsity or --pattern"),
             ("block_size", "damping"): (solved, "pruning by --method sparsegpt: choose that"),
             ("int8_engine",): (self.int8, "--int8: give that"),
-            ("sequences", "seed"): (calibrates, "text that pruning is calibrated on, and none is: choose --method "
-                                                "sparsegpt or wanda, with --sparsity or --pattern"),
-            ("sequence_length", "batch_size"): (reads, "text, and none is read to calibrate or measure on: give "
-                                                       "--calibration"),
-            ("columns", "data_seed", "limit", "test_share"): (of_data, "DATA, and none are read to calibrate or to "
-                                                                       "measure on: name them by --calibration"),
-            ("device",): (self.pruned or reads, "layers that are pruned or measured: give --calibration"),
+            ("sequences", "seed"): (self.calibrates, "text that pruning is calibrated on, and none is: choose --method "
+                                                     "sparsegpt or wanda, with --sparsity or --pattern"),
+            ("sequence_length", "batch_size"): (self.reads, "text, and none is read to calibrate or measure on: give "
+                                                            "--calibration"),
+            ("columns", "data_seed", "limit", "test_share"): (self.of_data, "DATA, and none are read to calibrate or "
+                                                                            "to measure on: name them by "
+                                                                            "--calibration"),
+            ("device",): (self.pruned or self.reads, "layers that are pruned or measured: give --calibration"),
         }  # fmt: skip
         for names, (acts, of) in acting.items():
             yield from unused(self, names, acts, f"is of {of}, or leave it away")

@@ -15,6 +15,7 @@ from smartmops.checks.folders import Existing, OutFolder, refused
 from smartmops.checks.limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole, unused
 from smartmops.traits import CENTRAL, METHODS, Traits
 
+from .method import CHOOSE
 from .training import Activations, Base, Columns, TaskConfig, Template
 
 METHOD = "mops; fedprompt: the same prompts in one group, without a gate; fedlora: LoRA"
@@ -173,7 +174,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
             yield from unused(self, (name,), self.aggregation == aggregation,
                               f"is of --aggregation {aggregation}: choose that, or leave it away")  # fmt: skip
         yield from unused(self, ("share_above",), self.traits.reads and self.experts > 1,
-                          "is of a gate, and this adapter has none: choose --method mops, or "
+                          f"is of a gate over several experts, and there is none: {CHOOSE}, or "
                           "leave it away")  # fmt: skip
         yield from unused(self, ("relative_lr",), not self.traits.ours or self.expert_kind == "keys_values",
                           "does not reach clients with --expert-kind hidden_states, whose rate is absolute: give "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -21,6 +21,8 @@ EMBEDDED_RATE = {
 
 FEWEST = 20  # texts of no task that a null expert is fitted by
 MOST_PROMPTS = 1_000_000  # of an adapter: more than any model attends to
+NONE = "and there are none: choose the method mops"  # by whichever option a command has for that
+CHOOSE = "choose the method mops and several --experts"
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,22 @@ class MethodConfig(Rates, KeepRecovery, Gate, Experts, Trained):
         """Whether the gate can start from ridge scores."""
         return self.expert_kind == "keys_values" and self.gate_granularity == "expert" and self.traits.learned
 
+    @property
+    def groups(self) -> int:
+        """How many weights a gate gives out."""
+        return self.experts * (1 if self.gate_granularity == "expert" else self.prompts_per_expert)
+
+    @property
+    def seeks_layer(self) -> bool:
+        """Whether the layer that the gate reads is to be found out."""
+        given = self.gate_layer is not None or self.embedder is not None
+        return not given and self.traits.reads and self.answers_alone
+
+    def under(self, methods: Sequence[str]) -> list[MethodConfig]:
+        """The same options under each of some methods."""
+        given = {each.name: getattr(self, each.name) for each in fields(MethodConfig)}
+        return [MethodConfig(**given | {"method": method}) for method in methods]
+
     def excluded(self) -> str | None:
         """Names of modules below `lora_from`, as a regular expression."""
         return rf".*\.({'|'.join(map(str, range(self.lora_from)))})\..*" if self.lora_from else None
@@ -203,10 +221,9 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
     if ours and config.freeze_first_column and config.prompts_per_expert < 2:
         yield (f"--freeze-first-column with --prompts-per-expert {config.prompts_per_expert} leaves no prompt to "
                "train: choose 2 prompts or more")  # fmt: skip
-    groups = config.experts * (1 if config.gate_granularity == "expert" else config.prompts_per_expert)
-    if config.gate_top_k is not None and config.gate_top_k > groups:
-        yield (f"--gate-top-k {config.gate_top_k}, but there are {groups} gate weights: choose 1 to {groups}, or leave "
-               "it away for all")  # fmt: skip
+    if config.gate_top_k is not None and config.gate_top_k > config.groups:
+        yield (f"--gate-top-k {config.gate_top_k}, but there are {config.groups} gate weights: choose 1 to "
+               f"{config.groups}, or leave it away for all")  # fmt: skip
     if config.experts * config.prompts_per_expert > MOST_PROMPTS:
         yield (f"--experts {config.experts} of --prompts-per-expert {config.prompts_per_expert} are "
                f"{config.experts * config.prompts_per_expert} prompts: choose {MOST_PROMPTS} at most")  # fmt: skip
@@ -217,64 +234,66 @@ def method_idle(config: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
     traits = [METHODS[method] for method in methods]
     ours, lora = any(each.ours for each in traits), any(each.adapter == "lora" for each in traits)
     sized = lora and config.lora_match != "none"  # by experts that are not trained
-    experts = f"experts, and --method {methods[0]} has none: choose --method mops"
+    experts = f"experts, {NONE}"
     acting = {
         ("lora_alpha", "lora_match"): (lora, "LoRA, which is not trained here: choose that method"),
         ("lora_rank",): (lora and not sized, "LoRA of a given size: choose that method, without --lora-match"),
         ("lora_from",): (lora and config.lora_match != "memory", "LoRA of given layers: choose that method, without "
                                                                  "--lora-match memory"),
         ("experts", "prompts_per_expert"): (ours or sized or any(each.adapter == "prompts" for each in traits),
-                                            "prompts, and there are none: choose --method mops"),
+                                            f"prompts, {NONE}"),
         ("expert_kind", "injection_layer", "shared_prompts"): (ours or sized, experts),
         ("init", "visible_to", "freeze_first_column", "prefix_attention"): (ours, experts),
         ("expert_attention",): (any(each.gate != "none" for each in traits) and config.expert_kind == "hidden_states",
-                                "experts that run through the layers: choose --method mops with --expert-kind "
+                                "experts that run through the layers: choose the method mops with --expert-kind "
                                 "hidden_states"),
         ("gate_renormalise",): (config.gate_top_k is not None, "the weights that --gate-top-k keeps: give that"),
         ("head_lr",): (ours and config.prefix_attention == "separate", "--prefix-attention separate: choose that"),
         ("relative_lr",): (config.prompt_lr is None and any(each.rate is None for each in traits),
                            "prompts without a --prompt-lr: train such"),
     }  # fmt: skip
-    for names, (acts, of) in (acting | _gate_acting(config, {each.gate for each in traits}, sized)).items():
+    for names, (acts, of) in (acting | _gate_acting(config, config.under(methods), sized)).items():
         yield from unused(config, names, acts, f"is of {of}, or leave it away")
     yield from unused(config, ("relative_gate_lr",), config.gate_lr is None, "gives way to --gate-lr: leave one of "
                       "them away")  # fmt: skip
 
 
-def _gate_acting(config: MethodConfig, gates: set[str], sized: bool) -> dict[tuple[str, ...], tuple[bool, str]]:
-    """Of options of the gate, whether they act under gates of these kinds, and what they are of."""
-    one = config.experts == 1 and config.gate_granularity == "expert"
-    kinds = set() if one else gates
-    null = "learned" in gates  # then a single expert too may leave a text to the base
-    leaves = null and (config.expert_kind == "keys_values" if config.null_expert is None else config.null_expert)
-    read, learned = leaves or kinds & {"learned", "highest", "even"}, kinds & {"learned", "highest"}
-    away = "and this adapter has none: choose --method mops and several --experts"
+def _gate_acting(
+    config: MethodConfig, tried: Sequence[MethodConfig], sized: bool
+) -> dict[tuple[str, ...], tuple[bool, str]]:
+    """Of options of the gate, whether they act under the methods that are tried, and what they are of."""
+    gates = {each.traits.gate for each in tried if each.groups > 1}
+    leaves = any(each.leaves_to_base for each in tried)  # as a single expert may, too
+    read, learned = leaves or gates & {"learned", "highest", "even"}, gates & {"learned", "highest"}
+    away, shaped = f"and there is none: {CHOOSE}", sized and config.expert_kind == "keys_values"
     return {
-        ("gate_target", "gate_granularity"): (bool(kinds - {"none"}), f"a gate, {away}"),
+        ("gate_target",): (leaves or bool(gates - {"none"}), f"a gate over several experts, {away}"),
+        ("gate_granularity",): (shaped or bool(gates - {"none"}), f"a gate over several experts, {away}"),
         ("embedder",): (bool(read), f"a gate that reads, {away}"),
-        ("gate_layer", "gate_input"): (bool(read) and config.embedder is None,
-                                       "a gate that reads the model's own states: choose --method mops and several "
-                                       "--experts, without --embedder"),
+        ("gate_layer", "gate_input"): ((bool(read) and config.embedder is None) or "nearest" in gates,
+                                       f"a gate that reads the model's own states: {CHOOSE}, without --embedder"),
         ("gate_temperature", "gate_lr", "relative_gate_lr"): (bool(learned), f"a gate that learns, {away}"),
         ("gate_hidden_size",): (bool(learned) or sized, f"a gate that learns, {away}"),
-        ("gate_top_k",): (bool(kinds & {"learned", "even"}), "a gate that weighs several experts: choose --method mops "
-                                                             "and several --experts"),
-        ("null_expert",): (null, f"a gate that is taught, {away}"),
+        ("gate_top_k",): (bool(gates & {"learned", "even"}), f"a gate that weighs several experts: {CHOOSE}"),
+        ("null_expert",): (any(each.traits.learned for each in tried), "a gate that is taught, and there is none: "
+                                                                       "choose the method mops"),
         ("null_threshold", "unrelated"): (leaves, "a null expert, and there is none: choose --null-expert"),
     }  # fmt: skip
 
 
 def gate_idle(config: GatePretraining, method: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
     """Which options of the gate's pretraining do nothing, because there is none, or in closed form."""
-    closed = method.expert_kind == "keys_values" and method.gate_granularity == "expert"
-    several = method.experts > 1
-    reads = several and any(METHODS[name].reads for name in methods)
-    learned = several and any(METHODS[name].learned for name in methods) and config.gate_pretraining != "none"
-    choose = "choose --method mops and several --experts, or leave it away"
-    yield from unused(config, ("gate_pretraining",), reads, f"is of a gate, and this adapter has none: {choose}")
+    tried = method.under(methods)
+    reads = method.experts > 1 and any(each.traits.reads for each in tried)
+    learned = method.experts > 1 and any(each.traits.learned for each in tried) and config.gate_pretraining != "none"
+    closed = any(each.closed_form for each in tried)
+    placed = any(each.seeks_layer and (each.groups > 1 or each.leaves_to_base) for each in tried)
+    yield from unused(config, ("gate_pretraining",), reads or placed,
+                      f"is of a gate that learns which expert is meant, and there is none: {CHOOSE}, or "
+                      "leave it away")  # fmt: skip
     yield from unused(config, ("expert_names",), reads and config.gate_pretraining == "labels",
-                      f"is of a gate that learns labels: {choose}")  # fmt: skip
-    yield from unused(config, ("gate_start",), learned, f"is of a gate that is pretrained: {choose}")
+                      f"is of a gate that learns labels: {CHOOSE}, or leave it away")  # fmt: skip
+    yield from unused(config, ("gate_start",), learned, f"is of a gate that is pretrained: {CHOOSE}, or leave it away")
     if learned and not closed and config.gate_start == "ridge":
         yield ("--gate-start ridge needs --expert-kind keys_values and --gate-granularity expert: choose those, or "
                "leave it away")  # fmt: skip

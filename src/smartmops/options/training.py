@@ -29,7 +29,16 @@ from smartmops.checks.limits import (
 )
 from smartmops.traits import METHODS
 
-from .method import GatePretraining, Method, MethodConfig, gate_idle, gate_problems, method_idle, method_problems
+from .method import (
+    NONE,
+    GatePretraining,
+    Method,
+    MethodConfig,
+    gate_idle,
+    gate_problems,
+    method_idle,
+    method_problems,
+)
 
 # The setting of the results on the embedded base in experiments/ and of `reproduce`, whose cells do not name it:
 # experts are hidden states as in the paper, and the schedule is what Hugging Face's Trainer does by itself, with a
@@ -167,9 +176,7 @@ class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, Data
         yield from method_idle(self, methods)
         yield from gate_idle(self, self, methods)
         ours = any(METHODS[method].ours for method in methods)
-        yield from unused(self, ("recovery_prompts", "activations"), ours,
-                          f"is of experts, and --method {methods[0]} has none: choose --method mops, or "
-                          "leave it away")  # fmt: skip
+        yield from unused(self, ("recovery_prompts", "activations"), ours, f"is of experts, {NONE}, or leave it away")
         yield from unused(
             self, ("recovery_steps", "recovery_lr", "keep_recovery_prompts"), self.recovered_by > 0 and ours,
             "is of recovery prompts, and there are none: give --recovery-prompts, or leave it away",
@@ -263,8 +270,7 @@ class TrainConfig(TaskConfig, ValidationConfig, Schedule):
         yield from super().idle()
         away, traits = "leave one of them away", [METHODS[method] for method in self.trained()]
         yield from unused(self, ("interference_examples",), any(each.ours for each in traits),
-                          "is of prompts of ours, and there are none: choose --method mops, or "
-                          "leave it away")  # fmt: skip
+                          f"is of prompts of ours, {NONE}, or leave it away")  # fmt: skip
         yield from unused(self, ("samples_per_task",),
                           self.embedder is None and any(each.answers for each in traits),
                           "is of answers to a text alone, which such a method, or one with --embedder, is not asked "

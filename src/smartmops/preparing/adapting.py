@@ -77,7 +77,7 @@ def words(task: Task, method: MethodConfig) -> dict[str, Any]:
 
 def placed(task: Task, method: MethodConfig, gate: GatePretraining, width: int | None) -> MethodConfig:
     """With the layer that the gate reads, where that is to be found out."""
-    if method.gate_layer is not None or width is not None or not (method.traits.reads and method.answers_alone):
+    if width is not None or not method.seeks_layer:
         return method
     layers = int(task.base.config.get_text_config().num_hidden_layers)
     of, tasks = _tasks(task.train)
