@@ -106,12 +106,20 @@ class Existing:
 
     def wrong(self, value: Any) -> str | None:
         """As `limits.Limit`."""
-        path = Path(value).expanduser()
+        path = expanded(value)
         if not path.exists():
             return f" does not exist: give {self.what}{near(path)}"
         if path.is_dir() != self.folder:
             return f" is a {'file' if self.folder else 'folder'}: give {self.what}"
         return None
+
+
+def expanded(name: str | Path) -> Path:
+    """A path, `~` and `~user` at its beginning replaced by the folder of that user, if there is one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # a file may be called so
+        return Path(name)
 
 
 OutFolder = Annotated[Path, Folder()]
