@@ -163,14 +163,19 @@ def filled(path: Path, name: str) -> RunExists | None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of a new or empty one at the end; where that fails, nothing is left."""
-    fresh = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
+    """A folder to fill, whose files are those of a new or empty one at the end; where that fails, nothing is left."""
+    path = path.resolve()
+    there = path.exists()  # and stays: it may be where the process or its shell is, or a mount
+    fresh = (path if there else path.parent) / f".{path.name}.{os.getpid()}.tmp"
     fresh.mkdir(parents=True)
     try:
         yield fresh
-        if path.exists():
-            path.rmdir()
-        os.replace(fresh, path)
+        if not there:
+            os.replace(fresh, path)
+            return
+        for item in list(fresh.iterdir()):
+            os.replace(item, path / item.name)
+        fresh.rmdir()
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
