@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-from .errors import ConfigError, NotAFolder, RunError, RunExists, RunNotFound, WrongType
+from .errors import ConfigError, FileTaken, NotAFolder, RunError, RunExists, RunNotFound, WrongType
 
 log = logging.getLogger(__name__)
 MARK = ".lock"  # of a folder that a process writes; says nothing of what the folder holds
@@ -56,6 +57,8 @@ class Writable:
             return " is a folder: name a file in it"
         if path.parent.is_file():
             return f" cannot be made, {path.parent} is a file: choose another folder"
+        if path.exists() and not os.access(path, os.W_OK):
+            return " cannot be written: name another file"
         if (said := unmade(path.parent)) is not None or path.exists() or not path.parent.is_dir():
             return said
         try:
@@ -190,7 +193,10 @@ def beside(out: Path) -> Path:
 def growing(path: Path) -> Iterator[TextIO]:
     """A text file that takes the place of another at the end; what was written until a failure stays beside it.
 
-    Half a surrogate pair is written as JSON spells it.
+    Half a surrogate pair is written as JSON spells it. Who may read the file that was there may read the new one.
+
+    Raises:
+        FileTaken: another command writes the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a device or a pipe, whose place nothing can take
@@ -198,17 +204,23 @@ def growing(path: Path) -> Iterator[TextIO]:
             yield file
         return
     path = path.resolve()
-    partial = beside(path)
-    opened = partial.open("x", encoding="utf-8", errors="backslashreplace", buffering=1)
+    partial, mode = beside(path), stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     try:
-        with opened as file:
+        opened = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
+    except FileExistsError as error:
+        raise FileTaken(f"{path} is being written by another command, to {partial}: name another file") from error
+    try:
+        with open(opened, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+            if mode is not None:
+                partial.chmod(mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         if partial.stat().st_size:
-            log.warning("%s keeps what was written until then; %s is as it was", partial, path)
+            log.warning("%s keeps what was written until then: before the same command again, move it away or delete "
+                        "it; %s %s", partial, path, "was not made" if mode is None else "is as it was")  # fmt: skip
         else:
             partial.unlink()
         raise
