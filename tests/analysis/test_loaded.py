@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 import smartmops as sm
 from smartmops import cli
+from smartmops.analysis.finished import _seen
 from smartmops.data.tasks import splits
 from smartmops.options.finished.reading import EvaluateConfig
 
@@ -86,6 +87,27 @@ def test_where_its_own_data_have_gone_it_says_that_it_cannot_tell(
         sm.evaluate(run=tmp_path / "run", data=str(other))
         said = " ".join(capsys.readouterr().out.split())
         assert f"whether {tmp_path / 'run'} was trained on some of these examples cannot be told (" in said
+
+
+@pytest.mark.parametrize("data", ["dolly", "owner/name", ("office", "gone.jsonl")])
+def test_the_hub_is_not_asked_for_data_that_nobody_named(
+    run: sm.LoadedRun, data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smartmops.data.tasks._load", None)
+    monkeypatch.setitem(run._run.config["arguments"], "data", data)
+    (said,) = _seen(run._run, [sm.Example("Say it.", "", "It.")])
+    gone = data if isinstance(data, str) else data[-1]
+    assert said.endswith(f"cannot be told (its data, {gone}, are no file or folder here)")
+
+
+def test_data_of_a_run_that_were_mapped_are_mapped_again(
+    run: sm.LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smartmops.data.tasks.read", None)
+    monkeypatch.setitem(run._run.config["arguments"], "rows", str(tmp_path / "rows"))
+    train, test = splits("office", 140, folder=tmp_path / "own")
+    (said,) = _seen(run._run, [*train[:3], train[0], *test[:2]])
+    assert said.startswith("4 of 6 examples are of the data") and (tmp_path / "rows").is_dir()
 
 
 def test_a_run_that_cannot_be_written_is_measured_and_says_so(

@@ -97,6 +97,14 @@ def test_parts_of_text_and_other_names_of_roles(tmp_path: Path) -> None:
      "column `task`, `task_name` is not read (--columns category=task_name takes it in place of `task`)"),
     ([{"category": "a", "source": "x", "client": "y"}], (), ["a"],
      "column `category`, `client` is not read (--columns source=client takes it in place of `source`)"),
+    ([{"task": "t"}, {"category": "c"}], (), ["t", "c"], "columns `task` and `category`"),
+    ([{"task": "t", "category": None}, {"category": "c", "task": None}], (), ["t", "c"],
+     "columns `task` and `category`"),
+    ([{"category": "a", "task": "b"}, {"category": "", "task": "c"}], (), ["a", "c"], "columns `category` and `task`, "
+     "`task` is not read in all rows (--columns category=task takes it in place of `category`)"),
+    ([{"category": "a", "task": ["x", "y"]}, {"category": "b", "task": 0.5}], (), ["a", "b"], "column `category`"),
+    ([{"category": "a", "source": "s", "client": {"id": 1}}], (), ["a"], "column `category`"),
+    ([{"task": "t"}, {"category": ["x"], "task": "u"}], (), ["t", "u"], "column `task`"),
 ])  # fmt: skip
 def test_of_two_columns_that_say_different_things_the_one_that_is_read_is_named(
     rows: list[dict[str, Any]], columns: Sequence[str], tasks: list[str], said: str, tmp_path: Path,
@@ -109,12 +117,17 @@ def test_of_two_columns_that_say_different_things_the_one_that_is_read_is_named(
     assert f"rows, tasks from {said}\n" in caplog.text
 
 
-def test_tasks_are_not_gathered_from_two_columns(tmp_path: Path) -> None:
-    rows = [{"category": "a", "task": None}, {"category": None, "task": "b"}]
-    lines = [json.dumps({"instruction": "x", "response": "y"} | row) + "\n" for row in rows]
-    (tmp_path / "a.jsonl").write_text("".join(lines))
-    with pytest.raises(DataError, match="1 of 2 examples have no category"):
-        read(tmp_path / "a.jsonl")
+def test_a_row_that_is_left_out_does_not_say_where_tasks_come_from(tmp_path: Path) -> None:
+    rows = [{"response": "", "task": "b"}, {"category": "a", "task": "c"}]
+    found = read(write(tmp_path / "a.parquet", [{"instruction": "x", "response": "y", "category": None} | row
+                                                for row in rows]))  # fmt: skip
+    assert [example.category for example in found] == ["a"]
+
+
+def test_what_alone_may_name_a_task_is_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"instruction": "x", "response": "y", "category": None, "task": ["b"]}])
+    with pytest.raises(DataError, match=r"line 1: `task` is .*, not text: write it in quotes"):
+        read(file)
 
 
 def test_form_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -62,6 +62,21 @@ def test_keys_that_could_not_all_be_written_are_made_by_the_same_command_again(
     assert load_ssh_public_key((tmp_path / "server" / "clients" / "berlin.pub").read_bytes()) == private.public_key()
 
 
+@pytest.mark.parametrize("whole", range(7))
+def test_what_a_kill_leaves_is_copied_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
+    left, replace = iter(range(whole)), os.replace
+
+    def killed(fresh: Path, file: Path) -> None:
+        if next(left, None) is None:
+            raise SystemExit(143)
+        replace(fresh, file)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit):
+        make_keys(KeysConfig(out=tmp_path, clients=("berlin",)))
+    assert {file.parent for file in tmp_path.rglob(".*")} == {tmp_path}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

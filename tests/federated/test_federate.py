@@ -18,10 +18,12 @@ from torch import Tensor
 from faulty import full_disk, struck
 from federation import write
 from smartmops import cli
+from smartmops.analysis.finished import _seen
 from smartmops.base import load_base
 from smartmops.checks.errors import RunError
 from smartmops.clients.admission import admitted
 from smartmops.clients.messages import VERSION, Failure, Hello, Reply, pack
+from smartmops.data.tasks import read, splits
 from smartmops.evaluation.measure import measured
 from smartmops.federated import client as client_module
 from smartmops.federated import federate as module
@@ -205,6 +207,23 @@ def test_clients_can_bring_files_of_their_own(config: Make, clients_folder: Path
     assert metrics["clients"] == 3 and metrics["holdings"]["names"] == ["both", "only_a", "only_b"]
     assert metrics["holdings"]["table"] == {"a": [4, 8, 0], "b": [4, 0, 8]}
     assert metrics["perplexity"]["overall"] < metrics["rounds"][0]["perplexity"]["overall"]
+
+
+@pytest.mark.parametrize("server_steps", [0, 1])
+def test_what_a_federation_was_trained_on_is_its_clients_data(
+    config: Make, clients_folder: Path, server_steps: int
+) -> None:
+    settings = config(clients_data=clients_folder, clients_per_round=1, rounds=1, server_steps=server_steps)
+    federate(settings)
+    run, (client, own) = Run.open(settings.out), (read(clients_folder / "both.jsonl"), read(settings.data)[24:])
+    (said,) = _seen(run, client)
+    assert said.startswith("8 of 8 examples are of the data that")
+    train, _ = splits(settings.data)
+    of_server = sum(example in train for example in own) * server_steps
+    assert [each.split()[0] for each in _seen(run, own)] == ([str(of_server)] if of_server else [])
+    run.config["arguments"] |= {"clients_data": None, "keys": "keys"}
+    *said, last = _seen(run, own)
+    assert len(said) == bool(of_server) and last.startswith(f"the data of {run.path}'s clients are not here")
 
 
 def test_the_command_draws_who_holds_what(config: Make, capsys: pytest.CaptureFixture[str]) -> None:

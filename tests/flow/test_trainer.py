@@ -30,7 +30,7 @@ from smartmops.reading import task as task_module
 from smartmops.reading.task import Task
 from smartmops.rows.stored import Stored
 from smartmops.runs.checkpoints import last_checkpoint
-from smartmops.runs.folder import Run
+from smartmops.runs.folder import PATHS, Run
 from smartmops.states.fingerprint import sampled
 
 Make = Callable[..., TrainConfig]
@@ -72,6 +72,14 @@ def test_a_run_folder_holds_curves_gates_and_samples(config: Make) -> None:
     assert metrics["gate_pretraining_accuracy"] == 1.0
     assert {row["category"] for row in run.read_samples()} == {"a", "b"}
     assert metrics["trainable_parameters"] == 2 * 3 * 32 + 64 * 32 + 2 * 64
+
+
+def test_data_may_be_called_as_a_home_is(config: Make, two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = config(steps=0, data="~backup.jsonl")
+    monkeypatch.chdir(chosen.out.parent)
+    Path("~backup.jsonl").write_bytes(two_tasks.read_bytes())
+    train(chosen)
+    assert "~backup.jsonl" in Run.open(chosen.out).config[PATHS]
 
 
 def test_first_columns_that_stay_are_not_counted_as_trained(config: Make) -> None:

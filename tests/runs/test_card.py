@@ -70,7 +70,8 @@ def test_a_folder_that_has_gone_takes_no_licence_of_who_is_called_so_on_the_hub(
 
 @pytest.mark.parametrize(("name", "paths", "shown"), [
     ("models/client-x/c_sp", (), "c_sp"), ("client-x/rows.JSONL", (), "rows.JSONL"), ("./c_sp", (), "c_sp"),
-    ("~/client-x/c_sp", (), "c_sp"), ("client-x/here", (), "here"), ("client-x/gone", ("client-x/gone",), "gone"),
+    ("~/client-x/c_sp", (), "c_sp"), ("~nobody-x.jsonl", (), "~nobody-x.jsonl"),
+    ("client-x/here", (), "here"), ("client-x/gone", ("client-x/gone",), "gone"),
     ("client-x/here/..", (), "client-x"), ("owner/name-1.5", (), "owner/name-1.5"), ("smollm2", (), "smollm2"),
 ])  # fmt: skip
 def test_a_path_is_one_that_is_here_was_here_or_is_spelt_as_one(

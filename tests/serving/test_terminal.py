@@ -95,7 +95,8 @@ def test_a_file_of_answers_is_replaced_whole_and_what_was_answered_is_kept(
     monkeypatch.setattr(terminal, "each_answered", whole)
     with pytest.raises(SystemExit):
         typed([*line, str(out)], monkeypatch, capsys)
-    assert f"{partial} holds answers that were not ended: move it away, or delete it" in capsys.readouterr().err
+    said = f"{partial} holds the answers of a command that was broken off: move it away, or delete it, unless one"
+    assert said in capsys.readouterr().err
     partial.unlink()
     typed([*line, str(tmp_path / "link.jsonl")], monkeypatch, capsys)
     assert len(out.read_text().splitlines()) == len(ROWS) and (tmp_path / "link.jsonl").is_symlink()

@@ -50,7 +50,7 @@ def test_data_that_grew_since_are_neither_measured_nor_taken_for_the_runs_own(
     assert same["overall"] == pytest.approx(sm.evaluate(run=run)["perplexity"]["overall"], rel=1e-6)
     with grown.open("a") as file:
         file.write((folder / "new.jsonl").read_text())
-    with pytest.raises(RunError, match=r"have changed since it was trained \(test split .* bring back the data"):
+    with pytest.raises(RunError, match=r"have changed since it was trained \(test split .* or their tasks .* bring"):
         sm.evaluate(run=tmp_path / "moved")
     assert sm.evaluate(run=tmp_path / "moved", data=str(folder / "new.jsonl"))["perplexity"]["overall"] > 0
     assert "have changed since" in sm.list_experts(tmp_path / "moved")["unread"]

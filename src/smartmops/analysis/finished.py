@@ -1,9 +1,10 @@
-"""A finished run, measured again or asked: perplexity, scored answers, gate weights. Trains nothing, prints nothing."""
+"""A finished run, measured again or asked: perplexity, scored answers, gate weights. Trains nothing."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 
+from smartmops.checks.columns import BUILT_IN
 from smartmops.checks.errors import DataError, FileTaken, RunError, SmartmopsError, UnknownOption
 from smartmops.checks.folders import as_path, filled, unmade, whole
 from smartmops.checks.limits import check_named
-from smartmops.data.several import held
-from smartmops.data.tasks import read, splits
+from smartmops.data.files import ending
+from smartmops.data.several import held, names_of
+from smartmops.data.tasks import read, read_jsonl, splits
 from smartmops.evaluation import harness
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer
@@ -82,26 +85,46 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
 def _seen(run: Run, given: Sequence[Example]) -> Iterator[str]:
     """How many examples are of what a run was trained on, which its own data say as long as they are what they were."""
     arguments = run.config["arguments"]
+    asked = Counter(map(_said, given))
     try:
-        train, test = splits(
-            held(arguments["data"]), arguments["limit"], arguments["test_share"],
-            arguments.get("data_seed", arguments["seed"]), arguments.get("validation", False),
-            columns=tuple(arguments.get("columns", ())),
-        )  # fmt: skip
-        same_test_split(run, of_examples(test))
-        own = arguments.get("clients_data")
-        if own is not None:
-            train = [*train, *read(own, columns=tuple(arguments.get("columns", ())))]
+        known = {said for example in _trained_on(run) if example.category != arguments.get("hold_out")
+                 and (said := _said(example)) in asked}  # fmt: skip
     except (SmartmopsError, OSError) as error:
         yield f"whether {run.path} was trained on some of these examples cannot be told ({error})"
         return
-    known = {_said(example) for example in train if example.category != arguments.get("hold_out")}
-    again = sum(_said(example) in known for example in given)
-    if again:
+    if again := sum(asked[said] for said in known):
         yield (f"{again} of {len(given)} examples are of the data that {run.path} was trained on, so what is measured "
                "on them says little of others")  # fmt: skip
     if "keys" in arguments:
         yield f"the data of {run.path}'s clients are not here, so whether some of these are theirs cannot be told"
+
+
+def _trained_on(run: Run) -> Iterator[Example]:
+    """The examples that experts were trained on, as far as they are here, from where the run kept them.
+
+    A federation's own data beside its clients' are among them only where the server took steps on them.
+
+    Raises:
+        DataError: the data are no file or folder here; the hub is not asked for what nobody named.
+        RunError: they have changed.
+    """
+    arguments = run.config["arguments"]
+    columns, clients = tuple(arguments.get("columns", ())), arguments.get("clients_data")
+    if arguments.get("server_steps") or (clients is None and "keys" not in arguments):
+        data, rows = held(arguments["data"]), arguments.get("rows", "memory")
+        for name in names_of(data):
+            if name != "office" and (name in BUILT_IN or not Path(name).exists()):
+                raise DataError(f"its data, {name}, are no file or folder here")
+        train, test = splits(
+            data, arguments["limit"], arguments["test_share"], arguments.get("data_seed", arguments["seed"]),
+            arguments.get("validation", False), None if rows == "memory" else Path(rows), columns,
+        )  # fmt: skip
+        same_test_split(run, of_examples(test))
+        yield from train
+    if clients is not None:
+        for file in sorted(Path(clients).iterdir()):
+            if ending(file) in (".jsonl", ".ndjson") and not file.name.startswith(".") and file.is_file():
+                yield from read_jsonl(file, columns)
 
 
 def _said(example: Example) -> Example:

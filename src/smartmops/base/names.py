@@ -20,6 +20,7 @@ from smartmops.checks.errors import (
     MissingExtra,
     SmartmopsError,
 )
+from smartmops.checks.folders import expanded
 from smartmops.checks.resources import lacking
 
 from .builtin import BUILT_IN
@@ -45,7 +46,7 @@ def local(model: str) -> str:
     """
     if model in BUILT_IN:
         return str(BUILT_IN[model]())
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.exists():
         return str(_held(path))
     if model.startswith((".", "/", "~")) or path.suffix in FILES or not HUB_ID.fullmatch(model):
@@ -78,7 +79,7 @@ def _line(error: Exception) -> str:
 
 def is_of_hub(model: str) -> bool:
     """Whether a MODEL argument names neither what is built in nor a path that exists."""
-    return model not in BUILT_IN and not Path(model).expanduser().exists()
+    return model not in BUILT_IN and not expanded(model).exists()
 
 
 def shown_name(name: str, paths: Collection[str] = ()) -> str:
@@ -86,7 +87,7 @@ def shown_name(name: str, paths: Collection[str] = ()) -> str:
 
     A folder that is gone may be spelt as an id of the hub is, so that a run keeps which of its names were paths.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     spelt = name.startswith(("/", ".", "~")) or len(path.parts) > 2 or path.suffix.lower() in FILES
     return Path(os.path.abspath(path)).name if spelt or name in paths or path.exists() else name
 
@@ -118,7 +119,7 @@ def is_converted(model: str) -> bool:
     """Whether a MODEL argument has to be converted, and perhaps fetched, before there is a folder to look at."""
     if model in BUILT_IN:
         return model != "tiny"
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return not (path / "config.json").is_file() and any(file.suffix.lower() == ".gguf" for file in path.iterdir())
     return path.is_file() and path.suffix.lower() == ".gguf"

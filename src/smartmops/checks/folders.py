@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-from .errors import ConfigError, NotAFolder, RunError, RunExists, RunNotFound, WrongType
+from .errors import ConfigError, FileTaken, NotAFolder, RunError, RunExists, RunNotFound, WrongType
 
 log = logging.getLogger(__name__)
 MARK = ".lock"  # of a folder that a process writes; says nothing of what the folder holds
@@ -56,6 +57,8 @@ class Writable:
             return " is a folder: name a file in it"
         if path.parent.is_file():
             return f" cannot be made, {path.parent} is a file: choose another folder"
+        if path.exists() and not os.access(path, os.W_OK):
+            return " cannot be written: name another file"
         if (said := unmade(path.parent)) is not None or path.exists() or not path.parent.is_dir():
             return said
         try:
@@ -106,12 +109,20 @@ class Existing:
 
     def wrong(self, value: Any) -> str | None:
         """As `limits.Limit`."""
-        path = Path(value).expanduser()
+        path = expanded(value)
         if not path.exists():
             return f" does not exist: give {self.what}{near(path)}"
         if path.is_dir() != self.folder:
             return f" is a {'file' if self.folder else 'folder'}: give {self.what}"
         return None
+
+
+def expanded(name: str | Path) -> Path:
+    """A path, `~` and `~user` at its beginning replaced by the folder of that user, if there is one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # a file may be called so
+        return Path(name)
 
 
 OutFolder = Annotated[Path, Folder()]
@@ -155,14 +166,19 @@ def filled(path: Path, name: str) -> RunExists | None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of a new or empty one at the end; where that fails, nothing is left."""
-    fresh = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
+    """A folder to fill, whose files are those of a new or empty one at the end; where that fails, nothing is left."""
+    path = path.resolve()
+    there = path.exists()  # and stays: it may be where the process or its shell is, or a mount
+    fresh = (path if there else path.parent) / f".{path.name}.{os.getpid()}.tmp"
     fresh.mkdir(parents=True)
     try:
         yield fresh
-        if path.exists():
-            path.rmdir()
-        os.replace(fresh, path)
+        if not there:
+            os.replace(fresh, path)
+            return
+        for item in list(fresh.iterdir()):
+            os.replace(item, path / item.name)
+        fresh.rmdir()
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -177,7 +193,10 @@ def beside(out: Path) -> Path:
 def growing(path: Path) -> Iterator[TextIO]:
     """A text file that takes the place of another at the end; what was written until a failure stays beside it.
 
-    Half a surrogate pair is written as JSON spells it.
+    Half a surrogate pair is written as JSON spells it. Who may read the file that was there may read the new one.
+
+    Raises:
+        FileTaken: another command writes the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a device or a pipe, whose place nothing can take
@@ -185,17 +204,23 @@ def growing(path: Path) -> Iterator[TextIO]:
             yield file
         return
     path = path.resolve()
-    partial = beside(path)
-    opened = partial.open("x", encoding="utf-8", errors="backslashreplace", buffering=1)
+    partial, mode = beside(path), stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     try:
-        with opened as file:
+        opened = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
+    except FileExistsError as error:
+        raise FileTaken(f"{path} is being written by another command, to {partial}: name another file") from error
+    try:
+        with open(opened, "w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
+            if mode is not None:
+                partial.chmod(mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         if partial.stat().st_size:
-            log.warning("%s keeps what was written until then; %s is as it was", partial, path)
+            log.warning("%s keeps what was written until then: before the same command again, move it away or delete "
+                        "it; %s %s", partial, path, "was not made" if mode is None else "is as it was")  # fmt: skip
         else:
             partial.unlink()
         raise

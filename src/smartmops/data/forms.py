@@ -114,16 +114,19 @@ class _Reader:
         self.way_out = "write it in quotes" if unit == "line" else "store the column as text"
         self.form: Form | None = None
         self.category: str | None = None  # a column that may hold the task, if there is one
-        self.tasks: str | None = None  # the first of them that says something, which all rows are read from
+        self.tasks: list[str] = []  # those of them that tasks come from; the first is asked first in every row
         self.passed = dict[str, str]()  # what says something else than the column that is taken, and how to take it
 
     @property
     def told(self) -> str:
         """Where the tasks come from, and what else they might have come from."""
-        named = self.chosen.get("category") or self.tasks or self.category
+        own = self.chosen.get("category")
+        named = [own] if own else self.tasks or list(filter(None, [self.category]))
         alone = f"task `{self.task}`" if self.task else "no column of tasks"
-        left = [f"`{other}` is not read ({way})" for other, way in self.passed.items()]
-        return ", ".join([f"tasks from column `{named}`" if named else alone, *left])
+        left = [f"`{other}` is not read{' in all rows' if other in named else ''} ({way})"
+                for other, way in self.passed.items()]  # fmt: skip
+        columns = f"tasks from column{'s' * (len(named) > 1)} " + " and ".join(f"`{name}`" for name in named)
+        return ", ".join([columns if named else alone, *left])
 
     def read(self, row: Any) -> list[Example]:
         if not isinstance(row, dict):
@@ -139,6 +142,7 @@ class _Reader:
         found = self._examples(form, row)
         self._check_alone(form, row, found)
         self.form, self.category = form, column
+        self._note(row)
         return found
 
     def _check_alone(self, form: Form, row: Mapping[str, Any], found: Sequence[Example]) -> None:
@@ -222,16 +226,34 @@ class _Reader:
         raise DataError(f"`{column}` is {shown(value)}, not text: {self.way_out}")
 
     def _label(self, row: Mapping[str, Any], columns: Sequence[str]) -> str:
-        """What the first column that says something says; nothing where none does. Tasks of all rows are of one."""
-        field = columns[0]
-        there = [name for name in columns[: 1 if field in self.chosen else None] if row.get(name) is not None]
-        said = {name: word for name in there if (word := self._name(row, name))}
-        column = next(iter(said), "")
-        if columns is CATEGORY:
-            column = self.tasks = self.tasks or column
-        self.passed |= {name: f"--columns {field}={name} takes it in place of `{column}`"
-                        for name, word in said.items() if column in said and word != said[column]}  # fmt: skip
-        return said.get(column, "")
+        """What the first column that says something says; nothing where none does."""
+        return next(iter(self._said(row, columns).values()), "")
+
+    def _said(self, row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
+        """What each column says that says something, the one that is read first; others need not hold text."""
+        first = self.tasks[:1] if columns is CATEGORY else []
+        said = dict[str, str]()
+        for name in dict.fromkeys((*first, *columns[: 1 if columns[0] in self.chosen else None])):
+            if row.get(name) is None:
+                continue
+            try:
+                word = self._name(row, name)
+            except DataError:
+                if not said:
+                    raise
+                continue
+            said |= {name: word} if word else {}
+        return said
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        """Keep where a good row has its names from, and what else says otherwise."""
+        for columns in (CATEGORY, SOURCE):
+            said = self._said(row, columns)
+            column = next(iter(said), "")
+            if column and columns is CATEGORY and column not in self.tasks:
+                self.tasks.append(column)
+            self.passed |= {name: f"--columns {columns[0]}={name} takes it in place of `{column}`"
+                            for name, word in said.items() if word != said[column]}  # fmt: skip
 
     def _name(self, row: Mapping[str, Any], column: str) -> str:
         """A name, for which numbers are taken too; nothing where it is blank."""

@@ -36,17 +36,20 @@ def make_keys(config: KeysConfig) -> list[Path]:
     for name in config.clients:
         private = config.out / "clients" / name / "client.key"
         if not private.is_file():
-            written.append(_write(private.with_name("ca.crt"), certificate))
-            written += _node_key(private, config.out / "server" / "clients" / f"{name}.pub")
+            written.append(_write(config.out, private.with_name("ca.crt"), certificate))
+            written += _node_key(config.out, private, config.out / "server" / "clients" / f"{name}.pub")
     console.print(f"{len(written)} files written to {config.out}: copy {config.out / 'server'} to the server, each "
                   f"folder in {config.out / 'clients'} to that client, {config.out / 'ca.key'} nowhere")  # fmt: skip
     return written
 
 
-def _write(file: Path, content: bytes, secret: bool = False) -> Path:
-    """A file, whole or not at all; a secret one is nobody else's from its first moment on."""
+def _write(out: Path, file: Path, content: bytes, secret: bool = False) -> Path:
+    """A file, whole or not at all; a secret one is nobody else's from its first moment on.
+
+    What a kill leaves lies in `out` itself, which is copied to nobody.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}.tmp")
+    fresh = out / f".{file.name}.tmp"
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o644), "wb") as handle:
         handle.write(content)
     os.replace(fresh, file)
@@ -104,10 +107,10 @@ def _authority_and_server(config: KeysConfig) -> list[Path]:
     )  # fmt: skip
     place = config.out / "server"
     return [
-        _write(place / "ca.crt", root.public_bytes(serialization.Encoding.PEM)),
-        _write(place / "server.crt", leaf.public_bytes(serialization.Encoding.PEM)),
-        _write(place / "server.key", pem(server), secret=True),
-        _write(config.out / "ca.key", pem(ca), secret=True),  # the last: where it is, all are
+        _write(config.out, place / "ca.crt", root.public_bytes(serialization.Encoding.PEM)),
+        _write(config.out, place / "server.crt", leaf.public_bytes(serialization.Encoding.PEM)),
+        _write(config.out, place / "server.key", pem(server), secret=True),
+        _write(config.out, config.out / "ca.key", pem(ca), secret=True),  # the last: where it is, all are
     ]
 
 
@@ -118,7 +121,7 @@ def _alternative(x509: Any, host: str) -> Any:
         return x509.DNSName(host)
 
 
-def _node_key(private: Path, public: Path) -> list[Path]:
+def _node_key(out: Path, private: Path, public: Path) -> list[Path]:
     """As Flower reads them: P-384 in OpenSSH's format."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -127,7 +130,7 @@ def _node_key(private: Path, public: Path) -> list[Path]:
     secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
                                serialization.NoEncryption())  # fmt: skip
     shown = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    return [_write(public, shown + b"\n"), _write(private, secret, secret=True)]  # where the last is, all are
+    return [_write(out, public, shown + b"\n"), _write(out, private, secret, secret=True)]  # where the last is, all are
 
 
 def signed_now(private: Path) -> dict[str, str]:

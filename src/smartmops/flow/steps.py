@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smartmops.checks.errors import DiskError, SmartmopsError
-from smartmops.checks.folders import held_by
+from smartmops.checks.folders import expanded, held_by
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.checks.resources import translated
@@ -56,7 +56,7 @@ def begun(command: str, config: Any, method: str, **seeds: Any) -> Iterator[Run]
     """
     ranks.first_does(check, config)
     about = {"command": command, "arguments": asdict(config), **seeds, "base": config.model, "data": config.data,
-             "method": method, PATHS: _paths([config.model, *names_of(config.data), config.embedder])}  # fmt: skip
+             "method": method, PATHS: _paths([config.model, config.embedder], names_of(config.data))}  # fmt: skip
     with ExitStack() as held:
         ranks.first_does(held.enter_context, alone(config.out))
         new = not held_by(config.out)
@@ -70,9 +70,10 @@ def begun(command: str, config: Any, method: str, **seeds: Any) -> Iterator[Run]
             raise
 
 
-def _paths(names: Iterable[str | None]) -> list[str]:
-    """Those names that are files or folders."""
-    return [name for name in names if name is not None and Path(name).expanduser().exists()]
+def _paths(models: Iterable[str | None], data: Iterable[str]) -> list[str]:
+    """Those names that are files or folders; `~` stands for a home in those of models alone."""
+    named = [name for name in models if name is not None and expanded(name).exists()]
+    return named + [name for name in data if Path(name).exists()]
 
 
 def _taken_away(run: Run) -> None:

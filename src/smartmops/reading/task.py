@@ -151,9 +151,10 @@ def same_test_split(run: Run, now: str) -> None:
     """
     then = run.read_inputs().get(TEST_SPLIT, now)
     if then != now:
-        raise RunError(f"the data of {run.path} have changed since it was trained (test split {then}, now "
-                       f"{now}), so what is drawn to test on may be what it was trained on: bring back the "
-                       "data of then, or name others (evaluate --data, experts --old)")  # fmt: skip
+        raise RunError(f"the data of {run.path} have changed since it was trained (test split {then}, now {now}; or "
+                       "their tasks are called otherwise, as where files of several folders are called alike), so "
+                       "what is drawn to test on may be what it was trained on: bring back the data of then, or name "
+                       "others (evaluate --data, experts --old)")  # fmt: skip
 
 
 def _encoded(name: str, part: Sequence[Example], tokenizer: Any, limit: Limit, *how: Any) -> Encoding:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 
 from smartmops.checks.errors import ConfigError
+from smartmops.checks.folders import expanded
 
 from .described import Described, bare, choices, described
 
@@ -40,7 +41,7 @@ def options_of(file: str | Path, kind: type) -> dict[str, Any]:
         ConfigError: it cannot be read, is no YAML, names an unknown option, or gives a value of another type; the
             message has file and line.
     """
-    path = Path(file).expanduser()
+    path = expanded(file)
     try:
         if path.stat().st_size > LARGEST:
             raise ConfigError(f"{file} is larger than {LARGEST} bytes: give a file of options")

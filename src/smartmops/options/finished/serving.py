@@ -104,7 +104,8 @@ class GenerateConfig(AnswerConfig):
         if self.out is not None and self.file is not None and self.out.resolve() == self.file.resolve():
             yield f"--out {self.out} is the file that is answered: choose another name"
         if self.out is not None and (begun := beside(self.out.resolve())).exists():
-            yield f"--out {self.out}: {begun} holds answers that were not ended: move it away, or delete it"
+            yield (f"--out {self.out}: {begun} holds the answers of a command that was broken off: move it away, or "
+                   "delete it, unless one is writing it now")  # fmt: skip
         if self.base and self.expert is not None:
             yield f"--expert {self.expert} and --base are both asked for: choose one"
         if self.expert is not None and self.expert not in (names := experts_of(self.run)):
