@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from smartmops.checks.errors import FederationError
 from smartmops.clients import admission
-from smartmops.clients.messages import Failure, Hello, Job, Local, Reply, pack, unpack
+from smartmops.clients.messages import VERSION, Failure, Hello, Job, Local, Reply, pack, unpack
 
 LOCAL = Local(steps=3, batch_size=2, prompt_lr=0.1, gate_lr=1e-3, seed=7)
 
@@ -40,7 +40,7 @@ def test_messages_without_arrays_do_too(message: Failure | Hello) -> None:
 
 def damaged(kind: str) -> bytes:
     whole = pack(Failure(1, 2, "no"))
-    header = {"kind": "Reply", "version": 1, "words": {"round": 1}}
+    header = {"kind": "Reply", "version": VERSION, "words": {"round": 1}}
     if kind == "version":
         header["version"] = 99
     if kind == "kind":
@@ -69,10 +69,10 @@ def test_what_is_no_message_is_refused(kind: str, said: str) -> None:
 LONG = "two\nlines\x1b[2J" * 500
 HOSTILE = {
     "version": {"kind": "Failure", "version": LONG, "words": {}},
-    "kind": {"kind": LONG, "version": 1, "words": {}},
-    "a kind that is a list": {"kind": [LONG], "version": 1, "words": {}},
-    "a word": {"kind": "Failure", "version": 1, "words": {"round": 1, "client": 0, "reason": "no", LONG: 1}},
-    "a value": {"kind": "Failure", "version": 1, "words": {"round": LONG, "client": 0, "reason": "no"}},
+    "kind": {"kind": LONG, "version": VERSION, "words": {}},
+    "a kind that is a list": {"kind": [LONG], "version": VERSION, "words": {}},
+    "a word": {"kind": "Failure", "version": VERSION, "words": {"round": 1, "client": 0, "reason": "no", LONG: 1}},
+    "a value": {"kind": "Failure", "version": VERSION, "words": {"round": LONG, "client": 0, "reason": "no"}},
 }
 
 

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gguf
 from smartmops import MoPsConfig
-from smartmops.clients.messages import Failure, Hello, Job, Local, Reply, pack, unpack
+from smartmops.clients.messages import VERSION, Failure, Hello, Job, Local, Reply, pack, unpack
 from smartmops.federated.aggregation import Layout, admit
 from smartmops.gguf.conversion import check as check_gguf
 from smartmops.options.federation import AggregationConfig
@@ -214,7 +214,7 @@ def messages(draw: Callable[..., Any]) -> bytes:
             arrays[name] = made
     header: Any = {
         "kind": draw(st.just(kind) | st.text(max_size=4)),
-        "version": draw(st.just(1) | SCALARS),
+        "version": draw(st.just(VERSION) | SCALARS),
         "words": draw(st.just(words) | VALUES),
     }
     blob = save(arrays or {"": torch.zeros(0)}, {"message": json.dumps(draw(st.just(header) | VALUES))})

@@ -16,7 +16,7 @@ from safetensors.torch import save
 import fuzzing
 from gguf_files import write
 from smartmops.adapter import fresh
-from smartmops.clients.messages import unpack
+from smartmops.clients.messages import VERSION, unpack
 from smartmops.gguf.conversion import check, convert
 
 ROOM = 2**31  # bytes of addresses beside those that the test has already
@@ -96,6 +96,6 @@ def test_a_gguf_whose_list_counts_for_ever(count: int, tmp_path: Path) -> None:
 
 def test_a_job_without_its_local_part_is_refused() -> None:
     words = {name: value for name, value in fuzzing.WORDS["Job"].items() if name != "local"}
-    header = {"kind": "Job", "version": 1, "words": words}
+    header = {"kind": "Job", "version": VERSION, "words": words}
     with pytest.raises(ValueError, match="a Job does not have the fields"):
         unpack(save({"a": torch.zeros(1)}, {"message": json.dumps(header)}))
