@@ -16,7 +16,7 @@ from smartmops.checks.columns import BUILT_IN
 from smartmops.checks.errors import DataError, FileTaken, RunError, SmartmopsError, UnknownOption
 from smartmops.checks.folders import as_path, filled, unmade, whole
 from smartmops.checks.limits import check_named
-from smartmops.data.files import ending
+from smartmops.data.files import client_files
 from smartmops.data.several import held, names_of
 from smartmops.data.tasks import read, read_jsonl, splits
 from smartmops.evaluation import harness
@@ -122,9 +122,8 @@ def _trained_on(run: Run) -> Iterator[Example]:
         same_test_split(run, of_examples(test))
         yield from train
     if clients is not None:
-        for file in sorted(Path(clients).iterdir()):
-            if ending(file) in (".jsonl", ".ndjson") and not file.name.startswith(".") and file.is_file():
-                yield from read_jsonl(file, columns)
+        for file in client_files(Path(clients)):
+            yield from read_jsonl(file, columns)
 
 
 def _said(example: Example) -> Example:

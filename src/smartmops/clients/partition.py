@@ -17,7 +17,7 @@ from typing import Literal
 from numpy.random import Generator, SeedSequence, default_rng
 
 from smartmops.checks.errors import ConfigError, DataError
-from smartmops.data.files import ending
+from smartmops.data.files import client_files
 from smartmops.data.several import tell_unread
 from smartmops.data.tasks import read_jsonl
 from smartmops.options.federation import LARGEST_ALPHA, PartitionConfig
@@ -96,7 +96,7 @@ def read_clients(folder: str | Path, columns: Sequence[str] = ()) -> list[Exampl
         problem = "is a file" if folder.exists() else "does not exist"
         raise ConfigError(f"clients={str(folder)!r} {problem}: give a folder with one JSONL file for each client")
     visible = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-    files = [file for file in visible if ending(file) in (".jsonl", ".ndjson") and file.is_file()]
+    files = client_files(folder)
     if not files:
         raise DataError(f"clients={str(folder)!r} holds no file ending in .jsonl: write one for each client, such as "
                         "berlin.jsonl")  # fmt: skip

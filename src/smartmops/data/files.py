@@ -253,3 +253,9 @@ def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
             except UnicodeDecodeError as error:
                 row[name] = error.object  # bytes, which no column of text takes
         yield row
+
+
+def client_files(folder: Path) -> list[Path]:
+    """The files of a federation's clients in a folder, one JSONL each, in the order of their names; not hidden ones."""
+    rows = (file for file in folder.iterdir() if ending(file) in (".jsonl", ".ndjson"))
+    return sorted(file for file in rows if not file.name.startswith(".") and file.is_file())

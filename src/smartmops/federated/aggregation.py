@@ -154,7 +154,7 @@ def _deltas(reply: Reply, sent: Mapping[str, Tensor], layout: Layout) -> dict[st
 
 
 def _bytes(delta: Mapping[str, Tensor], names: Iterable[str]) -> bytes:
-    return b"".join(delta[name].double().numpy().tobytes() for name in names)
+    return b"".join(delta[name].numpy().tobytes() for name in names)
 
 
 def _whole(value: object) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor
 
 from smartmops.checks.errors import DataError, Diverged, FederationError
@@ -23,7 +23,7 @@ from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import parameter_groups
 from smartmops.options.method import MethodConfig
 from smartmops.reading.task import Task
-from smartmops.runs.adapters import peft_as_it_is
+from smartmops.runs.adapters import adapter_on
 from smartmops.settings.writing import versions
 from smartmops.states.instructions import instructions
 from smartmops.tuner import MoPsModel
@@ -221,8 +221,7 @@ class Worker:
             if self._held is not None:
                 self._held.model.base_model.unload()
                 self.task.base.requires_grad_(False)
-            with peft_as_it_is():
-                model = get_peft_model(self.task.base, PeftConfig.from_peft_type(**copy.deepcopy(job.adapter)))
+            model = adapter_on(self.task.base, PeftConfig.from_peft_type(**copy.deepcopy(job.adapter)))
             self.task.states.clear()
         load_arrays(model, job.arrays)
         rows, collate = self.task.feed(model)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
 
 from smartmops.adapter.config import default_injection_layer
 from smartmops.base import load_base
 from smartmops.checks.errors import RunError
 from smartmops.experts import keys_values
 from smartmops.options.method import MethodConfig
-from smartmops.runs.adapters import check_config, load_adapter, peft_as_it_is
+from smartmops.runs.adapters import adapter_on, check_config, load_adapter
 from smartmops.runs.folder import Run, check_adapter
 from smartmops.states.fingerprint import SAMPLED, sampled
 from smartmops.tokens.template import FILE, read_template
@@ -178,8 +178,7 @@ def build(
     adapter = peft_config(config, count, width, words)
     if isinstance(adapter, LoraConfig | IA3Config):
         targets.choose(base, adapter)
-    with peft_as_it_is():
-        model = get_peft_model(base, adapter)
+    model = adapter_on(base, adapter)
     if count and recovery is not None:
         model.base_model.layer().mops_recovery["default"].data.copy_(recovery)
     return model

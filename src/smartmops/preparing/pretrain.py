@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from peft import get_peft_model
 from sklearn.cluster import KMeans
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from smartmops.checks.errors import ConfigError, DataError
 from smartmops.evaluation.perplexity import batch_for
 from smartmops.options.method import GatePretraining
 from smartmops.progress.bars import track
-from smartmops.runs.adapters import peft_as_it_is
+from smartmops.runs.adapters import adapter_on
 from smartmops.tokens.batches import Collator, Encoded
 from smartmops.tuner import MoPsConfig
 
@@ -36,8 +35,7 @@ def train_recovery(base: Any, rows: Sequence[Encoded], collator: Collator, count
     config = MoPsConfig(num_experts=1, prompts_per_expert=count, injection_layer=0, expert_attention="causal",
                         task_type="CAUSAL_LM")  # fmt: skip
     torch.manual_seed(seed)
-    with peft_as_it_is():
-        model = get_peft_model(base, config)
+    model = adapter_on(base, config)
     initialise(model, rows, collator, [0] * len(rows), seed)
     prompts = model.base_model.layer().mops_prompts["default"]
     optimiser = torch.optim.AdamW([prompts], lr=lr, weight_decay=0.0)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import get_peft_model
 from sklearn.cluster import KMeans
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from smartmops.checks.errors import ConfigError
 from smartmops.methods.baselines import peft_config
 from smartmops.options.method import MethodConfig
 from smartmops.reading.task import Task
-from smartmops.runs.adapters import peft_as_it_is
+from smartmops.runs.adapters import adapter_on
 from smartmops.states.instructions import instructions
 from smartmops.states.states import States
 from smartmops.tokens.batches import Encoded
@@ -60,8 +59,7 @@ def _by_task(
 def _by_centre(
     base: Any, train: Sequence[Encoded], rest: Sequence[Encoded], method: MethodConfig, seed: int
 ) -> tuple[list[int], list[int]]:
-    with peft_as_it_is():
-        model = get_peft_model(base, peft_config(replace(method, method="mops", embedder=None)))
+    model = adapter_on(base, peft_config(replace(method, method="mops", embedder=None)))
     seen = instructions(model, train)
     later = instructions(model, rest) if rest else seen[:0]
     model.base_model.unload()

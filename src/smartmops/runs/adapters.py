@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model
 
 import smartmops.tuner  # noqa: F401  enters our method into PEFT
 
@@ -40,6 +40,12 @@ def peft_as_it_is() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
+
+
+def adapter_on(base: Any, config: PeftConfig) -> Any:
+    """A base under a fresh adapter of this config."""
+    with peft_as_it_is():
+        return get_peft_model(base, config)
 
 
 def check_config(file: Path) -> None:

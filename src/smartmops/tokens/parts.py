@@ -101,5 +101,6 @@ def span(text: str, at: int, content: str, behind: str, answers: bool) -> int | 
 
 def holds(text: str, answer: str) -> bool:
     """Whether a text has all of an answer; blanks around it do not count, nor those around thoughts in it."""
-    bare = ["".join(each.split()) for each in (answer, text)]
-    return answer.strip() in text or (THOUGHT in answer and bare[0] in bare[1])
+    if THOUGHT not in answer:
+        return answer.strip() in text
+    return "".join(answer.split()) in "".join(text.split())
