@@ -85,12 +85,14 @@ def named(found: dict[str, Any]) -> Iterator[str]:
             tokens, answers = (raw[key] / raw["examples"] for key in ("tokens", "predicted_tokens"))
             yield f"| {name.removeprefix('train').strip('_') or 'as drawn'} | {tokens:.0f} | {answers:.0f} | {rates} |"
     if quality:
-        looks = ", ".join(f"{each:.3f}" for each in quality["mops_validation_nats"])
+        runs = ", ".join(
+            f"{run['validation_nats']:.3f} after {run['steps']} ({run['seconds']:.0f} s)" for run in quality["mops"]
+        )
         yield (f"\nNats a token on {quality['validation_examples']} validation examples: {quality['validation_nats_before']:.3f} "
                f"before, {quality['lora_validation_nats']:.3f} after {quality['lora_steps']} steps of LoRA "
-               f"({quality['lora_seconds']:.0f} s); MoPs every {quality['mops_steps_between']} steps {looks} "
-               f"({quality['mops_seconds']:.1f} s of steps, {quality['preparing_seconds']:.1f} s of preparing and "
-               f"{quality['states_seconds']:.1f} s of states before them).")  # fmt: skip
+               f"({quality['lora_seconds']:.0f} s); MoPs, each run a schedule of its own from the same start, {runs}; "
+               f"{quality['preparing_seconds']:.1f} s of preparing and {quality['states_seconds']:.1f} s of states come before "
+               "it.")  # fmt: skip
     if slow := found["raw"].get("busy_neighbour"):
         times = slow["times_slower"]
         yield (f"\nBeside a process that takes one core a step takes {times['mops']:.2f} times as long, LoRA's {times['lora']:.2f} "

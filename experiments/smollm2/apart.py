@@ -1,18 +1,22 @@
-"""A LoRA for each task: which one answers is told, or chosen by the gate that MoPs start with.
+"""A LoRA for each task: which one answers is told, or chosen by the gate that MoPs start with, or by X-LoRA's.
 
 Knows a bench. Together they train as many steps and numbers as one LoRA for all tasks.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import asked
 import torch
+from peft import XLoraConfig, get_peft_model
+from transformers import set_seed
 
 from smartmops.evaluation.perplexity import Evaluation, evaluate
 from smartmops.options.training import TrainConfig
@@ -20,6 +24,7 @@ from smartmops.preparing.adapting import adapt
 from smartmops.states.states import States
 from smartmops.tokens.batches import Encoded
 
+XLORA_RATE = 1e-3  # of the gate, several times what its authors train 7B models with
 BASE = "base"  # who answers what the gate leaves to it
 
 
@@ -52,7 +57,6 @@ def run(bench: Any, config: TrainConfig, told: bool) -> dict[str, Any]:
     routes = chosen(bench, config, told)
     found: dict[str, list[Evaluation]] = defaultdict(list)
     answers: list[dict[str, Any]] = []
-    own = replace(config, steps=round(config.steps / len(bench.tasks)), experts=1)
     parameters = 0
 
     def measure(model: Any, name: str) -> None:
@@ -61,20 +65,51 @@ def run(bench: Any, config: TrainConfig, told: bool) -> dict[str, Any]:
                 found[part].append(evaluate(model, some, task.collator))
 
     measure(task.base, BASE)
-    for name in bench.tasks:
-        alone = replace(task, train=[row for row in task.train if row.category == name], states=States())
-        model, _, _ = adapt(alone, own, own, config.seed)
+    for name, model in trained(bench, config):
         parameters += sum(p.numel() for p in model.parameters() if p.requires_grad)
-        bench.fitted(alone, model, own)
         measure(model, name)
         if bench.asked and told:
             answers.append(asked.answers(task, model, [each for each in bench.asked if each.category == name]))
-        bench.bare(model)
     measured = {part: Evaluation.merged(each) for part, each in found.items()}
     return {
         "measured": {part: vars(each) for part, each in measured.items()}, "parameters": parameters,
         "right": _right(routes["test"]), **({"answers": asked.joined(answers)} if answers else {}),
         "seconds": {"prepare": 0.0, "train": time.perf_counter() - started, "evaluate": 0.0},
+    }  # fmt: skip
+
+
+def trained(bench: Any, config: TrainConfig) -> Iterator[tuple[str, Any]]:
+    """Each task, and the base with its LoRA, which comes off again after that; together as many steps as one LoRA."""
+    own = replace(config, steps=round(config.steps / len(bench.tasks)), experts=1)
+    for name in bench.tasks:
+        alone = replace(bench.task, train=[row for row in bench.task.train if row.category == name], states=States())
+        model, _, _ = adapt(alone, own, own, config.seed)
+        bench.fitted(alone, model, own)
+        yield name, model
+        bench.bare(model)
+
+
+def mixed(bench: Any, config: TrainConfig) -> dict[str, Any]:
+    """X-LoRA as PEFT has it: all of them at once, weighted by a gate that is trained after them, by as many steps again.
+
+    At its own defaults: one weight for each LoRA at each token, from what a first pass of the bare base makes of it.
+    """
+    started, task = time.perf_counter(), bench.task
+    with TemporaryDirectory() as folder:
+        adapters = {}
+        for number, (_, model) in enumerate(trained(bench, config)):
+            model.save_pretrained(adapters.setdefault(str(number), f"{folder}/{number}"))
+        base = copy.deepcopy(task.base)  # X-LoRA cannot be taken off again
+        base.config.use_cache = False
+        set_seed(config.seed)
+        gate = XLoraConfig(task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters=adapters)
+        model = get_peft_model(base, gate)
+    bench.fitted(replace(task, base=base, states=States()), model, replace(config, prompt_lr=XLORA_RATE))
+    trained_at = time.perf_counter()
+    return {
+        "measured": bench.measure(model, task, bench.rows),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if p.requires_grad or "lora_" in name),
+        "seconds": {"prepare": 0.0, "train": trained_at - started, "evaluate": time.perf_counter() - trained_at},
     }  # fmt: skip
 
 

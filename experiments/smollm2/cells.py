@@ -102,6 +102,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora as 20 columns": LORA | {"experts": 2, "prompt_lr": 3e-3},
     "one lora for each task": LORA | {"prompt_lr": 3e-3, "apart": True},
     "one lora for each task behind our gate": LORA | {"prompt_lr": 3e-3, "apart": True, "gated": True},
+    "x-lora 300 steps": LORA | {"prompt_lr": 3e-3, "mixed": True},  # half of them of the LoRAs, half of the gate
     "activated lora": LORA | {"prompt_lr": 3e-3, "activated": True},
 }  # fmt: skip
 WHOLE: dict[str, Any] = {"prefix_attention": "separate", "visible_to": "all", "injection_layer": 0}
@@ -117,7 +118,7 @@ for rate in (0.003, 0.01, 0.03):
     VARIANTS[f"input prompts rate {rate:g}"] = {"method": "input-prompt-tuning", "prompt_lr": rate}
     VARIANTS[f"prefix tuning rate {rate:g}"] = UNGATED | {"prompt_lr": rate, "peft_prefix": True}
 FROZEN = ("frozen", "frozen with 4 examples", "frozen with a system prompt")  # nothing is trained
-OURS_ALONE = ("shared", "apart", "gated", "activated", "peft_prefix")  # what no option of `train` is called
+OURS_ALONE = ("shared", "apart", "gated", "mixed", "activated", "peft_prefix")  # what no option of `train` is called
 for rate in (0.01, 0.02, 0.06):
     VARIANTS[f"mops rate {rate:g}"] = MOPS | {"relative_lr": rate}
     VARIANTS[f"ungated rate {rate:g}"] = UNGATED | {"relative_lr": rate}

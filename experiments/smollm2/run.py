@@ -89,6 +89,8 @@ class Bench:
         if variant in FROZEN:
             return self.frozen(variant) | {"seconds": {"all": time.perf_counter() - started}}
         config = replace(self.config, seed=seed, **self.settings(variant))
+        if VARIANTS[variant].get("mixed"):
+            return apart.mixed(self, config)
         if VARIANTS[variant].get("apart"):
             return apart.run(self, config, told=not VARIANTS[variant].get("gated"))
         task, rows = self.task, self.rows

@@ -78,9 +78,11 @@ def test_what_is_paid_first_is_counted(lab: BaseLab, name: str) -> None:
     if name == "preparing":
         assert ratios["preparing_seconds"] > 0 and raw["bytes_of_states"] > 0 and raw["bytes_of_adapter"] > 0
     else:
-        assert raw["mops_validation_nats"] and raw["lora_validation_nats"] > 0
-        reached = raw["mops_validation_nats"][-1] <= raw["lora_validation_nats"]
-        assert (ratios["quality_vs_lora"] is not None) == reached
+        reached = [run["validation_nats"] <= raw["lora_validation_nats"] for run in raw["mops"]]
+        assert [run["steps"] for run in raw["mops"]] == [1, 2, 4, 8, 16][: len(reached)]
+        assert not any(reached[:-1]) and (reached[-1] or len(reached) == 5)  # the shortest run that gets there, or all
+        seconds = raw["mops"][-1]["seconds"]
+        assert ratios["quality_vs_lora"] == (raw["lora_seconds"] / seconds if reached[-1] else None)
 
 
 def test_groups_are_short_middle_and_long(lab: BaseLab) -> None:

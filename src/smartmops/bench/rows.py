@@ -9,8 +9,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from smartmops.evaluation.perplexity import evaluate
+from smartmops.fitting.kept import put_state, state_of
 from smartmops.fitting.loop import fit
 from smartmops.options.training import Schedule
 from smartmops.states.answer_states import AnswerStates
@@ -34,7 +34,7 @@ from .targets import Found, Section, Target
 
 RIVALS = ("lora", "prompt_tuning", "prefix_tuning")
 FEW_ANSWERS = 0.2  # of all tokens: where answers are fewer, training from states has more to gain
-MOST = 20  # times as many steps as LoRA's that the experts may take to its loss
+SHARES = (0.5, 1, 2, 4, 8)  # of LoRA's steps, that the experts are given to reach its loss, until they do
 LORA, AT_BEST = "against PEFT LoRA, r=2, query and value", "examples/s once states are there"
 TARGETS = {
     "train_vs_lora": Target(3, True, f"{AT_BEST}, {LORA} (8 where answers are under a fifth of the tokens)"),
@@ -47,7 +47,7 @@ TARGETS = {
     "preparing_seconds": Target(None, False, "seconds of gate, null expert and experts from the training rows"),
     "states_seconds": Target(None, False, "seconds of the states of all training rows"),
     "states_bytes_per_example": Target(None, False, "bytes of states of one example, in memory"),
-    "quality_vs_lora": Target(1, True, "seconds of LoRA to a validation loss, over those of MoPs to the same"),
+    "quality_vs_lora": Target(1, True, "seconds of LoRA, over those of the shortest run of MoPs to its loss"),
     "quality_prepared_vs_lora": Target(None, True, "the same, preparing and states counted"),
     "prefill_vs_bare": Target(1.1, False, "seconds to read an instruction, against the bare model"),
     "gate_read_share": Target(0.02, False, "seconds of reading the gate, as a share of prefill"),
@@ -128,26 +128,34 @@ def _preparing(lab: Lab, names: Sequence[str]) -> Found:
 
 
 def _quality(lab: Lab, names: Sequence[str]) -> Found:
-    """Seconds in steps alone: LoRA's to where its schedule ends, and the experts' to the same validation loss."""
+    """Seconds of LoRA's steps, and of the shortest run of the experts that ends at its validation loss or below.
+
+    Each run has the schedule of `train`, whose learning rate falls to zero with its own number of steps, and starts
+    from the same prepared experts: a loss in the middle of a longer schedule would not be what so many steps can give.
+    """
     assert isinstance(lab, BaseLab)
-    steps, held = lab.config.quality_steps, lab.held_out()
-    lora, mops = lab.settled("lora"), lab.prepared()
-    side = Side(mops[0], lab.settings, AnswerStates(mops[0], lab.rows))
+    held, lora, (model, prepared) = lab.held_out(), lab.settled("lora"), lab.prepared()
+    side, states = Side(model, lab.settings, AnswerStates(model, lab.rows)), AnswerStates(model, held)
     filled = clocked(partial(side.collate, range(len(lab.rows))))
-    kept = AnswerStates(mops[0], held)
     before = _nats(lora.model, held, lab.collator)
-    slow, [wanted] = _trained(lab, lora, steps, steps, lambda: _nats(lora.model, held, lab.collator), -math.inf)
-    quick, losses = _trained(lab, side, MOST * steps, max(1, steps // 4),
-                             lambda: _nats(mops[0], held, lab.collator, kept), wanted)  # fmt: skip
-    reached = losses[-1] <= wanted
+    slow = _trained(lab, lora, lab.config.quality_steps)
+    wanted, start, runs = _nats(lora.model, held, lab.collator), state_of(model), []
+    for share in SHARES:
+        put_state(model, start)
+        steps = max(1, round(share * lab.config.quality_steps))
+        seconds = _trained(lab, side, steps)
+        runs.append({"steps": steps, "seconds": seconds, "validation_nats": _nats(model, held, lab.collator, states)})
+        if reached := runs[-1]["validation_nats"] <= wanted:
+            break
+    quick = runs[-1]["seconds"]
     ratios: dict[str, float | None] = {
         "quality_vs_lora": slow / quick if reached else None,
-        "quality_prepared_vs_lora": slow / (quick + mops[1] + filled) if reached else None,
+        "quality_prepared_vs_lora": slow / (quick + prepared + filled) if reached else None,
     }
     return {name: ratios[name] for name in names}, {
-        "lora_steps": steps, "lora_seconds": slow, "validation_nats_before": before, "lora_validation_nats": wanted,
-        "mops_validation_nats": losses, "mops_steps_between": max(1, steps // 4), "mops_seconds": quick,
-        "preparing_seconds": mops[1], "states_seconds": filled, "validation_examples": len(held),
+        "lora_steps": lab.config.quality_steps, "lora_seconds": slow, "validation_nats_before": before,
+        "lora_validation_nats": wanted, "mops": runs, "preparing_seconds": prepared, "states_seconds": filled,
+        "validation_examples": len(held),
     }  # fmt: skip
 
 
@@ -155,35 +163,12 @@ def _nats(model: Any, rows: Any, collator: Any, states: Any = None) -> float:
     return math.log(evaluate(model, rows, collator, cache=states).overall)
 
 
-def _trained(
-    lab: Lab, side: Side, steps: int, every: int, look: Callable[[], float], wanted: float
-) -> tuple[float, list[float]]:  # fmt: skip
-    """Seconds of the steps until a look finds what is wanted, or of all; and what each look found."""
-    found: list[float] = []
-    state = {"since": 0.0, "seconds": 0.0}
-
-    class Reached(Exception):
-        pass
-
-    def write(row: dict[str, Any]) -> None:
-        if "loss" not in row:
-            return
-        state["seconds"] += time.perf_counter() - state["since"]
-        if row["step"] % every == 0:
-            found.append(look())
-            side.model.train()
-            if found[-1] <= wanted:
-                raise Reached
-        state["since"] = time.perf_counter()
-
-    schedule = Schedule(steps=steps, batch_size=lab.config.batch_size, log_every=1, save_every=10**9,
-                        lr_schedule="constant", warmup_steps=2)  # fmt: skip
+def _trained(lab: Lab, side: Side, steps: int) -> float:
+    """Seconds of so many steps by the schedule of `train`."""
+    schedule = Schedule(steps=steps, batch_size=lab.config.batch_size, save_every=10**9)
     side.model.train()
-    state["since"] = time.perf_counter()
-    with suppress(Reached):
-        folder = lab.config.out / "checkpoints"
-        fit(side.model, side.method, schedule, range(len(lab.rows)), side.collate, folder, write)
-    return state["seconds"], found
+    return clocked(partial(fit, side.model, side.method, schedule, range(len(lab.rows)), side.collate,
+                           lab.config.out / "checkpoints", lambda row: None))  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- inference

@@ -21,6 +21,7 @@ from .errors import ConfigError, FileTaken, NotAFolder, RunError, RunExists, Run
 
 log = logging.getLogger(__name__)
 MARK = ".lock"  # of a folder that a process writes; says nothing of what the folder holds
+UNFINISHED = ".tmp"  # ending of everything half-written; a resumed run sweeps them away
 NEAR = 3  # folders that are named where the one asked for is not there
 
 
@@ -169,7 +170,7 @@ def whole(path: Path) -> Iterator[Path]:
     """A folder to fill, whose files are those of a new or empty one at the end; where that fails, nothing is left."""
     path = path.resolve()
     there = path.exists()  # and stays: it may be where the process or its shell is, or a mount
-    fresh = (path if there else path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    fresh = (path if there else path.parent) / f".{path.name}.{os.getpid()}{UNFINISHED}"
     fresh.mkdir(parents=True)
     try:
         yield fresh
@@ -187,6 +188,23 @@ def whole(path: Path) -> Iterator[Path]:
 def beside(out: Path) -> Path:
     """Where what is half done is kept."""
     return out.with_name(f"{out.name}.partial")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what is to stand at `path` whole or not at all: a file beside it, synced, then renamed over it."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        yield fresh
+        with open(fresh, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(fresh, path)
+    except BaseException as error:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            error.filename = str(path)  # not the one beside it, which nobody asked for
+        raise
 
 
 @contextmanager
@@ -228,7 +246,7 @@ def growing(path: Path) -> Iterator[TextIO]:
 
 def half_written(item: Path) -> bool:
     """Whether a kill left it."""
-    return item.name.startswith(".") and item.name.endswith(".tmp")
+    return item.name.startswith(".") and item.name.endswith(UNFINISHED)
 
 
 def refused(path: Path, resume: bool) -> RunError | None:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smartmops.base import dense_weight, describe, load_base, local, quantised_as, quantised_linears
 from smartmops.base.names import readable, shown_name
 from smartmops.checks.errors import BaseModelError, DiskError, RunExists, SmartmopsError
-from smartmops.checks.folders import beside, held_by
+from smartmops.checks.folders import beside, held_by, replacing
 from smartmops.checks.limits import check
 from smartmops.checks.lock import alone
 from smartmops.checks.resources import translated
@@ -177,8 +177,8 @@ def _partial(config: CompressConfig, state: dict[str, Any], needed: int) -> Path
             "the result and for what it can be resumed from: free some, or choose another --out"
         )
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / "state.tmp").write_text(json.dumps(state, indent=2))
-    os.replace(partial / "state.tmp", partial / STATE)
+    with replacing(partial / STATE) as fresh:
+        fresh.write_text(json.dumps(state, indent=2))
     return partial
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smartmops.backbone import halves
 from smartmops.checks.errors import BaseModelError, ConfigError
+from smartmops.checks.folders import replacing
 from smartmops.options.compression import Method
 
 from .solvers import SOLVERS, Pattern, Solver
@@ -281,10 +281,9 @@ def _put_down(own: dict[str, nn.Module], stats: Stats, file: Path) -> None:
     """Keep a finished layer: whole or not at all."""
     if file.exists():
         return
-    beside = file.with_suffix(".tmp")
     weights = {name: matrix(module).contiguous() for name, module in own.items()}
-    save_file(weights, beside, {"stats": json.dumps(stats)})
-    os.replace(beside, file)
+    with replacing(file) as fresh:
+        save_file(weights, fresh, {"stats": json.dumps(stats)})
 
 
 def _take_over(own: dict[str, nn.Module], file: Path) -> Stats | None:

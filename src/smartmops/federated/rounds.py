@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smartmops.checks.errors import DiskError, QuorumLost, RunError
+from smartmops.checks.folders import replacing
 from smartmops.clients.messages import Failure, Job, Local, Lost, Made, Transport, pack
 from smartmops.clients.roster import Roster, listed, short
 from smartmops.evaluation.perplexity import Evaluation
@@ -52,19 +52,13 @@ class State:
         tensors = {f"arrays/{n}": v for n, v in self.arrays.items()} | {
             f"server/{n}": v for n, v in self.server.items()
         }
-        beside = file.with_name(f".{file.name}.tmp")  # always the same, so that a kill leaves one behind, not many
+        laid = {name: value.contiguous() for name, value in tensors.items()}
         try:
-            save_file(
-                {name: value.contiguous() for name, value in tensors.items()}, beside, {"state": json.dumps(words)}
-            )
-            with open(beside, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(beside, file)
+            with replacing(file) as fresh:
+                save_file(laid, fresh, {"state": json.dumps(words)})
         except (OSError, SafetensorError) as error:
             raise DiskError(f"the checkpoint of round {self.round} cannot be written to {file} ({error}): make room "
                             "and go on with --resume") from error  # fmt: skip
-        finally:
-            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, file: Path) -> State | None:

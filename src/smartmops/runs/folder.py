@@ -24,33 +24,21 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from smartmops.checks.errors import AdapterError, AdapterNotFound, RunError, RunNotFound, SmartmopsError
-from smartmops.checks.folders import half_written, held_by, refused
+from smartmops.checks.folders import UNFINISHED, half_written, held_by, refused, replacing
 from smartmops.settings.writing import KINDS, NAME, resolved, versions
 
 PATHS = "paths"  # of config.json: which of the names of base, data and embedder were files or folders at the start
 # A moved folder, a newer library or another tracker is the same run.
 MAY_DIFFER = ("versions", PATHS, "arguments.out", "arguments.resume", "arguments.report_to")
 TEST_SPLIT = "test split"  # of the fingerprints in inputs.json, that of the test examples as they were drawn
-_TEMPORARY = ".tmp"  # ending of everything half-written; a resumed run sweeps them away
 _REPLACED = ".adapter.replaced"  # the former adapter, for the instant between the two renames of a swap
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all: a file beside it, synced to disk, then renamed over it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
-    try:
-        # In JSON, a backslash escape is exactly how half a surrogate pair is spelled: no text can fail to be stored.
-        with open(beside, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:
-            error.filename = str(path)  # not the one beside it, which nobody asked for
-        raise
+    """Write `text` to `path` whole or not at all."""
+    # In JSON, a backslash escape is exactly how half a surrogate pair is spelled: no text can fail to be stored.
+    with replacing(path) as fresh, open(fresh, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(text)
 
 
 def check_adapter(path: Path) -> None:
@@ -263,7 +251,7 @@ class Run:
             AdapterNotFound: `save` did not write both adapter files.
             RunError: What it wrote cannot be read back.
         """
-        beside, former = self.path / f".adapter.{os.getpid()}{_TEMPORARY}", self.path / _REPLACED
+        beside, former = self.path / f".adapter.{os.getpid()}{UNFINISHED}", self.path / _REPLACED
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         try:

@@ -6,7 +6,6 @@ Knows files, keys and room. Knows no training loop: a filled cache is a collator
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from smartmops.backbone import halves
 from smartmops.checks.errors import AdapterError, DataError, NoRoom, RunError
+from smartmops.checks.folders import replacing
 from smartmops.progress.bars import console, counted
 from smartmops.runs.folder import write_text
 from smartmops.tokens.batches import Encoded, by_budget, pack
@@ -255,15 +255,8 @@ class ActivationCache:
             return False
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
-        file = self._file(number)
-        beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, beside, self._metadata(number))
-            with open(beside, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(self._file(number)) as fresh:
+            save_file(tensors, fresh, self._metadata(number))
 
     def _recorded(self) -> list[int]:
         """Bytes of each file as `meta.json`, which is written last, has them; empty without one."""
