@@ -250,6 +250,15 @@ def test_a_run_is_not_loaded_on_another_base_of_the_same_name(config: Make, base
     chosen = config(model=str(tmp_path / "base"), steps=2, samples_per_task=0)
     train(chosen)
     load_run(chosen.out)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"base does not exist, but .* was trained on it: bring it back, or link"
+    ):
+        load_run(chosen.out)
+    (chosen.out / "base").symlink_to(tmp_path / "elsewhere")
+    load_run(chosen.out)
+    (chosen.out / "base").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
     name = next(name for name in weights if "down_proj" in name)
     weights[name] = weights[name] * 1.5

@@ -85,6 +85,8 @@ def test_paths_lose_their_folders() -> None:
     given = {"expert_names": ["in/and/out"], "embedder": "models/client-x/emb", "tokenizer_name_or_path": "client/base"}
     found = without_folders(given, ["client/base"])
     assert found == {"expert_names": ["in/and/out"], "embedder": "emb", "tokenizer_name_or_path": "base"}
+    names = {"expert_names": ["/r/science", "/x/science", "~/home", "./here"], "frozen_experts": ["/r/science"]}
+    assert without_folders(names) == names  # words of users', and no paths
 
 
 def test_a_base_named_from_the_working_folder_is_no_id_of_the_hub(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from smartmops.base import load_base
+from smartmops.checks.errors import RunError
 from smartmops.compression import layerwise
 from smartmops.compression.compress import CompressConfig, compress
 from smartmops.compression.solvers import Pattern
@@ -127,3 +130,18 @@ def test_a_base_calibrated_on_the_test_split_is_told_of(
     Task.load(config(model=str(folder), data_seed=1))
     told = " ".join(capsys.readouterr().out.split())
     assert "calibrated on another split" in told and "--data-seed" in told
+
+
+def test_a_run_is_not_loaded_on_other_quantised_weights(both: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(both["int8"], tmp_path / "int8")
+    config = _config(str(tmp_path / "int8"), tmp_path / "run", steps=1)
+    train(config)
+    load_run(config.out)
+    file = tmp_path / "int8" / "model.safetensors"
+    was, weights = file.read_bytes(), load_file(file)
+    name = next(name for name, value in weights.items() if value.dtype is torch.int8 and "down_proj" in name)
+    save_file(weights | {name: weights[name].roll(1, 0)}, file, {"format": "pt"})
+    with pytest.raises(RunError, match=r"int8 is not the base that .* was trained on, its weights are others: bring"):
+        load_run(config.out)
+    file.write_bytes(was)
+    load_run(config.out)

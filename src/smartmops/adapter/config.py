@@ -54,7 +54,7 @@ class MoPsConfig(PeftConfig):
     gate_input: str = "instruction"  # "sequence" (Algorithm 1) also reads the response, which leaks
     gate_granularity: str = "expert"  # "prompt": one gate weight per prompt
     expert_attention: str = "isolated"  # "causal": prompts attend to all earlier prompts
-    init: str = "hidden_states"  # what `smartmops.training` initialises experts from; a bare adapter starts random
+    init: str = "hidden_states"  # what `prepare` and `train` start experts from; a bare adapter starts random
     num_recovery_prompts: int = 0  # frozen prompts at the input (P^1 of the paper)
     keep_recovery_prompts: bool = True  # False: seen only below the injection layer, as in Algorithm 1
     embedding_size: int | None = None  # width of an external embedding; None: the gate reads the model itself

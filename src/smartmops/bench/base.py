@@ -23,7 +23,7 @@ from smartmops.options.training import TaskConfig
 from smartmops.preparing.adapting import adapt, words
 from smartmops.reading.task import Task
 from smartmops.states.answer_states import AnswerStates
-from smartmops.states.fingerprint import SAMPLED, sampled
+from smartmops.states.fingerprint import of_weights
 from smartmops.tokens.batches import Encoded
 
 from .sides import METHODS, Lab, Side
@@ -81,7 +81,7 @@ class BaseLab(Lab):
 
     def inputs(self) -> dict[str, str]:
         """As `Lab`."""
-        return {SAMPLED: sampled(self.frozen)}
+        return of_weights(self.frozen)
 
     def base(self) -> Any:
         """The base in modules of its own, without a copy of its weights."""

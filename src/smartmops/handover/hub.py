@@ -21,6 +21,7 @@ from smartmops.runs.folder import PATHS, Run, check_adapter
 from smartmops.tokens.template import FILE, Template, read_template
 
 CARRIED = ("adapter_config.json", "adapter_model.safetensors", FILE)
+NAMES = ("expert_names", "frozen_experts")  # fields whose texts users chose: /r/science is a task, and no path
 MODELS = ("base_model_name_or_path", "tokenizer_name_or_path", "embedder")  # fields of PEFT's configs and ours
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
 
@@ -74,7 +75,7 @@ def without_folders(value: Any, paths: Collection[str] = ()) -> Any:
     """
     if isinstance(value, Mapping):
         return {key: shown_name(each, paths) if key in MODELS and isinstance(each, str) else
-                without_folders(each, paths) for key, each in value.items()}  # fmt: skip
+                each if key in NAMES else without_folders(each, paths) for key, each in value.items()}  # fmt: skip
     if isinstance(value, list):
         return [without_folders(each, paths) for each in value]
     if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "./", "../"))):

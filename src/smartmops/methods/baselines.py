@@ -12,12 +12,13 @@ from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
 
 from smartmops.adapter.config import default_injection_layer
 from smartmops.base import load_base
-from smartmops.checks.errors import RunError
+from smartmops.base.names import CHOICES
+from smartmops.checks.errors import BaseModelNotFound, RunError
 from smartmops.experts import keys_values
 from smartmops.options.method import MethodConfig
 from smartmops.runs.adapters import adapter_on, check_config, load_adapter
 from smartmops.runs.folder import Run, check_adapter
-from smartmops.states.fingerprint import SAMPLED, sampled
+from smartmops.states.fingerprint import of_weights
 from smartmops.tokens.template import FILE, read_template
 from smartmops.tuner import MoPsConfig, MoPsModel
 from smartmops.tuner.engine import Engine
@@ -100,15 +101,20 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     Raises:
         FileNotFoundError: no finished run, or no adapter, at `path`.
         ValueError: the adapter file is damaged, or belongs to another base model.
+        BaseModelNotFound: the base is not where it was.
         RunError: the weights of the base have changed since the run was trained.
     """
     run = Run.open(path)
     check_adapter(run.adapter_dir)  # before the base, which may be large
     check_config(run.adapter_dir / "adapter_config.json")
     dtype = run.config["arguments"].get("dtype", "float32")
-    base, tokenizer = load_base(base_of(run), dtype)
-    now = sampled(base)
-    if run.read_inputs().get(SAMPLED, now) != now:
+    try:
+        base, tokenizer = load_base(base_of(run), dtype)
+    except BaseModelNotFound as error:
+        raise BaseModelNotFound(f"{str(error).removesuffix(f': {CHOICES}')}, but {path} was trained on it: bring it "
+                                f"back, or link it to {path / 'base'}") from error  # fmt: skip
+    now, then = of_weights(base), run.read_inputs()
+    if any(then.get(name, each) != each for name, each in now.items()):
         raise RunError(f"{base_of(run)} is not the base that {run.path} was trained on, its weights are others: bring "
                        "that one back, or train again")  # fmt: skip
     tokenizer.chat_template = read_template(run.adapter_dir / FILE) if (run.adapter_dir / FILE).is_file() else None

@@ -34,7 +34,7 @@ pipeline_tag: text-generation
 # {method} on {base}
 
 An adapter for the frozen model `{base}`, trained with smartmops {version} (method `{method}`, data `{data}`). It works
-on that model only. {licence}{changed}
+on that model only{where}. {licence}{changed}
 {numbers}
 ## Load it
 
@@ -102,18 +102,18 @@ def card(
         metrics: Of its run; None: not measured yet.
         place: Where it is loaded from: this folder, or a repository of the hub.
     """
-    named = str(config.get("base", "unknown"))
+    named, paths = str(config.get("base", "unknown")), config.get(PATHS, ())
     base, data = (
-        " ".join(shown_name(name, config.get(PATHS, ())) for name in names_of(config.get(key, "unknown")))
-        for key in ("base", "data")
+        " ".join(shown_name(name, paths) for name in names_of(config.get(key, "unknown"))) for key in ("base", "data")
     )
-    chat, licence = template.source is not None, licence_of(named, config.get(PATHS, ()))
+    chat, licence = template.source is not None, licence_of(named, paths)
     origin = ORIGINS.get(named, named if base == named and "/" in named else None)
     file = f'open("{place}/{FILE}").read()' if place == PLACE else f'open(hf_hub_download("{place}", "{FILE}")).read()'
     front = [f"base_model: {origin}"] * (origin is not None) + [f"license: {licence}"] * (licence is not None)
     found = CARD.format(
         method=COMPARED if config.get("command") == "compare" else config.get("method", "unknown"), base=base, data=data, version=versions().get("smartmops", ""),
         kind="chat" if chat else "plain", end=template.end, place=place, front="".join(f"{line}\n" for line in front),
+        where=", a folder of its author's: below, put where it lies with you in its place" if named in paths or named != base else "",
         licence=f"The base's licence is {licence}." if licence else "The base's own licence holds; its card names it.",
         changed="".join(f"\n\nChanged after training: {each['command']}." for each in config.get("changed", [])),
         mask="gate_mask=torch.tensor([asked.gate_mask]), " if _needs_mask(template, config) else "",

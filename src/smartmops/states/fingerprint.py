@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from smartmops.backbone import halves
-from smartmops.checks.errors import AdapterError, BaseModelError
+from smartmops.base import local
+from smartmops.checks.errors import AdapterError, BaseModelError, SmartmopsError
 from smartmops.rows.example import of_examples
 from smartmops.runs.folder import TEST_SPLIT
 from smartmops.tokens.batches import Encoded
@@ -30,6 +34,7 @@ VOLATILE = {  # settings of a model that no hidden state depends on, or that its
     "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id",
 }  # fmt: skip
 SAMPLED, NUMBERS = "base, sampled", 64  # what `sampled` is kept as, and numbers of each weight
+FILES, ROWS = "base, sampled from its files", 8  # what of quantised weights is kept as, and rows of each
 
 
 def acting(model: Any) -> tuple[MoPsLayer, Any]:
@@ -118,15 +123,15 @@ def inputs_of(task: Any) -> dict[str, str]:
     Which examples fit depends on the template, so data say something only where the template is the same.
     """
     data = of_examples(task.train_examples, task.test_examples, [row.input_ids for row in task.validation])
-    found = _of_parts(task.base, task.tokenizer, task.template) | {"data set": data, SAMPLED: sampled(task.base)}
+    found = _of_parts(task.base, task.tokenizer, task.template) | {"data set": data} | of_weights(task.base)
     return found | ({TEST_SPLIT: task.test_split} if task.test_split else {})
 
 
 def sampled(base: Any) -> str:
     """What tells the weights of a base from others by a few numbers of each, in any dtype and wherever they lie.
 
-    For every loading, where `of_base` would take seconds. Quantised weights and their scales are left out, for they
-    differ from processor to processor; what is left of such a base (norms, embeddings) tells it from most others.
+    For every loading, where `of_base` would take seconds. Quantised weights and their scales are left out, for in
+    memory they differ from processor to processor: `of_weights` takes them from their files.
     """
     found = []
     for value in (parameter.data for parameter in base.parameters()):
@@ -135,6 +140,37 @@ def sampled(base: Any) -> str:
             bits = some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
             found.append(blake2b(str(list(value.shape)).encode() + bits, digest_size=16).digest())
     return blake2b(b"".join(sorted(found)), digest_size=16).hexdigest()
+
+
+def of_weights(base: Any) -> dict[str, str]:
+    """What tells the weights of a base from others, by name: `sampled`, and of a quantised base its files too."""
+    return {SAMPLED: sampled(base)} | _of_files(base)
+
+
+def _of_files(base: Any) -> dict[str, str]:
+    """A few rows of each weight as its file has it; nothing of a base that is not quantised, or has no files here."""
+    if getattr(base.config, "quantization_config", None) is None or not base.name_or_path:
+        return {}
+    found = []
+    try:
+        for file in Path(local(base.name_or_path)).glob("*.safetensors"):
+            opened: Any
+            with safe_open(file, "pt") as opened:
+                found += [name.encode() + b"\0" + digest(_rows(opened, name)) for name in opened.keys()]  # noqa: SIM118
+    except (OSError, SmartmopsError, SafetensorError):  # moved since it was loaded
+        return {}
+    return {FILES: blake2b(b"".join(sorted(found)), digest_size=16).hexdigest()} if found else {}
+
+
+def _rows(opened: Any, name: str) -> Tensor:
+    """Eight rows of a weight from its first to its last; a small one whole."""
+    part = opened.get_slice(name)
+    shape = part.get_shape()
+    if len(shape) < 2 or math.prod(shape) <= ROWS * NUMBERS:
+        whole: Tensor = opened.get_tensor(name)
+        return whole
+    some = (part[at : at + 1].reshape(-1).view(torch.uint8) for at in range(0, shape[0], max(1, shape[0] // ROWS)))
+    return torch.cat([*some])
 
 
 def _of_parts(base: Any, tokenizer: Any, template: Template) -> dict[str, str]:
