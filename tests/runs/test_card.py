@@ -49,7 +49,8 @@ def test_the_card_names_folders_without_where_they_are(tmp_path: Path) -> None:
     template = Template.of("plain", AutoTokenizer.from_pretrained(local("tiny")))
     told = card(template, {"base": str(tmp_path), "data": "/home/me/rows.jsonl", "method": "mops"})
     assert f"# mops on {tmp_path.name}\n" in told and "`rows.jsonl`" in told and "/home" not in told
-    assert str(tmp_path) not in told
+    assert str(tmp_path) not in told and "a folder of its author's: below, put where it lies with you" in told
+    assert "folder of its author" not in card(template, {"base": "tiny", "data": "office", "method": "mops"})
 
 
 def test_a_template_that_refuses_the_cards_example_leaves_the_card_without_it(tmp_path: Path) -> None:
