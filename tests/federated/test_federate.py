@@ -20,7 +20,7 @@ from federation import write
 from smartmops import cli
 from smartmops.analysis.finished import _seen
 from smartmops.base import load_base
-from smartmops.checks.errors import RunError
+from smartmops.checks.errors import ClientsRefused, RunError
 from smartmops.clients.admission import admitted
 from smartmops.clients.messages import VERSION, Failure, Hello, Reply, pack
 from smartmops.data.tasks import read, splits
@@ -380,6 +380,17 @@ def test_a_client_that_does_not_belong_is_refused(config: Make, change: dict[str
     everyone = {0: hello(name="ok"), 1: hello(name="fine"), 2: hello(**change)}
     with pytest.raises(ValueError, match=said):
         admitted(everyone, config(), "own", ["a", "b"])
+
+
+def test_all_that_do_not_belong_are_told_why_before_the_run_ends(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[int, str] = {}
+    found = {n: hello(name=f"c{n}", base="own" if n < 3 else "other") for n in range(8)}
+    monkeypatch.setattr(InProcess, "hello", lambda self: found)
+    monkeypatch.setattr(InProcess, "refuse", lambda self, reasons: told.update(reasons))
+    monkeypatch.setattr(module, "of_base", lambda *given: "own")
+    with pytest.raises(ClientsRefused, match=r"'c3' has another base(.*\n)*and 2 more clients cannot take part$"):
+        federate(config())
+    assert sorted(told) == [3, 4, 5, 6, 7] and all(f"'c{n}' has another base" in told[n] for n in told)
 
 
 def test_clients_that_belong_are_numbered_and_named(config: Make) -> None:

@@ -87,14 +87,21 @@ class Hello:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Server to client: it cannot take part, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Lost:
     """Transport to server, never sent: nothing of a client's own came back, and what is known of it."""
 
     reason: str
 
 
-Message = Job | Reply | Failure | Hello
-KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Job, Reply, Failure, Hello)}
+Message = Job | Reply | Failure | Hello | Refusal
+KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Job, Reply, Failure, Hello, Refusal)}
 
 
 @runtime_checkable
@@ -118,6 +125,10 @@ class Transport(Protocol):
 
         The others are called, so that they are heard the next time if they are there.
         """
+        ...
+
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        """Tell clients why they cannot take part, where somebody is there to be told."""
         ...
 
     def close(self) -> None:
