@@ -37,8 +37,13 @@ IDLE: list[tuple[str, str]] = [
     ),
     (
         f"{LORA[:-4]}ia3 --gate-granularity prompt",
-        f"--gate-granularity prompt is of a gate over several experts, {NONE}",
+        f"--gate-granularity prompt is of a gate that learns, {NONE}",
     ),
+    (
+        f"{TRAIN} --method oracle --gate-granularity prompt",
+        f"--gate-granularity prompt is of a gate that learns, {NONE}",
+    ),
+    (f"{TRAIN} --method uniform-gate --gate-granularity prompt", "--gate-granularity prompt is of a gate that learns"),
     (f"{TRAIN} --method prompt-tuning --gate-layer 3", "--gate-layer 3 is of a gate that reads the model's own states"),
     (f"{TRAIN} --method prompt-tuning --embedder x", f"--embedder x is of a gate that reads, {NONE}"),
     (f"{TRAIN} --method top-1 --gate-top-k 2", "--gate-top-k 2 is of a gate that weighs several experts"),
@@ -60,7 +65,7 @@ IDLE: list[tuple[str, str]] = [
     ),
     (
         f"{ONE} --null-expert False --gate-granularity prompt --prompts-per-expert 1",
-        f"--gate-granularity prompt is of a gate over several experts, {NONE}",
+        f"--gate-granularity prompt is of a gate that learns, {NONE}",
     ),
     (f"{TRAIN} --method prompt-tuning --gate-layer 0", "--gate-layer 0 is of a gate that reads the model's own states"),
     (f"{LORA} --injection-layer 0", "--injection-layer 0 is of experts, and there are none: choose the method mops"),
@@ -179,7 +184,7 @@ ACTING = [
     f"{FEDERATE} --expert-kind keys_values --prefix-attention separate --head-lr 0.1 --relative-lr 0.1 --gate-lr 0.1",
     f"{TRAIN} --gate-lr 0.1 --gate-temperature 2 --gate-layer 3 --null-threshold 0.2 --gate-pretraining clusters",
     f"{TRAIN} --method top-1 --gate-lr 0.1 --gate-hidden-size 9 --gate-target attention --expert-names a b c",
-    f"{TRAIN} --method uniform-gate --gate-top-k 2 --no-gate-renormalise",
+    f"{TRAIN} --method uniform-gate --gate-top-k 2 --no-gate-renormalise --gate-granularity prompt",
     f"{TRAIN} --method nearest-cluster --gate-layer 2 --gate-input sequence",
     f"{LORA} --lora-match parameters --gate-granularity prompt --gate-hidden-size 9",
     f"{ONE} --expert-kind hidden_states --null-expert True --gate-target hidden_states",
