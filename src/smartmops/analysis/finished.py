@@ -16,9 +16,8 @@ from smartmops.checks.columns import BUILT_IN
 from smartmops.checks.errors import DataError, FileTaken, RunError, SmartmopsError, UnknownOption
 from smartmops.checks.folders import as_path, filled, unmade, whole
 from smartmops.checks.limits import check_named
-from smartmops.data.files import client_files
 from smartmops.data.several import held, names_of
-from smartmops.data.tasks import read, read_jsonl, read_stored, splits
+from smartmops.data.tasks import of_clients, read, read_stored, splits
 from smartmops.evaluation import harness
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer
@@ -30,7 +29,7 @@ from smartmops.options.training import TrainConfig
 from smartmops.progress.bars import console
 from smartmops.reading.early import check_parts
 from smartmops.reading.embedder import Embedder
-from smartmops.reading.task import Task, same_test_split
+from smartmops.reading.task import Task, same_client_files, same_test_split
 from smartmops.rows.example import Example, of_examples, opened
 from smartmops.runs.card import save
 from smartmops.runs.folder import Run
@@ -123,8 +122,9 @@ def _trained_on(run: Run) -> Iterator[Example]:
         same_test_split(run, of_examples(test))
         yield from train
     if clients is not None:
-        for file in client_files(Path(clients)):
-            yield from read_jsonl(file, columns)
+        held_there = of_clients(Path(clients), columns)
+        same_client_files(run, of_examples(held_there))
+        yield from held_there
 
 
 def _said(example: Example) -> int:
