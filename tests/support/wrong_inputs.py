@@ -332,6 +332,7 @@ def prepare(folder: Path) -> None:
     (folder / "silent.jsonl").write_text('{"instruction": null}\n{"instruction": "x"}\n{}\n')
     (folder / "empty.txt").write_text("\n")
     (folder / "comment.txt").write_text("# of whom\n")
+    (folder / "texts.txt").write_text("\n\n".join(f"Text {number} is about nothing." for number in range(20)))
     for name in ("ca.crt", "server.crt", "server.key", "clients/a.pub", "clients/b.pub"):
         (folder / "keys" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "keys" / name).touch()
