@@ -170,9 +170,14 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         if self.noise_multiplier is not None and not plain:
             yield (f"--noise-multiplier {self.noise_multiplier} goes with plain averaging: leave --aggregation, "
                    "--share-above and --server-steps at their defaults")  # fmt: skip
-        if self.aggregation == "expert-weighted" and (not self.traits.reads or self.experts < 2):
-            yield ("--aggregation expert-weighted needs at least 2 experts, but this adapter has none: choose --method "
-                   "mops, or another aggregation")  # fmt: skip
+        if self.aggregation == "expert-weighted":
+            weighs = "--aggregation expert-weighted goes by how much each client uses which expert"
+            if not self.traits.reads:
+                yield (f"{weighs}, and --method {self.method} has none to choose from: choose --method mops, or "
+                       "another --aggregation")  # fmt: skip
+            elif self.experts < 2:
+                yield (f"{weighs}, and --experts {self.experts} is one alone, which all use alike: choose 2 or more, "
+                       "or another --aggregation")  # fmt: skip
 
     def _privacy_problems(self) -> Iterator[str]:
         """Noise that is missing, or too little for an account of it."""
