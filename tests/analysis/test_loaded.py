@@ -19,6 +19,8 @@ from smartmops import cli
 from smartmops.analysis.finished import _seen
 from smartmops.data.tasks import splits
 from smartmops.options.finished.reading import EvaluateConfig
+from smartmops.reading.task import Task
+from smartmops.rows.stored import Stored
 
 TEXT = "What is the capital of France?"
 
@@ -108,6 +110,37 @@ def test_data_of_a_run_that_were_mapped_are_mapped_again(
     train, test = splits("office", 140, folder=tmp_path / "own")
     (said,) = _seen(run._run, [*train[:3], train[0], *test[:2]])
     assert said.startswith("4 of 6 examples are of the data") and (tmp_path / "rows").is_dir()
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_rows_that_were_mapped_are_mapped_when_they_are_measured(
+    run: sm.LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: bool
+) -> None:
+    rows = [{"instruction": f"Say {number}.", "response": "Yes.", "category": "qa"} for number in range(20)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = str(tmp_path / "own.jsonl") if other else None
+    in_memory = run.evaluate(data)["perplexity"]
+    tasks: list[Task] = []
+    again = run._task
+    monkeypatch.setattr(run, "_task", lambda *given: tasks.append(again(*given)) or tasks[-1])
+    monkeypatch.setattr("smartmops.data.tasks.read", None)
+    monkeypatch.setattr("smartmops.analysis.finished.read", None)
+    monkeypatch.setitem(run._run.config["arguments"], "rows", str(tmp_path / "rows"))
+    assert run.evaluate(data)["perplexity"] == in_memory and (tmp_path / "rows").is_dir()
+    assert run.evaluate(data, rows=str(tmp_path / "elsewhere"))["perplexity"] == in_memory
+    assert (tmp_path / "elsewhere").is_dir()
+    for task in tasks:
+        assert isinstance(task.test, Stored) and isinstance(task.test_examples, Stored)
+
+
+def test_where_rows_cannot_be_mapped_another_place_is_asked_for(
+    run: sm.LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setitem(run._run.config["arguments"], "rows", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"rows='.*file' cannot be written to .* choose another folder, .*'memory'"):
+        run.evaluate()
+    assert run.evaluate(rows="memory")["perplexity"]
 
 
 def test_a_run_that_cannot_be_written_is_measured_and_says_so(

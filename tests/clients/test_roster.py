@@ -49,6 +49,8 @@ class Scripted:
         self.called.append(set(clients))
         return {client for client in clients if self.round + 1 not in self.dead.get(client, ())}
 
+    def refuse(self, reasons: Mapping[int, str]) -> None: ...
+
     def close(self) -> None: ...
 
 

@@ -9,16 +9,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from smartmops.clients.messages import VERSION, Failure, Refusal, pack, unpack
 from smartmops.deployment import client as module
-from smartmops.deployment.client import ClientConfig, Welcome, free_port, knock
+from smartmops.deployment.client import ClientConfig, Refusals, Welcome, federate_client, free_port, knock
 from smartmops.deployment.front import RECENT, Front, standing
 from smartmops.deployment.guard import guarded
 from smartmops.deployment.keys import KeysConfig, make_keys
 from smartmops.deployment.knocks import Door, Keyring, Knocks
+from smartmops.federated.client import Worker
+from smartmops.reading.task import Task
 
 
 @pytest.fixture
@@ -147,13 +152,13 @@ def test_a_client_starts_its_node_once_it_is_welcome_and_ends_once_it_is_not(
 
     monkeypatch.setattr(module, "knock", lambda config: next(to_come))
     monkeypatch.setattr(module, "supernode", supernode)
-    monkeypatch.setattr(module.time, "sleep", paused.append)
-    assert module._lasting(client(keys, 1), "unused") == 1
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=Clock(), sleep=paused.append))
+    assert module._lasting(client(keys, 1), "unused", threading.Event()) == 1
     assert started == ["unused"] and paused == [module.PAUSE] * 3
     assert capsys.readouterr().out.split() == ["busy", "[1]", "good", "taken", "back"]
 
 
-LONG, SHORT = 0.6, 0.0
+LONG, SHORT = module.LASTING + 1, 1.0
 
 
 @pytest.mark.parametrize(
@@ -167,19 +172,74 @@ LONG, SHORT = 0.6, 0.0
 def test_a_supernode_is_started_again_until_it_cannot_be(
     monkeypatch: pytest.MonkeyPatch, lives: list[tuple[float, int]], status: int
 ) -> None:
-    monkeypatch.setattr(module, "PAUSE", 0.0)
+    clock, to_come = Clock(), iter(lives)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=lambda seconds: None))
     monkeypatch.setattr(module, "knock", lambda config: Welcome())
-    monkeypatch.setattr(module, "LASTING", LONG / 2)
-    to_come = iter(lives)
 
     def started(config: ClientConfig, path: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
         seconds, code = next(to_come)
-        return guarded(["sh", "-c", f"sleep {seconds}; exit {code}"])
+        clock.now += seconds
+        return guarded(["sh", "-c", f"exit {code}"])
 
     monkeypatch.setattr(module, "supernode", started)
     own = ClientConfig(model="tiny", data=Path("x.jsonl"), server="localhost:1", keys=Path("keys"))
-    assert module._lasting(own, "unused") == status
+    assert module._lasting(own, "unused", threading.Event()) == status
     assert next(to_come, None) is None
+
+
+def test_a_wrong_key_ends_a_client_before_its_model_is_loaded(
+    server: tuple[Front, int], keys: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "worker_of_file", lambda config: pytest.fail("a model is loaded"))
+    (keys / "server" / "clients" / "berlin.pub").unlink()
+    (tmp_path / "x.jsonl").touch()
+    assert federate_client(replace(client(keys, server[1]), data=tmp_path / "x.jsonl")) == 1
+    assert "refuses" in capsys.readouterr().out
+
+
+OTHER = pack(Refusal("too small")).replace(f'\\"version\\": {VERSION}'.encode(), b'\\"version\\": 9')
+
+
+@pytest.mark.parametrize(
+    ("blob", "said"),
+    [
+        (pack(Refusal("another [base]\n")), "another [base]"),
+        (OTHER, f"version 9, but this side speaks version {VERSION}: install the same"),
+    ],
+)
+def test_a_client_that_is_refused_says_why_and_ends(
+    blob: bytes, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ASKING", 0.1)
+    monkeypatch.setattr(module, "knock", lambda config: Welcome())
+    refusals = Refusals("here:1")
+
+    @contextmanager
+    def started(config: ClientConfig, path: str) -> Iterator[subprocess.Popen[bytes]]:
+        with guarded(["sleep", "600"]) as node:
+            assert refusals.read("query", blob)
+            yield node
+
+    monkeypatch.setattr(module, "supernode", started)
+    own = ClientConfig(model="tiny", data=Path("x.jsonl"), server="here:1", keys=Path("keys"))
+    assert module._lasting(own, "unused", refusals.came) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("the server at here:1 refuses this client: ") and said in shown
+
+
+def test_what_is_no_refusal_is_the_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    refusals = Refusals("here:1")
+    for kind, blob in [("query", b""), ("train", pack(Refusal("no"))), ("query", pack(Failure(0, 0, "no")))]:
+        assert refusals.read(kind, blob) == b""
+    assert not refusals.came.is_set() and capsys.readouterr().out == ""
+
+
+def test_a_job_of_another_version_is_answered_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    worker = Worker(Task.__new__(Task), [range(0)], ["berlin"], "own")
+    found = unpack(module._said(worker, "train", OTHER))
+    assert isinstance(found, Failure) and "version 9" in found.reason
+    assert "a job failed: " in capsys.readouterr().out
 
 
 def test_a_client_ends_when_nobody_listens_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,5 +262,5 @@ def test_a_client_ends_when_nobody_listens_any_more(monkeypatch: pytest.MonkeyPa
         closing = threading.Timer(1.5, listener.close)
         closing.start()
         began = time.monotonic()
-        assert module._lasting(own, "unused") == 1
+        assert module._lasting(own, "unused", threading.Event()) == 1
     assert time.monotonic() - began > 1.9 and [node.poll() is not None for node in nodes] == [True]

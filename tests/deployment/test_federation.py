@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,9 +25,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from safetensors.torch import load_file
 
+from smartmops.checks.errors import ClientsRefused
 from smartmops.clients.messages import Reply, pack, unpack
 from smartmops.deployment import client as client_module
+from smartmops.deployment import server as server_module
 from smartmops.deployment.client import ClientConfig, federate_client, free_port, serving, supernode
+from smartmops.deployment.front import Front
 from smartmops.deployment.keys import KeysConfig, make_keys
 from smartmops.deployment.server import ServerConfig, _superlink, federate_server
 from smartmops.federated.federate import FederateConfig, federate
@@ -172,6 +176,39 @@ def test_rounds_go_on_without_who_sends_too_much_or_an_old_answer_or_is_killed_i
     assert "answered round 1" in second[2] and second[0].startswith("Flower: ")
 
 
+@pytest.mark.slow
+def test_a_client_with_another_base_is_told_and_ends_and_the_others_stay(
+    federation: Callable[..., dict[str, Any]], config: Make, clients_folder: Path, keys: Path,
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ended: list[int] = []
+    ports: list[int] = []
+
+    def other(own: ServerConfig) -> None:
+        settings = ClientConfig(model=own.model, data=clients_folder / "both.jsonl", server=f"localhost:{own.port}",
+                                keys=keys / "clients" / "both", max_length=96, dtype="bfloat16")  # fmt: skip
+        ended.append(federate_client(settings))
+
+    nodes = federation.nodes  # type: ignore[attr-defined]
+    nodes["both"] = None  # not of the fixture's
+    inner = server_module.federate_server
+
+    def both(own: ServerConfig) -> dict[str, Any]:
+        ports.append(own.port)
+        threads.append(threading.Thread(target=other, args=(own,)))
+        threads[0].start()
+        return inner(own)
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(sys.modules[__name__], "federate_server", both)
+    with pytest.raises(ClientsRefused, match="'both' has another base"):
+        federation(rounds=1)
+    threads[0].join(600)
+    assert ended == [1] and [nodes[name].poll() for name in ("only_a", "only_b")] == [None, None]
+    shown = " ".join(capfd.readouterr().out.split())
+    assert f"the server at localhost:{ports[0]} refuses this client: client 'both' has another base model" in shown
+
+
 @pytest.fixture(scope="module")
 def link(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A SuperLink behind its front; yields the port."""
@@ -289,6 +326,33 @@ def test_a_client_with_an_unknown_key_ends_with_an_error(
     settings = ClientConfig(model=str(base_folder), data=clients_folder / "both.jsonl", keys=stranger,
                             server=f"localhost:{link}", max_length=96)  # fmt: skip
     assert federate_client(settings) != 0
+
+
+@pytest.mark.slow
+def test_a_client_whose_key_is_taken_back_while_it_runs_says_so_and_ends(
+    tmp_path: Path, base_folder: Path, clients_folder: Path, capfd: pytest.CaptureFixture[str], impatient: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    make_keys(KeysConfig(out=tmp_path / "keys", clients=("both", "other")))
+    known, port = tmp_path / "keys" / "server" / "clients" / "both.pub", free_port()
+    server = ServerConfig(model="tiny", data="office", out=Path("unused"), keys=tmp_path / "keys" / "server", clients=2,
+                          clients_per_round=2, host="127.0.0.1", port=port)  # fmt: skip
+    own = ClientConfig(model=str(base_folder), data=clients_folder / "both.jsonl", server=f"localhost:{port}",
+                       keys=tmp_path / "keys" / "clients" / "both", max_length=96)  # fmt: skip
+    passed_on = Front._passed_on
+
+    async def then_taken_back(front: Front, request: Any, name: str, body: bytes) -> Any:
+        found = await passed_on(front, request, name, body)
+        if request.url.path.endswith("/pull-messages"):
+            known.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Front, "_passed_on", then_taken_back)
+    (tmp_path / "home").mkdir()
+    with _superlink(server, tmp_path / "home"):
+        assert federate_client(own) == 1
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "client.key (a key that is none of the clients'): ask its operator whether the key is still" in shown
 
 
 def test_bad_settings_are_refused_before_any_model_is_loaded(keys: Path, tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ class Faulty:
     def heard(self, clients: Iterable[int]) -> set[int]:
         return self.inner.heard(clients)
 
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        self.inner.refuse(reasons)
+
     def close(self) -> None:
         self.inner.close()
 

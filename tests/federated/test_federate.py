@@ -21,8 +21,6 @@ from smartmops import cli
 from smartmops.analysis.finished import _seen
 from smartmops.base import load_base
 from smartmops.checks.errors import RunError
-from smartmops.clients.admission import admitted
-from smartmops.clients.messages import VERSION, Failure, Hello, Reply, pack
 from smartmops.data.tasks import read, splits
 from smartmops.evaluation.measure import measured
 from smartmops.federated import client as client_module
@@ -58,9 +56,11 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
 
-@pytest.mark.parametrize("method", ["mops", "fedprompt"])
-def test_one_client_that_holds_everything_trains_as_the_centre_does(config: Make, tmp_path: Path, method: str) -> None:
-    settings = config(clients=1, clients_per_round=1, rounds=1, local_steps=12, method=method)
+@pytest.mark.parametrize("own", [{"method": "mops"}, {"method": "fedprompt"}, {"relative_gate_lr": 0.05}])
+def test_one_client_that_holds_everything_trains_as_the_centre_does(
+    config: Make, tmp_path: Path, own: dict[str, Any]
+) -> None:
+    settings = config(clients=1, clients_per_round=1, rounds=1, local_steps=12, **own)
     federate(settings)
     base, tokenizer = load_base(settings.model, "float32")
     task = Task.load(settings.central(), base, tokenizer)
@@ -74,6 +74,18 @@ def test_one_client_that_holds_everything_trains_as_the_centre_does(config: Make
     assert central.keys() <= found.keys()
     for name, value in central.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "absolute", "relative"),
+    [({}, 1e-3, 0.003), ({"relative_gate_lr": 0.003}, None, 0.003), ({"relative_gate_lr": 0.1}, None, 0.1),
+     ({"gate_lr": 0.5}, 0.5, 0.003), ({"gate_lr": 0.0}, 0.0, 0.003)],
+)  # fmt: skip
+def test_the_rate_of_the_gate_reaches_clients(
+    config: Make, given: dict[str, float], absolute: float | None, relative: float
+) -> None:
+    local = local_of(config(**given))
+    assert (local.gate_lr, local.relative_gate_lr) == (absolute, relative)
 
 
 def test_rounds_lower_the_perplexity_and_every_byte_is_counted_and_told(
@@ -226,6 +238,29 @@ def test_what_a_federation_was_trained_on_is_its_clients_data(
     assert len(said) == bool(of_server) and last.startswith(f"the data of {run.path}'s clients are not here")
 
 
+def test_that_files_of_clients_have_changed_is_noticed(config: Make, clients_folder: Path, tmp_path: Path) -> None:
+    files = shutil.copytree(clients_folder, tmp_path / "clients")
+    settings = config(clients_data=files, clients_per_round=1, rounds=1)
+    federate(settings)
+    run, held = Run.open(settings.out), read(files / "both.jsonl")
+    assert [said.split()[0] for said in _seen(run, held)] == ["8"]
+    own = (files / "only_a.jsonl").read_text()
+    changes: list[Callable[[], Any]] = [
+        lambda: (files / "only_a.jsonl").write_text(own.replace("AAAA", "AAAB", 1)),
+        (files / "only_a.jsonl").unlink, lambda: shutil.copy(files / "both.jsonl", files / "fourth.jsonl"),
+    ]  # fmt: skip
+    for change in changes:
+        change()
+        (said,) = _seen(run, held)
+        assert said.startswith(
+            f"whether {run.path} was trained on some of these examples cannot be told (the files of "
+        )
+        assert "clients have changed since it was trained (fingerprint" in said
+        (files / "only_a.jsonl").write_text(own)
+        (files / "fourth.jsonl").unlink(missing_ok=True)
+    assert [said.split()[0] for said in _seen(run, held)] == ["8"]
+
+
 def test_the_command_draws_who_holds_what(config: Make, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'smartmops[report]'")
     settings = config(rounds=1)
@@ -339,51 +374,3 @@ def test_the_gate_is_pretrained_on_instructions_of_the_server_that_nobody_labell
     assert gates is not None and len(gates["experts"]) == 2
     assert metrics["gate_pretraining_accuracy"] > 0.9 and metrics["clients"] == 3
     assert metrics["perplexity"]["overall"] < metrics["rounds"][0]["perplexity"]["overall"]
-
-
-def hello(**changes: Any) -> bytes:
-    given = {
-        "name": "x",
-        "examples": 3,
-        "categories": ["a"],
-        "base": "own",
-        "versions": versions() | {"messages": str(VERSION)},
-    }
-    return pack(Hello(**given | changes))
-
-
-@pytest.mark.parametrize(
-    ("blob", "said"),
-    [
-        (pack(Failure(0, 2, "no more memory")), "client number 2 cannot take part: no more memory"),
-        (hello()[:-3], "client number 2 cannot take part: it sent a message of .* is damaged"),
-        (pack(Reply(1, 2, 3, 1.0, 1.0, None, None, False, {})), "cannot take part: it sent no greeting .* but a Reply"),
-        (hello(name="seven").replace(rb"\"seven\"", rb"[7    ]  "), "client number 2 cannot take part: it sent"),
-    ],
-)
-def test_what_is_no_greeting_is_refused_with_who_sent_it(config: Make, blob: bytes, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        admitted({0: hello(name="ok"), 1: hello(name="fine"), 2: blob}, config(), "own", ["a", "b"])
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"examples": 0}, "'x' holds no examples"),
-        ({"base": "other"}, "another base model, tokenizer or template"),
-        ({"versions": versions() | {"messages": str(VERSION), "torch": "1.0"}}, r"runs torch 1\.0, the server .*--allow-other-versions"),
-        ({"versions": versions() | {"messages": "7"}}, f"runs messages 7, the server {VERSION}: install the same$"),
-        ({"categories": ["a", "zebra"]}, "'zebra', which the gate does not know .*--gate-pretraining clusters"),
-    ],
-)  # fmt: skip
-def test_a_client_that_does_not_belong_is_refused(config: Make, change: dict[str, Any], said: str) -> None:
-    everyone = {0: hello(name="ok"), 1: hello(name="fine"), 2: hello(**change)}
-    with pytest.raises(ValueError, match=said):
-        admitted(everyone, config(), "own", ["a", "b"])
-
-
-def test_clients_that_belong_are_numbered_and_named(config: Make) -> None:
-    everyone = {n: hello(name=str(n), versions={"messages": str(VERSION)}) for n in range(3)}
-    assert admitted(everyone, config(allow_other_versions=True), "own", ["a", "b"]) == {0: "0", 1: "1", 2: "2"}
-    with pytest.raises(ValueError, match="clients_per_round=3, but there are 2 clients"):
-        admitted({n: everyone[n] for n in range(2)}, config(), "own", [])

@@ -15,7 +15,8 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'smartm
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid
 
-from smartmops.clients.messages import Failure, Hello, Lost, Made, pack, unpack
+from smartmops.checks.errors import ClientsRefused
+from smartmops.clients.messages import Failure, Hello, Lost, Made, Refusal, pack, unpack
 from smartmops.flower import app
 from smartmops.flower.frames import receive, send
 from smartmops.flower.transport import OverFlower, OverSocket
@@ -32,6 +33,7 @@ class Fixed:
 
     def __init__(self, keys: Mapping[int, str], said: Mapping[int, tuple[bytes, str]]) -> None:
         self.keys, self.said = keys, said
+        self.asked: list[dict[int, bytes]] = []
 
     def there(self) -> dict[int, str]:
         return dict(self.keys)
@@ -40,6 +42,7 @@ class Fixed:
         return [node for node in nodes if node in self.said]
 
     def ask(self, kind: str, blobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes, str]]:
+        self.asked.append({node: blobs[node] for node in blobs})
         yield from ((node, *self.said[node]) for node in blobs if node in self.said)
 
 
@@ -68,7 +71,11 @@ GOOD = {71: (hello("berlin"), ""), 72: (hello("paris"), "")}
 @pytest.mark.parametrize(
     ("third", "error", "said"),
     [
-        ((hello("paris"), ""), ValueError, r"two clients go by the name 'paris' \(keys 'paris' and 'oslo'\)"),
+        (
+            (hello("paris"), ""),
+            ValueError,
+            r"key 'paris' goes by the name 'paris', as another .*\n.*key 'oslo' goes by",
+        ),
         (
             (b"", "Flower: broken"),
             TimeoutError,
@@ -84,6 +91,39 @@ def test_who_does_not_greet_well_is_named_by_its_key(
 ) -> None:
     with pytest.raises(error, match=said):
         over(GOOD | ({} if third is None else {73: third})).hello()
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (GOOD | {73: (b"noise", "")}, {73: "the client with the key 'oslo' cannot take part: it sent a message of 5 bytes"}),
+        (GOOD | {73: (hello("paris"), "")}, {node: f"the client with the key {key!r} goes by the name 'paris', as another"
+                                             for node, key in ((72, "paris"), (73, "oslo"))}),
+    ],
+)  # fmt: skip
+def test_who_cannot_take_part_is_told_why_and_of_no_other_key(
+    said: dict[int, tuple[bytes, str]], wanted: dict[int, str]
+) -> None:
+    line = over(said)
+    with pytest.raises(ClientsRefused):
+        line.hello()
+    assert isinstance(line.nodes, Fixed)
+    told = {node: unpack(blob) for node, blob in line.nodes.asked[-1].items()}
+    assert told.keys() == wanted.keys()
+    for node, found in told.items():
+        assert isinstance(found, Refusal) and found.reason.startswith(wanted[node])
+        assert not any(key in found.reason for key in {"berlin", "oslo"} - {KEYS[node]})
+
+
+def test_a_client_of_a_number_is_told_and_nodes_without_a_key_are_not() -> None:
+    line = over(GOOD | {73: (hello("attic"), "")})
+    line.hello()
+    line.refuse({0: "too small"})
+    assert isinstance(line.nodes, Fixed) and line.nodes.asked[-1] == {73: pack(Refusal("too small"))}
+    bare = over({71: (hello("lab"), "")}, {71: ""}, clients=1)
+    bare.hello()
+    bare.refuse({0: "too small"})
+    assert isinstance(bare.nodes, Fixed) and len(bare.nodes.asked) == 1
 
 
 def test_who_came_is_named_where_the_others_did_not(capsys: pytest.CaptureFixture[str]) -> None:

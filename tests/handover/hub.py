@@ -33,7 +33,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def do_GET(self) -> None:
-            self._answer(200, {"sha": "0" * 40, "siblings": [], "id": "none"})
+            made = hub.made.get(self.path.removeprefix("/api/models/"), {})
+            private = made.get("visibility") == "private"
+            self._answer(200, {"sha": "0" * 40, "siblings": [], "id": "none", "private": private})
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -43,7 +45,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-                hub.made[name] = asked
+                hub.made.setdefault(name, asked)
                 return self._answer(200, {"url": f"http://{self.headers['Host']}/{name}", "name": name, "id": name})
             if path == "/api/validate-yaml":
                 return self._answer(200, {"errors": [], "warnings": []})

@@ -15,6 +15,7 @@ from hub import Hub, hub
 
 import smartmops as sm
 from smartmops import cli
+from smartmops.checks.errors import HubError
 from smartmops.handover.hub import stage, without_folders
 from smartmops.runs.folder import Run
 
@@ -54,6 +55,14 @@ def test_adapter_and_card_arrive_whole_and_name_no_folder(
     metrics = json.loads((by_answers / "metrics.json").read_text())
     frozen, adapted = (metrics[name]["per_task"]["banana"] for name in ("perplexity_frozen", "perplexity"))
     assert f"| banana | {frozen:.2f} | {adapted:.2f} |" in text
+
+
+def test_what_is_to_be_private_is_not_sent_where_all_can_read_it(by_answers: Path, here: Hub) -> None:
+    sm.push(run=by_answers, repo="me/fruit")
+    sent = here.files.pop("me/fruit")
+    with pytest.raises(HubError, match="private: me/fruit is there already, and everybody can read it: name another"):
+        sm.push(run=by_answers, repo="me/fruit", private=True)
+    assert sent and "me/fruit" not in here.files
 
 
 def test_a_dry_run_lists_and_sends_nothing(by_answers: Path, here: Hub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,21 @@ def test_the_nearest_cluster_is_found_for_every_row_of_both_splits(adapted: Call
     assert all(row.gate_embedding is not None for row in task.test)
 
 
+@pytest.mark.parametrize("method", ["oracle", "nearest-cluster"])
+@pytest.mark.parametrize("kind", ["keys_values", "hidden_states"])
+def test_all_prompts_of_the_expert_that_is_told_are_open_with_a_weight_a_prompt_too(
+    adapted: Callable[..., Any], method: str, kind: str
+) -> None:
+    found = []
+    for granularity in ("expert", "prompt"):
+        task, model, _ = adapted(method, expert_kind=kind, gate_granularity=granularity)
+        rows, collate = task.feed(model)
+        with torch.no_grad():
+            found.append((weights(task, model, task.train), model(**collate(rows[:4])).loss))
+    (one, loss), (other, same) = found
+    assert torch.equal(one, other) and one.shape[1] == 2 and torch.equal(loss, same)
+
+
 def test_the_even_gate_is_even_and_stays_so(two_tasks: Path, tmp_path: Path, adapted: Callable[..., Any]) -> None:
     task, model, _ = adapted("uniform-gate")
     assert torch.allclose(weights(task, model, task.test), torch.full((len(task.test), 2), 0.5))

@@ -55,6 +55,9 @@ WRONG: list[tuple[str, str]] = [
     (f"{TRAIN} --experts 2", "--experts 2, but there are 3 tasks: choose 3, or --gate-pretraining clusters"),
     ("train tiny --data DIR/tasks --experts 2 --out NEW", "--experts 2, but there are 3 tasks: choose 3"),
     (f"{FEDERATE} --epsilon-budget 1", "--epsilon-budget 1.0 goes with --noise-multiplier, without which nothing is clipped"),
+    (f"{FEDERATE} --aggregation expert-weighted --experts 1",
+     "--aggregation expert-weighted goes by how much each client uses which expert, and --experts 1 is one alone"),
+    (f"{FEDERATE} --aggregation expert-weighted --method fedlora", "and --method fedlora has none to choose from"),
     (f"{FEDERATE} --delta 0.01", "--delta 0.01 goes with --noise-multiplier"),
     (f"{FEDERATE} --clip-norm 0.5", "--clip-norm 0.5 goes with --noise-multiplier"),
     (f"{FEDERATE} --noise-multiplier 0.05", "--noise-multiplier 0.05: choose 0.1 or more"),
@@ -332,6 +335,7 @@ def prepare(folder: Path) -> None:
     (folder / "silent.jsonl").write_text('{"instruction": null}\n{"instruction": "x"}\n{}\n')
     (folder / "empty.txt").write_text("\n")
     (folder / "comment.txt").write_text("# of whom\n")
+    (folder / "texts.txt").write_text("\n\n".join(f"Text {number} is about nothing." for number in range(20)))
     for name in ("ca.crt", "server.crt", "server.key", "clients/a.pub", "clients/b.pub"):
         (folder / "keys" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "keys" / name).touch()

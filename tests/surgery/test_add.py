@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 
 import smartmops as sm
 from smartmops.methods.baselines import load_run as opened
+from smartmops.rows.stored import Stored
 from smartmops.runs.folder import Run
 from smartmops.serving.answering import Answerer, Settings
 from smartmops.surgery import told
+from smartmops.surgery.subject import Subject
 from smartmops.tokens.batches import prompts
 from smartmops.tokens.template import Template
 
@@ -131,6 +133,14 @@ def test_what_cannot_be_checked_is_told(added: Added, tmp_path: Path) -> None:
     (tmp_path / "own" / "added.safetensors").unlink()  # as of an expert that came before this was kept
     found = sm.add_expert(tmp_path / "own", data=similar(tmp_path), out=tmp_path / "two", steps=2)
     assert found["old"]["unchecked"] == ["date"] and found["old"]["added"] == {}
+
+
+def test_rows_of_a_run_that_were_mapped_are_mapped_again(run: Path, tmp_path: Path) -> None:
+    copy, rows = shutil.copytree(run, tmp_path / "copy"), tmp_path / "rows"
+    config = json.loads((copy / "config.json").read_text())
+    config["arguments"]["rows"] = str(rows)
+    (copy / "config.json").write_text(json.dumps(config))
+    assert isinstance(Subject.open(copy, None, (), 9).known().train, Stored) and rows.is_dir()
 
 
 def test_an_added_expert_is_not_merged_on_data_that_know_nothing_of_it(added: Added, tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from smartmops.checks.columns import BUILT_IN
 from smartmops.checks.errors import DataError, FileTaken, RunError, SmartmopsError, UnknownOption
 from smartmops.checks.folders import as_path, filled, unmade, whole
 from smartmops.checks.limits import check_named
-from smartmops.data.files import client_files
 from smartmops.data.several import held, names_of
-from smartmops.data.tasks import read, read_jsonl, splits
+from smartmops.data.tasks import of_clients, read, read_stored, splits
 from smartmops.evaluation import harness
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer
@@ -30,7 +29,7 @@ from smartmops.options.training import TrainConfig
 from smartmops.progress.bars import console
 from smartmops.reading.early import check_parts
 from smartmops.reading.embedder import Embedder
-from smartmops.reading.task import Task, same_test_split
+from smartmops.reading.task import Task, same_client_files, same_test_split
 from smartmops.rows.example import Example, of_examples, opened
 from smartmops.runs.card import save
 from smartmops.runs.folder import Run
@@ -79,13 +78,14 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
         validation_share=0.0, template=template_of(run),
         validation=not config.data and arguments.get("validation", False),
         columns=config.columns if config.data else tuple(arguments.get("columns", ())),
+        rows=config.rows or arguments.get("rows", "memory"),
     )  # fmt: skip
 
 
 def _seen(run: Run, given: Sequence[Example]) -> Iterator[str]:
     """How many examples are of what a run was trained on, which its own data say as long as they are what they were."""
     arguments = run.config["arguments"]
-    asked = Counter(map(_said, given))
+    asked = Counter(map(_said, given))  # numbers, for there may be more texts than memory holds
     try:
         known = {said for example in _trained_on(run) if example.category != arguments.get("hold_out")
                  and (said := _said(example)) in asked}  # fmt: skip
@@ -122,13 +122,14 @@ def _trained_on(run: Run) -> Iterator[Example]:
         same_test_split(run, of_examples(test))
         yield from train
     if clients is not None:
-        for file in client_files(Path(clients)):
-            yield from read_jsonl(file, columns)
+        held_there = of_clients(Path(clients), columns)
+        same_client_files(run, of_examples(held_there))
+        yield from held_there
 
 
-def _said(example: Example) -> Example:
-    """What it says, whatever task and source it goes under."""
-    return replace(example, category="", source="")
+def _said(example: Example) -> int:
+    """Tells what it says from what any other says, whatever task and source it goes under."""
+    return hash(replace(example, category="", source=""))
 
 
 def _check_free(run: Run) -> None:
@@ -309,12 +310,15 @@ class LoadedRun:
     def _task(self, config: EvaluateConfig, again: TrainConfig) -> Task:
         """What is measured as the test part of a task: all of other data, or what the run was measured on."""
         if config.data:
-            given = read(again.data, columns=again.columns)
+            given: Sequence[Example] = (
+                read(again.data, columns=again.columns) if again.folder is None
+                else read_stored(again.data, again.folder, columns=again.columns)
+            )  # fmt: skip
             for said in _seen(self._run, given):
                 console.print(said)
             return Task.of(self.model, self.tokenizer, [], given, again, "measured")
         train, examples = splits(again.data, again.limit, again.test_share, again.data_seed, again.validation,
-                                 columns=again.columns)  # fmt: skip
+                                 again.folder, again.columns)  # fmt: skip
         same_test_split(self._run, of_examples(examples))
         check_parts(again.data, len(train), len(examples))
         return Task.of(self.model, self.tokenizer, [], examples, again, "validation" if again.validation else "test")

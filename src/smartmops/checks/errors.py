@@ -7,6 +7,10 @@ is not. Knows no option, no file, no model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+TOLD = 3  # of clients that cannot take part, how many an error says the reasons of
+
 
 class SmartmopsError(Exception):
     """What a user can mend: the message has a line for each fault, with the value, its limit and the way out."""
@@ -86,6 +90,16 @@ class Diverged(RunError):
 
 class FederationError(SmartmopsError, ValueError):
     """Server and clients do not fit each other, or a message between them is damaged."""
+
+
+class ClientsRefused(FederationError):
+    """Some clients cannot take part; `reasons` says why of each, by its number."""
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        told = [*dict.fromkeys(reasons.values())][:TOLD]
+        rest = sum(reason not in told for reason in reasons.values())
+        super().__init__("\n".join([*told, *([f"and {rest} more clients cannot take part"] if rest else [])]))
+        self.reasons = dict(reasons)
 
 
 class FederationUnreachable(FederationError, ConnectionError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from smartmops.checks.errors import FederationError
+from smartmops.checks.errors import ClientsRefused, FederationError
 from smartmops.settings.writing import versions
 
 from .messages import VERSION, Failure, Hello, unpack
@@ -24,26 +24,39 @@ def admitted(found: Mapping[int, bytes], config: Any, base: str, experts: Sequen
         experts: Tasks that the gate was pretrained for; empty without a gate.
 
     Raises:
-        FederationError: there are too few; or one has no examples, another base, other versions, or tasks that the
-            gate was not pretrained for.
+        FederationError: there are too few.
+        ClientsRefused: some sent no greeting, have no examples, another base, other versions, or tasks that the gate
+            was not pretrained for.
     """
-    hellos = {client: greeting(blob, f"client number {client}") for client, blob in sorted(found.items())}
-    if len(hellos) < config.clients_per_round:
-        raise FederationError(f"clients_per_round={config.clients_per_round}, but there are {len(hellos)} clients: "
-                              f"choose 1 to {len(hellos)}")  # fmt: skip
-    for hello in hellos.values():
-        if hello.examples < 1:
-            raise FederationError(f"client {hello.name!r} holds no examples: give it some, or leave it out")
-        if hello.base != base:
-            raise FederationError(f"client {hello.name!r} has another base model, tokenizer or template (fingerprint "
-                                  f"{hello.base}, here {base}): load the same on both sides")  # fmt: skip
-        _check_versions(hello, config.allow_other_versions)
-        unknown = [task for task in hello.categories if task not in experts]
-        if experts and config.gate_pretraining == "labels" and unknown:
-            raise FederationError(f"client {hello.name!r} holds category {unknown[0]!r}, which the gate does not know "
-                                  f"(it knows {', '.join(experts)}): name an expert for it with --expert-names, or "
-                                  "choose --gate-pretraining clusters")  # fmt: skip
-    return {client: hello.name for client, hello in hellos.items()}
+    if len(found) < config.clients_per_round:
+        raise FederationError(f"clients_per_round={config.clients_per_round}, but there are {len(found)} clients: "
+                              f"choose 1 to {len(found)}")  # fmt: skip
+    names, refused = dict[int, str](), dict[int, str]()
+    for client, blob in sorted(found.items()):
+        try:
+            hello = greeting(blob, f"client number {client}")
+            _fits(hello, config, base, experts)
+            names[client] = hello.name
+        except FederationError as error:
+            refused[client] = str(error)
+    if refused:
+        raise ClientsRefused(refused)
+    return names
+
+
+def _fits(hello: Hello, config: Any, base: str, experts: Sequence[str]) -> None:
+    """Raises a `FederationError` where a client does not belong."""
+    if hello.examples < 1:
+        raise FederationError(f"client {hello.name!r} holds no examples: give it some, or leave it out")
+    if hello.base != base:
+        raise FederationError(f"client {hello.name!r} has another base model, tokenizer or template (fingerprint "
+                              f"{short(hello.base)}, the server's {base}): load the same on both sides")  # fmt: skip
+    _check_versions(hello, config.allow_other_versions)
+    unknown = [task for task in hello.categories if task not in experts]
+    if experts and config.gate_pretraining == "labels" and unknown:
+        raise FederationError(f"client {hello.name!r} holds category {unknown[0]!r}, which the gate does not know "
+                              f"(it knows {', '.join(experts)}): name an expert for it with --expert-names, or "
+                              "choose --gate-pretraining clusters")  # fmt: skip
 
 
 def greeting(blob: bytes, who: str) -> Hello:

@@ -14,6 +14,7 @@ from smartmops.options.federation import FederateConfig
 from smartmops.options.training import TaskConfig
 from smartmops.reading.task import Task
 from smartmops.rows.example import Example, of_examples
+from smartmops.runs.folder import CLIENT_FILES
 
 from .partition import partition, read_clients
 
@@ -26,6 +27,7 @@ class Holdings:
     rows: list[list[int]]  # numbers of each client's rows in `task.train`
     names: list[str]
     table: dict[str, list[int]]  # examples of each category that each client holds
+    files: str = ""  # fingerprint of the clients' files as they were read; empty where they have none
 
 
 def holdings_of(config: FederateConfig, task: Task) -> Holdings:
@@ -34,8 +36,10 @@ def holdings_of(config: FederateConfig, task: Task) -> Holdings:
     Raises:
         DataError: a client has nothing to train on; the message names one, the cause and the way out.
     """
+    files = ""
     if config.clients_data is not None:
         given = read_clients(config.clients_data, config.columns)
+        files = of_examples(given)
         task = client_task(config, task.base, task.tokenizer, given)
         names, rows = _by_source(task, {example.source for example in given})
     elif config.partition == "source":
@@ -51,7 +55,7 @@ def holdings_of(config: FederateConfig, task: Task) -> Holdings:
                         + (", or leave them out with --skip-empty" if some else ""))  # fmt: skip
     categories = sorted({example.category for example in task.train_examples})
     table = {c: [sum(task.train_examples[i].category == c for i in rows[n]) for n in some] for c in categories}
-    return Holdings(task, [rows[n] for n in some], [names[n] for n in some], table)
+    return Holdings(task, [rows[n] for n in some], [names[n] for n in some], table, files)
 
 
 def inputs_of_clients(held: Holdings) -> dict[str, str]:
@@ -59,7 +63,7 @@ def inputs_of_clients(held: Holdings) -> dict[str, str]:
     examples = held.task.train_examples
     found = {f"file of client {name!r}": of_examples([examples[i] for i in rows])
              for name, rows in zip(held.names, held.rows, strict=True)}  # fmt: skip
-    return found | {"list of clients": of_examples(held.names)}
+    return found | {"list of clients": of_examples(held.names), CLIENT_FILES: held.files}
 
 
 def client_task(config: TaskConfig, base: Any, tokenizer: Any, examples: Sequence[Example]) -> Task:

@@ -20,7 +20,7 @@ from smartmops.checks.errors import FederationError
 
 from .roster import short
 
-VERSION = 2  # of these messages; both sides must speak the same
+VERSION = 3  # of these messages; both sides must speak the same
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,13 @@ class Local:
     steps: int  # optimiser steps
     batch_size: int  # examples
     prompt_lr: float  # Adam's rate for prompts (and for LoRA)
-    gate_lr: float  # Adam's rate for the gate
+    gate_lr: float | None  # Adam's rate for the gate; None: relative
     seed: int  # order of the client's examples
     proximal: float = 0.0  # FedProx's mu: mu / 2 * ||w - w_received||^2 is added to the loss
     max_grad_norm: float = 1.0  # gradients are clipped to it, as Hugging Face's Trainer does
     half: bool = False  # float16 on the way back, as the difference from what was received
     share_above: float = 0.0  # experts whose mean gate weight is not above it stay at home
+    relative_gate_lr: float = 0.003  # the same, as a share of the size of each of the gate's arrays as received
     head_lr: float = 0.02  # Adam's rate for the weights per head of separate prefix attention
 
 
@@ -87,14 +88,21 @@ class Hello:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Server to client: it cannot take part, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Lost:
     """Transport to server, never sent: nothing of a client's own came back, and what is known of it."""
 
     reason: str
 
 
-Message = Job | Reply | Failure | Hello
-KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Job, Reply, Failure, Hello)}
+Message = Job | Reply | Failure | Hello | Refusal
+KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Job, Reply, Failure, Hello, Refusal)}
 
 
 @runtime_checkable
@@ -118,6 +126,10 @@ class Transport(Protocol):
 
         The others are called, so that they are heard the next time if they are there.
         """
+        ...
+
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        """Tell clients why they cannot take part, where somebody is there to be told."""
         ...
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.random import Generator, SeedSequence, default_rng
 from smartmops.checks.errors import ConfigError, DataError
 from smartmops.data.files import client_files
 from smartmops.data.several import tell_unread
-from smartmops.data.tasks import read_jsonl
+from smartmops.data.tasks import of_clients
 from smartmops.options.federation import LARGEST_ALPHA, PartitionConfig
 from smartmops.rows.example import Example
 
@@ -101,7 +101,7 @@ def read_clients(folder: str | Path, columns: Sequence[str] = ()) -> list[Exampl
         raise DataError(f"clients={str(folder)!r} holds no file ending in .jsonl: write one for each client, such as "
                         "berlin.jsonl")  # fmt: skip
     tell_unread(folder, (file for file in visible if file not in files))
-    return [replace(example, source=file.stem) for file in files for example in read_jsonl(file, columns)]
+    return of_clients(folder, columns)
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes

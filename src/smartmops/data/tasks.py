@@ -10,7 +10,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from smartmops.rows.faults import Faults, some
 from smartmops.rows.office import office
 from smartmops.rows.stored import store, take
 
-from .files import OWN, SUFFIXES, ending, named, rows_of, unit_of
+from .files import OWN, SUFFIXES, client_files, ending, named, rows_of, unit_of
 from .forms import CATEGORY, examples_of
 from .several import Names, files_of, labelled, labels, names_of, others, tell_unread
 from .superni import is_task, read_superni, task_files, tell_beside
@@ -125,6 +125,12 @@ def read_jsonl(file: str | Path, columns: Sequence[str] = ()) -> list[Example]:
             text, an empty response, no examples at all. The message names the file and up to ten lines.
     """
     return list(_file(Path(file), columns))
+
+
+def of_clients(folder: Path, columns: Sequence[str] = ()) -> list[Example]:
+    """Of all clients of a federation, one JSONL file each, `source` being the file's name without its ending."""
+    return [replace(example, source=file.stem) for file in client_files(folder)
+            for example in read_jsonl(file, columns)]  # fmt: skip
 
 
 def read_hub(name: str, *, tasks: Collection[str] | None = None, columns: Sequence[str] = ()) -> list[Example]:

@@ -22,10 +22,11 @@ from json import JSONDecodeError, loads
 from pathlib import Path
 
 from smartmops.base import load_base
-from smartmops.checks.errors import MissingExtra
+from smartmops.checks.errors import FederationError, MissingExtra
 from smartmops.checks.limits import check
 from smartmops.clients.holdings import client_task
-from smartmops.clients.messages import Job, Reply, unpack
+from smartmops.clients.messages import Refusal, Reply, unpack
+from smartmops.clients.roster import short
 from smartmops.data.tasks import read_jsonl
 from smartmops.federated.client import Worker
 from smartmops.flower.frames import receive, send
@@ -41,9 +42,10 @@ from .keys import signed_now
 from .knocks import KNOCK
 
 ATTEMPTS, PAUSE, LASTING = 4, 5.0, 60.0  # of starting the SuperNode; seconds between; seconds after which it counts
-ASKING = 5.0  # seconds between looks whether the server is there
+ASKING = 5.0  # seconds between looks whether the server is there and will have this client
 ANSWERING = 10.0  # seconds that the server may take to say who it knows
 POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; every message waits for it on either side
+READ = b"read"  # what answers a refusal
 Answer = Callable[[str, bytes], bytes]  # kind and blob in, blob out
 
 
@@ -57,11 +59,14 @@ def federate_client(config: ClientConfig) -> int:
         MissingExtra: Flower is not installed.
     """
     _check(config)
-    worker = worker_of_file(config)
+    if (welcome := knock(config)).final:  # before a model is loaded for nothing
+        console.print(welcome.said)
+        return 1
+    worker, refusals = worker_of_file(config), Refusals(config.server)
     with tempfile.TemporaryDirectory(prefix="smartmops-") as folder:  # made with mode 0700
         path = f"{folder}/worker"
-        with serving(path, lambda kind, blob: _said(worker, kind, blob)):
-            return _lasting(config, path)
+        with serving(path, lambda kind, blob: refusals.read(kind, blob) or _said(worker, kind, blob)):
+            return _lasting(config, path, refusals.came)
 
 
 def _check(config: ClientConfig) -> None:
@@ -88,8 +93,7 @@ def _said(worker: Worker, kind: str, blob: bytes) -> bytes:
         console.print(f"the server asks who is here: {worker.names[0]}, {len(worker.holdings[0])} examples")
         return worker.hello(0)
     answer = worker.answer(blob, client=0)
-    job, reply = unpack(blob), unpack(answer)
-    if isinstance(job, Job) and isinstance(reply, Reply):
+    if isinstance(reply := unpack(answer), Reply):
         console.print(f"round {reply.round}: loss {reply.loss:.3f} nats a token, {reply.seconds:.1f} s of training, "
                       f"{len(answer):,} bytes sent")  # fmt: skip
     else:
@@ -125,7 +129,31 @@ def serving(path: str, answer: Answer) -> Iterator[None]:
         listener.close()
 
 
-def _lasting(config: ClientConfig, path: str) -> int:
+class Refusals:
+    """What the server at an address says against this client in place of asking it anything."""
+
+    def __init__(self, server: str) -> None:
+        self.server, self.came = server, threading.Event()
+
+    def read(self, kind: str, blob: bytes) -> bytes:
+        """Tell the operator of a refusal, and what answers it; nothing where it is none.
+
+        Words of another version are one: they come with a call only from a server that will not have this client.
+        """
+        if kind != "query" or not blob:
+            return b""
+        try:
+            found = unpack(blob)
+        except FederationError as error:
+            found = Refusal(str(error))
+        if not isinstance(found, Refusal):
+            return b""
+        console.print(f"the server at {self.server} refuses this client: {short(found.reason)}")
+        self.came.set()
+        return READ
+
+
+def _lasting(config: ClientConfig, path: str, refused: threading.Event) -> int:
     """An exit status once Flower's SuperNode has ended for good, or the server says why it will not have this client.
 
     Flower's own, but never 0, for nobody asked it to end.
@@ -142,7 +170,9 @@ def _lasting(config: ClientConfig, path: str) -> int:
             continue
         started = time.monotonic()
         with supernode(config, path) as node:
-            ended = node.wait() if config.max_wait is None else _watched(node, server, config.max_wait)
+            ended = _watched(node, server, config.max_wait, refused)
+        if refused.is_set():
+            return 1
         if ended is None:
             console.print(f"nobody has listened at {config.server} for {config.max_wait:g} s: this client ends")
             return 1
@@ -236,13 +266,19 @@ class Presence:
         return time.monotonic() - self.seen
 
 
-def _watched(node: subprocess.Popen[bytes], server: Presence, max_wait: float) -> int | None:
-    """The node's exit status; None once the server is gone for `max_wait`, after which Flower's own would hang."""
+def _watched(
+    node: subprocess.Popen[bytes], server: Presence, max_wait: float | None, refused: threading.Event
+) -> int | None:
+    """The node's exit status; None once it is of no use: the server is gone for `max_wait`, or refuses this client."""
     while True:
         try:
             return node.wait(ASKING)
         except subprocess.TimeoutExpired:
-            if server.missing() > max_wait:
+            if refused.is_set():
+                with suppress(subprocess.TimeoutExpired):
+                    node.wait(ASKING)  # that the refusal was read is still on its way to the server
+                return None
+            if max_wait is not None and server.missing() > max_wait:  # Flower's own would hang
                 return None
 
 

@@ -64,11 +64,12 @@ def check(config: AggregationConfig, layout: Layout) -> None:
     """Whether the adapter can be averaged so.
 
     Raises:
-        ConfigError: expert-weighted averaging of an adapter without experts.
+        ConfigError: expert-weighted averaging of an adapter without several experts.
     """
     if config.aggregation == "expert-weighted" and layout.experts < 2:
-        raise ConfigError("aggregation='expert-weighted' needs at least 2 experts, but this adapter has none: "
-                          "choose method mops, or another aggregation")  # fmt: skip
+        raise ConfigError("aggregation='expert-weighted' goes by how much each client uses which expert, and this "
+                          "adapter has not several: choose method mops with 2 experts or more, or another "
+                          "aggregation")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- admission

@@ -7,7 +7,7 @@ frozen base and one activation cache serve the server and all clients of this pr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from smartmops.base import load_base
+from smartmops.checks.errors import ClientsRefused
 from smartmops.clients.admission import admitted
 from smartmops.clients.holdings import holdings_of, inputs_of_clients
 from smartmops.clients.messages import Local, Transport
@@ -24,7 +25,7 @@ from smartmops.evaluation.measure import gates, measured
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.flow.steps import adapted, begun, opened, shown
 from smartmops.methods.baselines import trained_numbers
-from smartmops.options.federation import FederateConfig, ServerConfig
+from smartmops.options.federation import GATE_RATE, FederateConfig, ServerConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
 from smartmops.progress.bars import console
@@ -51,9 +52,10 @@ def local_of(config: FederateConfig) -> Local:
     central = config.central()
     absolute = central.traits.ours and config.expert_kind == "hidden_states" and config.prompt_lr is None
     rate = EMBEDDED_RATE[config.init] if absolute else central.rate
-    gate_rate = 1e-3 if config.gate_lr is None else config.gate_lr
+    gate_rate = GATE_RATE if config.gate_lr is None and config.relative_gate_lr is None else config.gate_lr
     return Local(config.local_steps, config.batch_size, rate, gate_rate, 0, config.proximal,
-                 half=config.payload == "float16", share_above=config.share_above, head_lr=config.head_lr)  # fmt: skip
+                 half=config.payload == "float16", share_above=config.share_above,
+                 relative_gate_lr=central.relative_gate_lr, head_lr=config.head_lr)  # fmt: skip
 
 
 class InProcess:
@@ -77,6 +79,9 @@ class InProcess:
     def heard(self, clients: Iterable[int]) -> set[int]:
         """All of them: they live in this process."""
         return set(clients)
+
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        """Who runs this process runs the clients, and reads why in its error."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -133,7 +138,7 @@ def _federate(
     else:
         transport = connect(config)
     try:
-        members = admitted(transport.hello(), config, fingerprint, names if len(names) > 1 else [])
+        members = _members(transport, config, fingerprint, names if len(names) > 1 else [])
         server = _server(config, task, model, layout, transport, members, fingerprint)
         file = run.checkpoints / "round.safetensors"
         state = State.load(file) or State(
@@ -158,6 +163,16 @@ def _federate(
         "seconds": {"prepare": prepared, "train": sum(row.get("seconds", 0.0) for row in state.rows)},
     }
     return _finish(config, run, task, model, state, frozen.test, extra)
+
+
+def _members(transport: Transport, config: FederateConfig, base: str, experts: Sequence[str]) -> dict[int, str]:
+    """As `admitted`; those that cannot take part are told why before this run ends."""
+    found = transport.hello()
+    try:
+        return admitted(found, config, base, experts)
+    except ClientsRefused as error:
+        transport.refuse(error.reasons)
+        raise
 
 
 def _server(

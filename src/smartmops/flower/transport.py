@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
-from smartmops.checks.errors import FederationError, FederationTimeout
+from smartmops.checks.errors import ClientsRefused, FederationError, FederationTimeout
 from smartmops.clients.admission import greeting
-from smartmops.clients.messages import Hello, Lost, Made, pack
+from smartmops.clients.messages import Hello, Lost, Made, Refusal, pack
 from smartmops.clients.roster import listed
 from smartmops.progress.bars import console
 
 from .frames import receive, send
+
+PARTING = 60.0  # seconds that clients which cannot take part may need to read why
 
 
 @runtime_checkable
@@ -74,23 +76,35 @@ class OverFlower:
     def __init__(self, nodes: Nodes, clients: int, patience: float) -> None:
         self.nodes, self.clients, self.patience = nodes, clients, patience
         self._node_of: dict[int, int] = {}
+        self._keys: dict[int, str] = {}
 
     def hello(self) -> dict[int, bytes]:
         """Of every client, by number; to a name that is not that of the client's key, the key's is added.
 
         Raises:
             FederationTimeout: too few nodes came, or too few of them answered.
-            FederationError: two clients go by one name, or one sent something else than a greeting.
+            ClientsRefused: some go by one name, or sent something else than a greeting; they are told.
         """
-        found, keys = self._greetings()
-        hellos = {node: greeting(blob, _who(node, keys)) for node, blob in found.items()}
-        ordered = sorted(found, key=lambda node: hellos[node].name)
-        for left, right in pairwise(ordered):
-            if (name := hellos[left].name) == hellos[right].name:
-                both = f" (keys {keys[left]!r} and {keys[right]!r})" if keys[left] else ""
-                raise FederationError(f"two clients go by the name {name!r}{both}: give one another --name")
-        self._node_of = dict(enumerate(ordered))
-        return {number: pack(_known(hellos[node], keys[node])) for number, node in self._node_of.items()}
+        found, self._keys = self._greetings()
+        hellos, wrong = dict[int, Hello](), dict[int, str]()
+        for node, blob in found.items():
+            try:
+                hellos[node] = greeting(blob, _who(node, self._keys))
+            except FederationError as error:
+                wrong[node] = str(error)
+        self._node_of = dict(enumerate(sorted(found, key=lambda node: hellos[node].name if node in hellos else "")))
+        if wrong := wrong or self._namesakes(hellos):
+            client_of = {node: number for number, node in self._node_of.items()}
+            refused = ClientsRefused({client_of[node]: reason for node, reason in wrong.items()})
+            self.refuse(refused.reasons)
+            raise refused
+        return {number: pack(_known(hellos[node], self._keys[node])) for number, node in self._node_of.items()}
+
+    def _namesakes(self, hellos: Mapping[int, Hello]) -> dict[int, str]:
+        """Why nodes that go by the name of another cannot take part."""
+        count = Counter(hello.name for hello in hellos.values())
+        return {node: f"{_who(node, self._keys)} goes by the name {hello.name!r}, as another client does: give each a "
+                "--name of its own" for node, hello in hellos.items() if count[hello.name] > 1}  # fmt: skip
 
     def _greetings(self) -> tuple[dict[int, bytes], dict[int, str]]:
         """What each node that has examples says of itself, and the name of every node's key."""
@@ -136,6 +150,13 @@ class OverFlower:
         """Those that have answered a call since this was last asked; the others are called, and not waited for."""
         client_of = {self._node_of[client]: client for client in clients}
         return {client_of[node] for node in self.nodes.heard(list(client_of))}
+
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        """Waits for each to have read it, `PARTING` seconds at most; nodes without keys are nobody's."""
+        nodes = {self._node_of[client]: reason for client, reason in reasons.items()}
+        blobs = {node: pack(Refusal(reason)) for node, reason in nodes.items() if self._keys[node]}
+        for _ in self.nodes.ask("query", blobs, PARTING) if blobs else ():
+            pass
 
     def close(self) -> None:
         """Nothing is held here."""

@@ -88,7 +88,12 @@ def _upload(folder: Path, config: PushConfig) -> str:
     api = HfApi()
     try:
         api.create_repo(config.repo, private=config.private, exist_ok=True)
+        if config.private and api.model_info(config.repo).private is False:
+            raise HubError(f"--private: {config.repo} is there already, and everybody can read it: name another, or "
+                           "leave --private away")  # fmt: skip
         done = api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message="Add an adapter of smartmops")
+    except HubError:
+        raise
     except LocalTokenNotFoundError:
         raise HubError(f"no token for {api.endpoint} is on this machine: {LOGIN}") from None
     except OfflineModeIsEnabled:

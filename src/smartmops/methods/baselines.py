@@ -64,7 +64,7 @@ def _mops(
         prompts_per_expert=config.prompts_per_expert,
         gate_target=config.gate_target,
         gate_input=config.gate_input,
-        gate_granularity=config.gate_granularity,
+        gate_granularity=config.granularity,
         gate_hidden_size=max(config.gate_hidden_size, 2 * config.experts if config.closed_form else least),
         gate_bias=config.closed_form,
         gate_layer=config.gate_layer if embedding_size is None else None,

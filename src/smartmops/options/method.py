@@ -172,7 +172,12 @@ class MethodConfig(Rates, KeepRecovery, Gate, Experts, Trained):
     @property
     def groups(self) -> int:
         """How many weights a gate gives out."""
-        return self.experts * (1 if self.gate_granularity == "expert" else self.prompts_per_expert)
+        return self.experts * (1 if self.granularity == "expert" else self.prompts_per_expert)
+
+    @property
+    def granularity(self) -> str:
+        """What has a gate weight of its own; who is told an expert opens it whole."""
+        return "expert" if self.traits.told else self.gate_granularity
 
     @property
     def seeks_layer(self) -> bool:
@@ -268,7 +273,8 @@ def _gate_acting(
     away, shaped = f"and there is none: {CHOOSE}", sized and config.expert_kind == "keys_values"
     return {
         ("gate_target",): (leaves or bool(gates - {"none"}), f"a gate over several experts, {away}"),
-        ("gate_granularity",): (shaped or bool(gates - {"none"}), f"a gate over several experts, {away}"),
+        ("gate_granularity",): (shaped or bool(learned or ("even" in gates and config.gate_top_k is not None)),
+                                f"a gate that learns, {away}"),
         ("embedder",): (bool(read), f"a gate that reads, {away}"),
         ("gate_layer", "gate_input"): ((bool(read) and config.embedder is None) or "nearest" in gates,
                                        f"a gate that reads the model's own states: {CHOOSE}, without --embedder"),

@@ -23,7 +23,7 @@ from smartmops.progress.bars import console
 from smartmops.rows.example import Example, of_examples
 from smartmops.rows.stored import take
 from smartmops.runs import ranks
-from smartmops.runs.folder import TEST_SPLIT, Run
+from smartmops.runs.folder import CLIENT_FILES, TEST_SPLIT, Run
 from smartmops.states.fingerprint import inputs_of
 from smartmops.states.states import States
 from smartmops.tokens.batches import Collator, Encoded, Encoding, NoneFits, encode_all
@@ -155,6 +155,18 @@ def same_test_split(run: Run, now: str) -> None:
                        "their tasks are called otherwise, as where files of several folders are called alike), so "
                        "what is drawn to test on may be what it was trained on: bring back the data of then, or name "
                        "others (evaluate --data, experts --old)")  # fmt: skip
+
+
+def same_client_files(run: Run, now: str) -> None:
+    """Whether the files of a finished federation's clients are those that it was trained on; `now` tells them.
+
+    Raises:
+        RunError: they are others.
+    """
+    then = run.read_inputs().get(CLIENT_FILES, now)
+    if then != now:
+        raise RunError(f"the files of {run.path}'s clients have changed since it was trained (fingerprint {then}, now "
+                       f"{now}): bring back the files of then")  # fmt: skip
 
 
 def _encoded(name: str, part: Sequence[Example], tokenizer: Any, limit: Limit, *how: Any) -> Encoding:

@@ -221,7 +221,7 @@ def advise(config: AdviseConfig) -> dict[str, Any]:
     """
     look_at_data(config.data, config.columns)
     subject = Subject.open(config.run, config.old, config.columns, config.rows)
-    task = subject.task(config.data, config.columns, share=max(config.test_share, 0.2), limit=config.part,
+    task = subject.task(config.data, config.columns, share=config.test_share, limit=config.part,
                         seed=config.seed)  # fmt: skip
     rows = some(task.test, subject.rows)
     seen = subject.weights(rows, "advised")

@@ -91,7 +91,8 @@ class Subject:
                              data_seed=given.get("data_seed", given["seed"]),
                              validation_share=given.get("validation_share", 0.1),
                              validation_limit=given.get("validation_limit", 200),
-                             hold_out=given.get("hold_out"), validation=given.get("validation", False))  # fmt: skip
+                             hold_out=given.get("hold_out"), validation=given.get("validation", False),
+                             rows=given.get("rows", "memory"))  # fmt: skip
             task = Task.load(config, self.model, self.tokenizer)
             same_test_split(self.run, task.test_split)
             return task

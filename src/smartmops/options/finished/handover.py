@@ -67,8 +67,13 @@ class PushConfig(Options):
 
     run: Run  # run folder
     repo: Annotated[str, Repository(), tyro.conf.Positional, tyro.conf.arg(metavar="REPO")]  # owner/name on the hub
-    private: bool = False  # where the repository is made
+    private: bool = False  # make the repository private; one that all can read is refused
     dry_run: bool = False  # only list what would be pushed
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from unused(self, ("private",), not self.dry_run, "is of a repository that is made, and with --dry-run "
+                          "none is: leave one of them away")  # fmt: skip
 
 
 def uncarried(format: Format, adapter: dict[str, Any]) -> Iterator[str]:

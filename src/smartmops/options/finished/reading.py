@@ -11,7 +11,7 @@ import tyro
 
 from smartmops.checks.folders import OutFile, Writable, is_run, near
 from smartmops.checks.limits import Count, Options, Seed, Share, Text, Whole, unused
-from smartmops.options.training import Columns, Datas, Model, Template, ValidationConfig
+from smartmops.options.training import Columns, Datas, Model, Rows, Template, ValidationConfig
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class EvaluateConfig(Options):
     data: Datas | None = None  # data as for `train`; `evaluate` takes what the run was tested on by default
     columns: Columns = ()  # FIELD=COLUMN where the data name their columns differently, such as response=answer
     max_length: Count | None = None  # tokens of an example; by default as in training
+    rows: Rows | None = None
+    """where texts and tokens are kept: memory, or a folder that they are mapped from; by default as in training"""
     batch_size: Count = 32  # examples in a batch
     answers: Whole = 0  # examples per task that both models answer, scored by ROUGE-L and exact match
     answer_tokens: Count = 48  # largest number of tokens of an answer
@@ -74,7 +76,8 @@ class EvaluateConfig(Options):
 
     def problems(self) -> Iterator[str]:
         """Whether one thing is measured."""
-        given = {"--data": self.data, "--answers": self.answers or None, "--max-length": self.max_length}
+        given = {"--data": self.data, "--answers": self.answers or None, "--max-length": self.max_length,
+                 "--rows": self.rows}  # fmt: skip
         for name, value in given.items():
             if self.suite is not None and value is not None:
                 told = " ".join(value) if isinstance(value, tuple) else value

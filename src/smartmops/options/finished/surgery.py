@@ -66,6 +66,17 @@ class _Reading(Options):
     old: Data | None = None  # instructions that the run serves; None: the data it was trained on
     rows: Count = 200  # examples of the run's data, at most, that something is measured on
 
+    @property
+    def named(self) -> bool:
+        """Whether data are named, whose columns may have names of their own."""
+        return self.old is not None
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from super().idle()
+        yield from unused(self, ("columns",), self.named, "is of data that are named, and the run's own are read as in "
+                          "training: give --old, or leave it away")  # fmt: skip
+
 
 @dataclass(kw_only=True)
 class ListConfig(_Reading):
@@ -80,7 +91,9 @@ class Trial:
     batch_size: Count = 4  # examples
     relative_lr: Rate = 0.03  # Adam's rate, as a share of the root mean square of keys and values
     seed: Seed = 0  # of the start and the order
-    test_share: Share = 0.1  # of the new examples
+
+
+UNTRAINED = "is of training, and with --steps 0 there is none: leave one of them away"
 
 
 @dataclass(kw_only=True)
@@ -94,6 +107,7 @@ class AddConfig(_Writing, _Reading, Trial):
     """a text file with a system prompt, whose effect becomes the expert"""
     inputs: Data | None = None  # questions for --prompt; None: the run's own training instructions
     name: New | None = None  # of the expert; None: the task of --data, the name at its source, or the prompt's file
+    test_share: Share = 0.1  # of the new examples
     by_name: Flag = False  # the gate never chooses it: it answers where it is asked for by name
     answer_tokens: Count = 48  # of the base's answers to --inputs, at most
     questions: Count = 200  # of --inputs, at most
@@ -110,10 +124,23 @@ class AddConfig(_Writing, _Reading, Trial):
         if self.source is not None:
             yield from (f"--from {self.source}{said}" for said in unmoved(self.source))
 
+    @property
+    def named(self) -> bool:
+        """As `_Reading`."""
+        return super().named or self.data is not None or self.inputs is not None
+
     def idle(self) -> Iterator[str]:
         """As `Options`."""
+        yield from super().idle()
         yield from unused(self, ("answer_tokens", "questions"), self.prompt is not None,
                           "is of questions for --prompt: give that, or leave it away")  # fmt: skip
+        yield from unused(self, ("steps", "batch_size", "relative_lr"), self.source is None,
+                          "is of training, and an expert of --from comes as it is: leave it away")  # fmt: skip
+        yield from unused(self, ("batch_size", "relative_lr"), self.steps > 0, UNTRAINED)
+        yield from unused(self, ("seed",), self.source is None or self.data is not None,
+                          "is of the draw of --data, and of training: give --data, or leave it away")  # fmt: skip
+        yield from unused(self, ("test_share",), self.data is not None,
+                          "is of the examples of --data, and there are none: leave it away")  # fmt: skip
 
 
 def unmoved(source: str) -> Iterator[str]:
@@ -147,6 +174,11 @@ class MergeConfig(_Writing, _Reading, Trial):
         yield from super().problems()
         if self.first == self.second:
             yield f"{self.first!r} cannot be merged with itself: name two experts"
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from super().idle()
+        yield from unused(self, ("batch_size", "relative_lr", "seed"), self.steps > 0, UNTRAINED)
 
 
 @dataclass(kw_only=True)
@@ -208,8 +240,9 @@ class ExpertsConfig(Options):
         yield from self._names()
 
     def idle(self) -> Iterator[str]:
-        """As `Options`."""
-        yield from self.do.idle()
+        """As `Options`; asked once each option of the change is within its limits."""
+        if not [*self.problems()]:
+            yield from self.do.idle()
 
     def taken(self) -> RunError | None:
         """As `Options`."""
@@ -236,3 +269,15 @@ class AdviseConfig(_Reading, Trial):
     data: Data  # examples of the task
     steps: Whole = 200  # optimiser steps of the trial; 0: no trial
     part: Count = 200  # examples, at most, that the trial sees
+    test_share: Share = 0.2  # of the examples that it is measured on, and does not see
+
+    @property
+    def named(self) -> bool:
+        """As `_Reading`."""
+        return True
+
+    def idle(self) -> Iterator[str]:
+        """As `Options`."""
+        yield from super().idle()
+        yield from unused(self, ("batch_size", "relative_lr", "old"), self.steps > 0,
+                          "is of the trial, and with --steps 0 there is none: leave one of them away")  # fmt: skip
