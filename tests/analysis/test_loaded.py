@@ -89,6 +89,10 @@ def test_where_its_own_data_have_gone_it_says_that_it_cannot_tell(
         sm.evaluate(run=tmp_path / "run", data=str(other))
         said = " ".join(capsys.readouterr().out.split())
         assert f"whether {tmp_path / 'run'} was trained on some of these examples cannot be told (" in said
+    with pytest.raises(
+        sm.DataError, match=r"own\.jsonl, on which .*run was measured, is not there: give data, or call"
+    ):
+        sm.evaluate(run=tmp_path / "run")
 
 
 @pytest.mark.parametrize("data", ["dolly", "owner/name", ("office", "gone.jsonl")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from smartmops.clients.admission import admitted
 from smartmops.clients.messages import VERSION, Failure, Hello, Reply, pack
 from smartmops.federated import federate as module
 from smartmops.federated.federate import FederateConfig, InProcess, federate
+from smartmops.runs.folder import Run
 from smartmops.settings.writing import versions
 
 Make = Callable[..., FederateConfig]
@@ -71,6 +73,26 @@ def test_all_that_do_not_belong_are_told_why_before_the_run_ends(config: Make, m
 
 def test_clients_that_belong_are_numbered_and_named(config: Make) -> None:
     everyone = {n: hello(name=str(n), versions={"messages": str(VERSION)}) for n in range(3)}
-    assert admitted(everyone, config(allow_other_versions=True), "own", ["a", "b"]) == {0: "0", 1: "1", 2: "2"}
+    members = admitted(everyone, config(allow_other_versions=True), "own", ["a", "b"])
+    assert {number: hello.name for number, hello in members.items()} == {0: "0", 1: "1", 2: "2"}
     with pytest.raises(ValueError, match="clients_per_round=3, but there are 2 clients"):
         admitted({n: everyone[n] for n in range(2)}, config(), "own", [])
+
+
+def test_a_resumed_run_is_told_whose_data_are_others_and_that_the_clients_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run.create(
+        tmp_path / "run", {"command": "federate-server", "arguments": {}, "seed": 0, "base": "b", "data": "d"}
+    )
+
+    def told(**data: str) -> str:
+        hellos = {n: Hello(name, 3, ["a"], "own", {}, data[name]) for n, name in enumerate(sorted(data))}
+        module._tell_of_others(run, hellos)
+        return " ".join(capsys.readouterr().out.split())
+
+    assert told(berlin="1", paris="2") == told(berlin="1", paris="2") == ""
+    said = told(berlin="3", paris="2")
+    assert said.startswith("the data of client 'berlin' are not what they were") and "paris" not in said
+    assert told(berlin="3", paris="2") == ""  # said once
+    assert told(berlin="3", oslo="5").startswith("the clients are not those that")

@@ -215,6 +215,18 @@ def test_hello_says_who_and_how_many_and_no_text(adapted: tuple[Task, Any, str])
     assert {"torch", "peft", "messages"} <= hello.versions.keys()
 
 
+def test_hello_tells_other_data_from_the_same_and_only_under_the_clients_secret(adapted: tuple[Task, Any, str]) -> None:
+    task, model, base = adapted
+
+    def told(rows: list[int], secret: bytes = b"a") -> str:
+        hello = unpack(Worker(task, [rows], ["x"], base, model, secret).hello(0))
+        assert isinstance(hello, Hello)
+        return hello.data
+
+    assert told([0, 1]) == told([0, 1]) != told([0, 2])
+    assert told([0, 1]) != told([0, 1], b"b")
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_the_rate_of_head_weights_reaches_the_clients(config: Callable[..., FederateConfig], rate: float) -> None:
     given = config(expert_kind="keys_values", prefix_attention="separate", head_lr=rate)

@@ -32,7 +32,7 @@ from smartmops.reading.embedder import Embedder
 from smartmops.reading.task import Task, same_client_files, same_test_split
 from smartmops.rows.example import Example, of_examples, opened
 from smartmops.runs.card import save
-from smartmops.runs.folder import Run
+from smartmops.runs.folder import PATHS, Run
 from smartmops.tokens.template import Template
 from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel
@@ -70,6 +70,10 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
     """The data, and how they are read: those of the run, or others in the run's template."""
     _check_free(run)
     arguments = run.config["arguments"]
+    for name in () if config.data else names_of(held(arguments["data"])):
+        if name in run.config.get(PATHS, ()) and not Path(name).exists():
+            raise DataError(f"{name}, on which {run.path} was measured, is not there: give --data, or call this in the "
+                               "folder where it was trained")  # fmt: skip
     return TrainConfig(
         model=base_of(run), out=config.run, data=held(config.data or arguments["data"]),
         data_seed=arguments.get("data_seed", arguments["seed"]),

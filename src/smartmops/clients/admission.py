@@ -14,8 +14,8 @@ from .roster import short
 DECIDING = ("torch", "transformers", "peft", "smartmops")  # packages whose versions decide the numbers
 
 
-def admitted(found: Mapping[int, bytes], config: Any, base: str, experts: Sequence[str]) -> dict[int, str]:
-    """Numbers and names of the clients that may be asked.
+def admitted(found: Mapping[int, bytes], config: Any, base: str, experts: Sequence[str]) -> dict[int, Hello]:
+    """The clients that may be asked, by number.
 
     Args:
         found: A packed `Hello` of each.
@@ -31,17 +31,17 @@ def admitted(found: Mapping[int, bytes], config: Any, base: str, experts: Sequen
     if len(found) < config.clients_per_round:
         raise FederationError(f"clients_per_round={config.clients_per_round}, but there are {len(found)} clients: "
                               f"choose 1 to {len(found)}")  # fmt: skip
-    names, refused = dict[int, str](), dict[int, str]()
+    members, refused = dict[int, Hello](), dict[int, str]()
     for client, blob in sorted(found.items()):
         try:
             hello = greeting(blob, f"client number {client}")
             _fits(hello, config, base, experts)
-            names[client] = hello.name
+            members[client] = hello
         except FederationError as error:
             refused[client] = str(error)
     if refused:
         raise ClientsRefused(refused)
-    return names
+    return members
 
 
 def _fits(hello: Hello, config: Any, base: str, experts: Sequence[str]) -> None:

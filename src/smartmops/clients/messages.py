@@ -85,6 +85,7 @@ class Hello:
     categories: list[str]
     base: str  # fingerprint of the frozen base and its tokenizer
     versions: dict[str, str]  # of the packages that decide the numbers, and `messages`
+    data: str = ""  # tells whether the client holds what it held before, and nothing else, under a secret of its own
 
 
 @dataclass(frozen=True)

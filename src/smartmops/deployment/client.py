@@ -85,7 +85,8 @@ def worker_of_file(config: ClientConfig) -> Worker:
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
     task = client_task(TaskConfig(**given | {"data": str(config.data)}), base, tokenizer, examples)
-    return Worker(task, [range(len(task.train))], [config.name or config.data.stem], fingerprint)
+    names, secret = [config.name or config.data.stem], (config.keys / "client.key").read_bytes()
+    return Worker(task, [range(len(task.train))], names, fingerprint, secret=secret)
 
 
 def _said(worker: Worker, kind: str, blob: bytes) -> bytes:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import parameter_groups
 from smartmops.options.method import MethodConfig
 from smartmops.reading.task import Task
+from smartmops.rows.example import of_examples
 from smartmops.runs.adapters import adapter_on
 from smartmops.settings.writing import versions
 from smartmops.states.instructions import instructions
@@ -163,12 +165,14 @@ class Worker:
         names: Of the clients.
         base: Fingerprint of the base (`fingerprint.of_base`).
         model: An adapted model to share with the server, where both live in one process.
+        secret: Under which the server is told whether a client's data are what they were, and can tell no more of them.
     """
 
     def __init__(
-        self, task: Task, holdings: Sequence[Sequence[int]], names: Sequence[str], base: str, model: Any = None
-    ) -> None:
-        self.task, self.holdings, self.names, self.base = task, holdings, names, base
+        self, task: Task, holdings: Sequence[Sequence[int]], names: Sequence[str], base: str, model: Any = None,
+        secret: bytes = b"",
+    ) -> None:  # fmt: skip
+        self.task, self.holdings, self.names, self.base, self.secret = task, holdings, names, base, secret
         self._held: Held | None = None
         self._shared = model
 
@@ -176,9 +180,10 @@ class Worker:
         """Who the client is and what it holds, without any of it."""
         rows = [self.task.train[i] for i in self.holdings[client]]
         categories = sorted({row.category for row in rows})
-        return pack(
-            Hello(self.names[client], len(rows), categories, self.base, versions() | {"messages": str(VERSION)})
-        )
+        held = of_examples([self.task.train_examples[i] for i in self.holdings[client]])
+        data = blake2b(held.encode(), key=blake2b(self.secret).digest(), digest_size=16).hexdigest()
+        spoken = versions() | {"messages": str(VERSION)}
+        return pack(Hello(self.names[client], len(rows), categories, self.base, spoken, data))
 
     def answer(self, blob: bytes, client: int | None = None) -> bytes:
         """A packed `Reply` or `Failure` to a packed `Job`; raises nothing that a job can cause.

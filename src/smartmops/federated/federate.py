@@ -19,8 +19,8 @@ from smartmops.base import load_base
 from smartmops.checks.errors import ClientsRefused
 from smartmops.clients.admission import admitted
 from smartmops.clients.holdings import holdings_of, inputs_of_clients
-from smartmops.clients.messages import Local, Transport
-from smartmops.clients.roster import Roster
+from smartmops.clients.messages import Hello, Local, Transport
+from smartmops.clients.roster import Roster, short
 from smartmops.evaluation.measure import gates, measured
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.flow.steps import adapted, begun, opened, shown
@@ -30,6 +30,7 @@ from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
 from smartmops.progress.bars import console
 from smartmops.reading.task import Task, same_inputs
+from smartmops.rows.example import of_examples
 from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
 from smartmops.states.fingerprint import of_base
@@ -139,7 +140,10 @@ def _federate(
         transport = connect(config)
     try:
         members = _members(transport, config, fingerprint, names if len(names) > 1 else [])
-        server = _server(config, task, model, layout, transport, members, fingerprint)
+        if not here:
+            _tell_of_others(run, members)
+        known = {client: hello.name for client, hello in members.items()}
+        server = _server(config, task, model, layout, transport, known, fingerprint)
         file = run.checkpoints / "round.safetensors"
         state = State.load(file) or State(
             0, {n: v.detach().cpu().float().clone() for n, v in arrays_of(model)[0].items()}
@@ -165,7 +169,17 @@ def _federate(
     return _finish(config, run, task, model, state, frozen.test, extra)
 
 
-def _members(transport: Transport, config: FederateConfig, base: str, experts: Sequence[str]) -> dict[int, str]:
+def _tell_of_others(run: Run, members: Mapping[int, Hello]) -> None:
+    """What a resumed run's clients hold that they did not hold before; it is theirs, so the run goes on."""
+    names = sorted(hello.name for hello in members.values())
+    for other in run.other_inputs({f"data of client {hello.name!r}": short(hello.data) for hello in members.values()}):
+        console.print(f"the {other} are not what they were when {run.path} was begun: from here on it trains on these")
+    if run.other_inputs({"list of clients": of_examples(names)}):
+        console.print(f"the clients are not those that {run.path} was begun with: they are numbered by their names, so "
+                      "their draws are others from here on, too")  # fmt: skip
+
+
+def _members(transport: Transport, config: FederateConfig, base: str, experts: Sequence[str]) -> dict[int, Hello]:
     """As `admitted`; those that cannot take part are told why before this run ends."""
     found = transport.hello()
     try:

@@ -231,6 +231,13 @@ class Run:
         if {**found, **then} != then:
             write_text(self.path / "inputs.json", _dump({**then, **found}))
 
+    def other_inputs(self, found: Mapping[str, str]) -> list[str]:
+        """Keep fingerprints by name as `same_inputs`, but put new ones for those that differ, and name these."""
+        then = self.read_inputs()
+        if {**then, **found} != then:
+            write_text(self.path / "inputs.json", _dump({**then, **found}))
+        return [name for name, now in found.items() if then.get(name, now) != now]
+
     def write_gates(self, gates: Mapping[str, Any]) -> None:
         """Write mean gate weights, as `report.gates.tables` takes them."""
         write_text(self.path / "gates.json", _dump(_plain(gates)))
