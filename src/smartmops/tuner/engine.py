@@ -109,6 +109,8 @@ class Engine:
         if len(on) > 1:
             names = [wrapper.current for wrapper in on]
             raise AdapterError(f"adapters {names} are active at once: activate one with set_adapter({names[0]!r})")
+        if on:
+            attached.refuse_changed(self.layers[0])
         return on[0] if on else None
 
     def wrapper_of(self, adapter: str) -> Any:
