@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import DynamicCache, StaticCache
 
 from smartmops import MoPsConfig
+from smartmops.calls import reading
 from smartmops.checks.errors import AdapterError
 from tiny_models import VOCABULARY, build
 
@@ -258,3 +259,60 @@ def test_without_a_header_what_follows_alone_is_refused():
     model.generate(input_ids=first, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
     with pytest.raises(AdapterError, match="give the whole text to generate, or start from an empty cache"):
         model.generate(input_ids=more[:, :5], past_key_values=cache, max_new_tokens=2)
+
+
+def left_and_right() -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of 12, 9 and 1 tokens padded on the left, and of 10, 7 and 4 on the right; which tokens are real."""
+    ids = torch.randint(10, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(4))
+    at, lengths = torch.arange(12), torch.tensor([12, 9, 1, 10, 7, 4])[:, None]
+    real = torch.where(torch.arange(6)[:, None] < 3, at >= 12 - lengths, at < lengths)
+    return ids, real
+
+
+CAUSAL, EYE = torch.ones(12, 12, dtype=torch.bool).tril(), torch.eye(12, dtype=torch.bool)
+MASKS = {
+    "keys": lambda real: CAUSAL & real[:, None],
+    "keys and themselves": lambda real: CAUSAL & real[:, None] | EYE,
+    "both": lambda real: CAUSAL & real[:, None] & real[:, :, None],
+    "both and themselves": lambda real: CAUSAL & real[:, None] & real[:, :, None] | EYE,
+    "empty rows see all": lambda real: (seen := CAUSAL & real[:, None]) | ~seen.any(-1, keepdim=True),
+    "a window of 3": lambda real: CAUSAL & real[:, None] & ~CAUSAL.tril(-3) | EYE,
+}
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@torch.no_grad()
+def test_padding_that_sees_itself_in_a_mask_of_pairs_is_no_text(mask, additive):
+    model, (ids, real) = adapt(), left_and_right()
+    model(input_ids=ids, attention_mask=real.long())
+    read = model.base_model.last_gate
+    pairs = mask(real)[:, None]
+    assert torch.equal(reading.shown(pairs[:, 0], 0), real)
+    if additive:
+        pairs = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min)
+    found = model(input_ids=ids, attention_mask=pairs)
+    assert found.logits[real].isfinite().all()
+    if mask is not MASKS["a window of 3"]:  # which this model has none of
+        torch.testing.assert_close(model.base_model.last_gate, read, rtol=1e-5, atol=1e-6)
+
+
+def test_every_token_of_texts_that_do_not_see_each_other_is_real():
+    text = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    pairs = (text[:, None] == text) & torch.ones(8, 8, dtype=torch.bool).tril()
+    shared = torch.ones(8, 8, dtype=torch.bool).tril()
+    shared[5:, 3:5] = False  # two answers behind one prompt
+    assert reading.shown(torch.stack([pairs, shared]), 0).all()
+
+
+@torch.no_grad()
+def test_a_token_behind_a_cache_stands_where_it_would_with_a_mask_of_tokens():
+    model, (ids, real) = adapt(), left_and_right()
+    ids, real, found = ids[:3], real[:3], []
+    for pairs in (False, True):
+        cache = DynamicCache(config=model.config)
+        for first, last in ((0, 10), (10, 11), (11, 12)):
+            seen = (MASKS["keys and themselves"](real)[:, None, first:last, :last]) if pairs else real[:, :last].long()
+            out = model(input_ids=ids[:, first:last], attention_mask=seen, past_key_values=cache)
+        found.append(out.logits)
+    torch.testing.assert_close(found[0][:2], found[1][:2], rtol=1e-4, atol=1e-5)  # the third is all padding at first

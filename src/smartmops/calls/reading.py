@@ -125,6 +125,27 @@ def each_pair(mask: Any) -> Bool[Tensor, "rows queries keys"] | None:
     return (mask if mask.dtype == torch.bool else mask > -1)[:, 0]
 
 
+def shown(pairs: Bool[Tensor, "rows queries keys"], past: int) -> Bool[Tensor, "rows tokens"]:
+    """Which tokens are real, of a mask that says which others each of those behind column `past` sees.
+
+    That a token sees itself tells nothing: padding does too where a mask leaves no row empty. Real is what a later
+    token sees. The last one of a text is seen by none: it alone sees the one before it, where padding behind a text
+    would all see that. A token of padding that sees later ones was given all columns, so what it sees tells nothing.
+    """
+    queries = pairs.shape[1]
+    if past:
+        return pairs[:, -1, : past + queries]
+    pairs = pairs[:, :, :queries]
+    own = pairs.diagonal(dim1=-2, dim2=-1)
+    later = pairs.triu(1).any(-1, keepdim=True)
+    sees = pairs.tril(-1) & ~later
+    real = sees.any(1)
+    only = sees.diagonal(-1, dim1=-2, dim2=-1) & (sees.sum(1)[:, :-1] == 1)
+    real[:, 1:] |= own[:, 1:] & only
+    last = own & (own.flip(1).cumsum(1).flip(1) == 1)
+    return torch.where(real.any(-1, keepdim=True), real, last)  # a text of one token sees itself alone
+
+
 def refuse_sight(
     mask: Any, read: Bool[Tensor, "rows seq"], real: Bool[Tensor, "rows seq"], labels: Tensor | None
 ) -> None:

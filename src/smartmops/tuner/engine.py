@@ -156,7 +156,7 @@ class Engine:
         past = int(cache.get_seq_length()) if cache is not None else 0
         if self.call is not None and past == 0:
             self.call.begin(inputs)
-        flat = self._flat(kwargs.get("attention_mask"), rows, length)
+        flat = self._flat(kwargs.get("attention_mask"), rows, length, past)
         packing.refuse_positions(kwargs.get("position_ids"), flat)
         names = mixed.names_of(self, rows) or [wrapper.current] * rows
         given = kwargs.get("input_ids") if past and length > 1 and self.call is None else None
@@ -192,16 +192,16 @@ class Engine:
             return self.fresh(names[0], kwargs, real, told)
         return mixed.begin(self, names, kwargs, real, told)
 
-    def _flat(self, mask: Any, rows: int, length: int) -> Any:
-        """[rows, seq]: which tokens are real, from a 2-D, 4-D or per-layer-type mask."""
+    def _flat(self, mask: Any, rows: int, length: int, past: int) -> Any:
+        """[rows, past and new tokens]: which tokens are real, from a 2-D, 4-D or per-layer-type mask."""
         pairs = reading.each_pair(mask)
         if pairs is None:
             return mask
         given = self.call.attended if self.call is not None and self.call.now.own else None
         if given is not None and given.dim() == 2 and given.shape[1] == length:
             return _rows(given, rows)
-        own = pairs[:, :, :length].diagonal(dim1=-2, dim2=-1)  # a real token sees itself, in any sliding window
-        return own.expand(rows, -1)
+        found = reading.shown(pairs, past).expand(rows, -1)
+        return found if found.shape[1] == past + length else None  # a sliding cache tells of its window alone
 
     def _known(self, cache: Any, past: int, names: list[str]) -> ForwardContext | None:
         if past == 0:  # without a cache, a text comes whole again for each token
