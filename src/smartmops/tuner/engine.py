@@ -23,7 +23,7 @@ from smartmops.adapter.config import MoPsConfig
 from smartmops.attention import attached
 from smartmops.attention.context import ForwardContext
 from smartmops.attention.packed import text_positions
-from smartmops.backbone import bases, growing, halves
+from smartmops.backbone import bases, following, growing, halves
 from smartmops.calls import call, mixed, packing, reading, trainers
 from smartmops.calls.call import Told
 from smartmops.checks.errors import AdapterError
@@ -350,7 +350,7 @@ class Engine:
             raise AdapterError(f"no attention module of {type(model).__name__} saw the prompts: its layers do not hand "
                                "on what they carry; please report the architecture")  # fmt: skip
         if context is not None and cache is not None:
-            cache.mops = context
+            following.put(cache, context)
         return output if context is None else first_pass.finished(self, context, cache, output)
 
 
