@@ -101,7 +101,15 @@ class Past:
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional arguments, and those by keyword
 T = TypeVar("T")
-BY_ROW = ("pooled", "gate_weights", "gate", "null_weight", "visible_from", "base_rows")  # what is held of each row
+BY_ROW = (
+    "pooled",
+    "text",
+    "gate_weights",
+    "gate",
+    "null_weight",
+    "visible_from",
+    "base_rows",
+)  # what is held of each row
 
 
 def _whole(kind: type[T]) -> type[T]:
@@ -127,6 +135,7 @@ class ForwardContext:
     injection_layer: int = -1  # -1 in a pass of prompts; the number of layers where no gate is to be read
     gate_mask: Tensor | None = None  # [rows, seq], or [tokens] of segments: what the gate may read
     pooled: Float[Tensor, "rows inputs"] | None = None  # the gate's input
+    text: Int[Tensor, "rows seq"] | None = None  # the tokens that `gate` rests on; -1: it does not; None: on none
     gate_weights: Float[Tensor, "rows experts"] | None = None  # given by the caller; NaN: the gate decides
     gate: Float[Tensor, "rows groups"] | None = None
     null_weight: Float[Tensor, " rows"] | None = None  # None: there is no null expert

@@ -16,6 +16,8 @@ from torch import Tensor
 from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import AdapterError
 
+FREE, UNKNOWN = -1, -2  # beside token ids: what nothing rests on, and what came as an embedding
+
 
 def places(ids: Int[Tensor, " seq"], pattern: Sequence[int]) -> Int[Tensor, " found"]:
     """Where a sequence of ids begins in a row."""
@@ -123,6 +125,28 @@ def each_pair(mask: Any) -> Bool[Tensor, "rows queries keys"] | None:
     if not isinstance(mask, Tensor) or mask.dim() < 4:
         return None
     return (mask if mask.dtype == torch.bool else mask > -1)[:, 0]
+
+
+def rests_on(
+    ids: Int[Tensor, "rows seq"] | None, real: Bool[Tensor, "rows seq"], read: Bool[Tensor, "rows seq"]
+) -> Int[Tensor, "rows seq"]:
+    """The tokens without which the gate would read otherwise: of each row, all up to the last one that it reads.
+
+    `FREE` elsewhere; `UNKNOWN` where embeddings stand for tokens.
+    """
+    before = real & (read.flip(1).cumsum(1).flip(1) > 0)
+    tokens = torch.full(real.shape, UNKNOWN, device=real.device) if ids is None else ids
+    return torch.where(before, tokens, FREE)
+
+
+def comes_again(text: Int[Tensor, "rows seq"], ids: Int[Tensor, "some more"] | None, past: int) -> bool:
+    """Whether a cache that was cropped to `past` columns gets back all that the gate's reading rests on (`text`)."""
+    due = text[:, past:]
+    coming = due.new_full(due.shape, FREE)
+    if ids is not None and len(due) % len(ids) == 0:  # `generate` repeats rows later
+        columns = min(ids.shape[1], due.shape[1])
+        coming[:, :columns] = ids[:, :columns].repeat_interleave(len(due) // len(ids), 0).to(due)
+    return bool(((due == FREE) | (due == coming)).all())
 
 
 def shown(pairs: Bool[Tensor, "rows queries keys"], past: int) -> Bool[Tensor, "rows tokens"]:
