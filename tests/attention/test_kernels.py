@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adapted import adapt
+from adapted import ADAPTER, adapt
+from smartmops import MoPsConfig
 from smartmops.attention import kernels, merged
 from smartmops.attention.context import Prefix
 from smartmops.attention.packed import IGNORED, Packed, Segments, each_nats, mean_loss
-from tiny_models import batch
+from smartmops.checks.errors import BaseModelError
+from tiny_models import batch, relative
 
 HEADS, WIDTH, PROMPTS, SCALE = 3, 16, 5, 0.3
 LEAST = torch.finfo(torch.float32).min
@@ -133,9 +135,14 @@ def test_inference_over_rows_is_one_softmax(queries, masked, closed, times):
     torch.testing.assert_close(got.double()[kept], want[kept], rtol=1e-5, atol=1e-6)
 
 
-def _another_sdpa(*args, **kwargs):
+class Another(kernels.Native):
     """The same kernel under another name, so that it is given the mask."""
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+    sdpa = False
+
+    @property
+    def function(self):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def test_the_bias_in_a_head_dimension_is_the_bias_in_the_mask(monkeypatch):
@@ -147,7 +154,7 @@ def test_the_bias_in_a_head_dimension_is_the_bias_in_the_mask(monkeypatch):
             monkeypatch.setattr(kernels, "_carry", None)  # must not be reached
             for layer in model.get_base_model().mops_engine.layers:
                 for module in layer.mops_attention:
-                    module.mops_native = replace(module.mops_native, function=_another_sdpa, sdpa=False)
+                    module.mops_native = Another(module.mops_native.eager, module.mops_native.config)
         inputs = batch()
         unlabelled = inputs["gate_mask"].bool() | (inputs["attention_mask"] == 0)
         labels = inputs["input_ids"].masked_fill(unlabelled, IGNORED)
@@ -204,3 +211,38 @@ def test_a_packed_batch_without_the_causal_task_type_is_refused():
     _, model = adapt()
     with pytest.raises(ValueError, match="task_type='CAUSAL_LM'"):
         model(packed={"lengths": torch.tensor([2]), "labels": torch.tensor([1, 2]), "input_ids": torch.tensor([1, 2])})
+
+
+@pytest.mark.parametrize(("first", "then"), [("sdpa", "eager"), ("eager", "sdpa")])
+@torch.no_grad()
+def test_a_kernel_that_is_set_later_serves_adapter_and_base(first, then):
+    """Masks are made for the kernel that is set: of none at all, which is causal to sdpa, eager would hide nothing."""
+    _, model = adapt(kernel=first)
+    ids = batch()["input_ids"][1:2]
+
+    def found() -> list[torch.Tensor]:
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        return [base, model(input_ids=ids).logits, model(**batch()).logits[batch()["attention_mask"].bool()]]
+
+    before = found()
+    model.get_base_model().set_attn_implementation(then)
+    assert all(relative(got, want) < 1e-5 for got, want in zip(found(), before, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2", "flash_attention_3", "paged|sdpa"])
+@torch.no_grad()
+def test_a_kernel_that_takes_no_bias_is_refused_after_the_adapter_too(kernel):
+    _, model = adapt(task_type="CAUSAL_LM")
+    given = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    packed = {"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9), "lengths": torch.tensor([6])}
+    model.get_base_model().config._attn_implementation_internal = kernel  # some are not installed here
+    for attempt in (
+        lambda: model(**given),
+        lambda: model(packed=packed),
+        lambda: model.generate(**given, max_new_tokens=2),
+        lambda: model.generate(**given, max_new_tokens=2, cache_implementation="static"),
+        lambda: model.add_adapter("second", MoPsConfig(**ADAPTER, task_type="CAUSAL_LM")),
+    ):
+        with pytest.raises(BaseModelError, match=f"attn_implementation='{re.escape(kernel)}' cannot carry a gate"):
+            attempt()

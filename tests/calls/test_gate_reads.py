@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import DynamicCache, StaticCache
 
 from smartmops import MoPsConfig
+from smartmops.calls import reading
 from smartmops.checks.errors import AdapterError
 from tiny_models import VOCABULARY, build
 
@@ -258,3 +259,133 @@ def test_without_a_header_what_follows_alone_is_refused():
     model.generate(input_ids=first, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
     with pytest.raises(AdapterError, match="give the whole text to generate, or start from an empty cache"):
         model.generate(input_ids=more[:, :5], past_key_values=cache, max_new_tokens=2)
+
+
+def left_and_right() -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of 12, 9 and 1 tokens padded on the left, and of 10, 7 and 4 on the right; which tokens are real."""
+    ids = torch.randint(10, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(4))
+    at, lengths = torch.arange(12), torch.tensor([12, 9, 1, 10, 7, 4])[:, None]
+    real = torch.where(torch.arange(6)[:, None] < 3, at >= 12 - lengths, at < lengths)
+    return ids, real
+
+
+CAUSAL, EYE = torch.ones(12, 12, dtype=torch.bool).tril(), torch.eye(12, dtype=torch.bool)
+MASKS = {
+    "keys": lambda real: CAUSAL & real[:, None],
+    "keys and themselves": lambda real: CAUSAL & real[:, None] | EYE,
+    "both": lambda real: CAUSAL & real[:, None] & real[:, :, None],
+    "both and themselves": lambda real: CAUSAL & real[:, None] & real[:, :, None] | EYE,
+    "empty rows see all": lambda real: (seen := CAUSAL & real[:, None]) | ~seen.any(-1, keepdim=True),
+    "a window of 3": lambda real: CAUSAL & real[:, None] & ~CAUSAL.tril(-3) | EYE,
+}
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@torch.no_grad()
+def test_padding_that_sees_itself_in_a_mask_of_pairs_is_no_text(mask, additive):
+    model, (ids, real) = adapt(), left_and_right()
+    model(input_ids=ids, attention_mask=real.long())
+    read = model.base_model.last_gate
+    pairs = mask(real)[:, None]
+    assert torch.equal(reading.shown(pairs[:, 0], 0), real)
+    if additive:
+        pairs = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min)
+    found = model(input_ids=ids, attention_mask=pairs)
+    assert found.logits[real].isfinite().all()
+    if mask is not MASKS["a window of 3"]:  # which this model has none of
+        torch.testing.assert_close(model.base_model.last_gate, read, rtol=1e-5, atol=1e-6)
+
+
+def test_every_token_of_texts_that_do_not_see_each_other_is_real():
+    text = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    pairs = (text[:, None] == text) & torch.ones(8, 8, dtype=torch.bool).tril()
+    shared = torch.ones(8, 8, dtype=torch.bool).tril()
+    shared[5:, 3:5] = False  # two answers behind one prompt
+    assert reading.shown(torch.stack([pairs, shared]), 0).all()
+
+
+@torch.no_grad()
+def test_a_token_behind_a_cache_stands_where_it_would_with_a_mask_of_tokens():
+    model, (ids, real) = adapt(), left_and_right()
+    ids, real, found = ids[:3], real[:3], []
+    for pairs in (False, True):
+        cache = DynamicCache(config=model.config)
+        for first, last in ((0, 10), (10, 11), (11, 12)):
+            seen = (MASKS["keys and themselves"](real)[:, None, first:last, :last]) if pairs else real[:, :last].long()
+            out = model(input_ids=ids[:, first:last], attention_mask=seen, past_key_values=cache)
+        found.append(out.logits)
+    torch.testing.assert_close(found[0][:2], found[1][:2], rtol=1e-4, atol=1e-5)  # the third is all padding at first
+
+
+NO_HEADER = {"answer_header": [], "gate_frame": None}
+
+
+@pytest.mark.parametrize("options", [{}, dict(experts="keys_values"), dict(experts="keys_values", visible_to="answers")],
+                         ids=str)  # fmt: skip
+@torch.no_grad()
+def test_who_gives_a_prompt_in_parts_by_hand_is_told_once_that_the_gate_reads_the_first(options, recwarn):
+    model, (first, _) = adapt(**options, **NO_HEADER), conversation()
+
+    def told(*parts, **given) -> int:
+        recwarn.clear()
+        cache = DynamicCache(config=model.config)
+        for part in parts:
+            name = "inputs_embeds" if part.is_floating_point() else "input_ids"
+            model(**{name: part}, past_key_values=cache, **(given if part is parts[0] else {}))
+        return sum("the gate has read what these held at first alone" in str(each.message) for each in recwarn)
+
+    assert told(first, first[:, :1], first[:, 1:2]) == 0, "an answer comes token by token"
+    assert told(first[:, :6], first[:, 6:], gate_weights=torch.tensor([[0.0, 1.0, 0.0]])) == 0, "no gate decides"
+    assert told(first[:, :6], model.get_input_embeddings()(first[:, 6:])) == 1
+    assert told(first[:, :6], first[:, 6:]) == 0, "it was said"
+
+
+@pytest.mark.parametrize("options", [{}, dict(experts="keys_values"), dict(experts="keys_values", visible_to="answers")],
+                         ids=str)  # fmt: skip
+@torch.no_grad()
+def test_a_prompt_that_was_cropped_and_ends_otherwise_is_read_again_or_refused(options):
+    model, (first, _) = adapt(**options, **NO_HEADER), conversation()
+    other = first.clone()
+    other[:, -3:] = torch.tensor([30, 31, 32])
+    want = model.generate(input_ids=other, max_new_tokens=4, eos_token_id=None)
+
+    last = 2 if options.get("visible_to") == "answers" else 1  # where answers alone see experts, their first is unread
+
+    def cropped(tokens: int) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=torch.cat([other[:, :-last], first[:, -last:]], 1), past_key_values=cache)
+        cache.crop(-tokens)
+        return cache
+
+    for tokens in (last, last + 1):
+        cache = cropped(tokens)
+        with pytest.raises(AdapterError, match="input_ids come where past_key_values were cropped, and the gate has"):
+            model(input_ids=other[:, -tokens:], past_key_values=cache)
+        with pytest.raises(AdapterError, match="inputs_embeds come where past_key_values were cropped"):
+            model(inputs_embeds=model.get_input_embeddings()(other[:, -tokens:]), past_key_values=cache)
+        with pytest.raises(AdapterError, match="come where past_key_values were cropped"):
+            model.generate(input_ids=other[:, -1:], past_key_values=cache, max_new_tokens=1)
+        got = model.generate(input_ids=other, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
+        assert torch.equal(got, want)
+
+
+@EVERY
+@torch.no_grad()
+def test_a_cropped_cache_that_gets_back_what_the_gate_has_read_goes_on(options, recwarn):
+    model, (ids, _) = adapt(**options, **NO_HEADER), conversation()
+    rows = torch.cat([ids, ids.roll(1, 1)])
+    cache = DynamicCache(config=model.config)
+    logits = model(input_ids=rows, past_key_values=cache).logits
+    gate = model.base_model.last_gate
+    cache.crop(-3)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    recwarn.clear()
+    again = model(input_ids=rows.flip(0)[:, -3:], past_key_values=cache).logits
+    torch.testing.assert_close(again.flip(0), logits[:, -3:], rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.base_model.last_gate, gate.flip(0)) and not [
+        w for w in recwarn if "gate" in str(w.message)
+    ]
+    model(input_ids=rows[:, :1], past_key_values=cache)
+    cache.crop(-1)
+    model(input_ids=rows[:, 1:2], past_key_values=cache)  # another token of the answer

@@ -161,3 +161,9 @@ def test_a_cache_goes_on_under_the_adapter_that_filled_it():
     with pytest.raises(ValueError, match=r"filled by adapter a, and now b"):
         model(input_ids=ids[:, :1], past_key_values=cache)
     model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=["a", "a", "a"])
+    names = ["a", "b", "__base__"]
+    cache = model(input_ids=ids, use_cache=True, adapter_names=names).past_key_values
+    cache.crop(-1)
+    with pytest.raises(ValueError, match=r"input_ids come where past_key_values were cropped"):
+        model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=names)
+    model(input_ids=ids[:, -1:], past_key_values=cache, adapter_names=names)

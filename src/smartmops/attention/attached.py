@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smartmops.checks.errors import BaseModelError
 
@@ -65,12 +64,17 @@ def check(layer: nn.Module, number: int) -> None:
                 f"layer {number}, a {kind}, adds a bias of each query's distance to each key, and "
                 "prompts stand at no distance: choose another architecture, such as Llama"
             )
-        used = module.config._attn_implementation
-        if used not in attention.SUPPORTED:
-            raise BaseModelError(
-                f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model "
-                'with attn_implementation="sdpa" or "eager"'
-            )
+        attention.refuse(module.config._attn_implementation)
+
+
+def refuse_changed(layer: Any) -> None:
+    """Refuse what `check` does of an attached layer too: a model can be given another implementation at any time.
+
+    Raises:
+        BaseModelError: it was given one that cannot carry a bias per row.
+    """
+    for module in layer.mops_attention:
+        attention.refuse(module.mops_native.used)
 
 
 def _no_mixer(name: str, child: nn.Module) -> bool:
@@ -84,9 +88,7 @@ def attach(layer: Any) -> None:
     layer.mops_attention = modules = list(attention_modules(layer))
     for module in modules:
         if not hasattr(module, "mops_native"):
-            used = module.config._attn_implementation
-            function = _eager(module) if used == "eager" else ALL_ATTENTION_FUNCTIONS[used]
-            module.mops_native = Native(function, module.config, used == "sdpa")
+            module.mops_native = Native(_eager(module), module.config)
             module.config = copy.copy(module.config)
             module.config._attn_implementation_internal = attention.NAME
     if not hasattr(layer, "mops_kind"):

@@ -16,12 +16,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from smartmops.checks.errors import BaseModelError
+
 from .context import ForwardContext
 from .kernels import Own, additive, attend
 
 NAME = "gated_prefix"
 now: contextvars.ContextVar[ForwardContext | None] = contextvars.ContextVar("mopsnow", default=None)
 SUPPORTED = ("sdpa", "eager")
+
+
+def refuse(used: str) -> None:
+    """Refuse an implementation that takes no bias of its own for each row.
+
+    Raises:
+        BaseModelError: it is one.
+    """
+    if used not in SUPPORTED:
+        raise BaseModelError(f"attn_implementation={used!r} cannot carry a gate on attention logits: load the model "
+                             'with attn_implementation="sdpa" or "eager", or set one of them by '
+                             "set_attn_implementation")  # fmt: skip
 
 
 def gated_prefix_attention(
@@ -41,6 +55,7 @@ def gated_prefix_attention(
     own = Own(module, kwargs)
     if context is None:
         return own(query, key, value, attention_mask)
+    refuse(own.native.used)  # it may have been changed since the adapter was made
     if query.dtype != value.dtype:  # autocast: rotated in float32, beside values that were not
         query, key = query.to(value.dtype), key.to(value.dtype)
     if context.recorded is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -101,6 +101,15 @@ class Past:
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional arguments, and those by keyword
 T = TypeVar("T")
+BY_ROW = (
+    "pooled",
+    "text",
+    "gate_weights",
+    "gate",
+    "null_weight",
+    "visible_from",
+    "base_rows",
+)  # what is held of each row
 
 
 def _whole(kind: type[T]) -> type[T]:
@@ -126,6 +135,7 @@ class ForwardContext:
     injection_layer: int = -1  # -1 in a pass of prompts; the number of layers where no gate is to be read
     gate_mask: Tensor | None = None  # [rows, seq], or [tokens] of segments: what the gate may read
     pooled: Float[Tensor, "rows inputs"] | None = None  # the gate's input
+    text: Int[Tensor, "rows seq"] | None = None  # the tokens that `gate` rests on; -1: it does not; None: on none
     gate_weights: Float[Tensor, "rows experts"] | None = None  # given by the caller; NaN: the gate decides
     gate: Float[Tensor, "rows groups"] | None = None
     null_weight: Float[Tensor, " rows"] | None = None  # None: there is no null expert
@@ -160,6 +170,36 @@ class ForwardContext:
                 rows = max(len(seen.bias), len(bias))
                 joined = torch.cat([seen.bias.expand(rows, -1), bias.expand(rows, -1)], 1)
                 self.prefix[layer] = Prefix(_join(seen.key, key), _join(seen.value, value), joined)
+
+    def of_rows(self, change: Callable[[Tensor], Tensor]) -> ForwardContext:
+        """For a cache whose rows were reordered, repeated or left out by `change`; nothing that is held is written to.
+
+        Beams trade places at every step, but with those of the same text, for which nothing changes: then what layers
+        keep from step to step stays. Parts go, for the whole batch has what they put in front of layers.
+        """
+        done: dict[int, tuple[Tensor, Tensor]] = {}  # by what was there: layers share a bias
+
+        def own(each: Tensor) -> Tensor:
+            if id(each) not in done:
+                done[id(each)] = each, change(each)
+            return done[id(each)][1]
+
+        def some(each: Tensor) -> Tensor:
+            return own(each) if len(each) > 1 else each  # one serves all rows
+
+        found, at = copy.copy(self), self.row_adapters
+        for name in BY_ROW:
+            if (value := getattr(self, name)) is not None:
+                setattr(found, name, own(value))
+        if at is not None:
+            found.row_adapters = [at[row] for row in change(torch.arange(len(at))).tolist()]
+        found.prefix = {n: Prefix(some(each.key), some(each.value), some(each.bias)) for n, each in self.prefix.items()}
+        found.added = {n: [replace(each, bias=some(each.bias), strength=some(each.strength)) for each in columns]
+                       for n, columns in self.added.items()}  # fmt: skip
+        if found.row_adapters == at and all(torch.equal(was, now) for was, now in done.values()):
+            return self
+        found.gate_mask, found.visible, found.seen, found.parts = None, None, None, []
+        return found
 
     def leave_to_base(self, rows: Bool[Tensor, " rows"]) -> None:
         """Close all prompts to these rows too."""

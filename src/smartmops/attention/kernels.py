@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import merged
 from .context import Prefix
@@ -20,11 +21,31 @@ LONG = 32  # tokens: shorter segments are quicker padded than one by one
 
 @dataclass(frozen=True)
 class Native:
-    """What an attention module had before it was attached: its function, and the config that names it."""
+    """What an attention module had before it was attached: the config that names its function, now and if it changes.
 
-    function: Callable[..., tuple[Tensor, Tensor | None]]
+    A model makes its masks for the function that its config names (`set_attn_implementation`), and another function
+    takes them wrongly: no mask at all is causal to one and shows everything to the other.
+    """
+
+    eager: Callable[..., tuple[Tensor, Tensor | None]] | None  # what the module's own file computes step by step
     config: Any
-    sdpa: bool
+
+    @property
+    def used(self) -> str:
+        """The name of the function."""
+        return self.config._attn_implementation  # type: ignore[no-any-return]
+
+    @property
+    def function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The function."""
+        if self.used == "eager" and self.eager is not None:
+            return self.eager
+        return ALL_ATTENTION_FUNCTIONS[self.used]  # type: ignore[no-any-return]
+
+    @property
+    def sdpa(self) -> bool:
+        """Whether it is torch's own."""
+        return self.used == "sdpa"
 
 
 @dataclass(frozen=True)

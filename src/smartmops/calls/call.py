@@ -17,7 +17,7 @@ from torch import Tensor
 from smartmops.attention.context import ForwardContext
 from smartmops.checks.errors import AdapterError
 
-from . import reading
+from . import packing, reading
 
 # Of the thread that generates, so that calls at once do not meet.
 running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mops_call", default=None)
@@ -129,12 +129,19 @@ FURTHER = ("open a further answer, and past_key_values were read for what stood 
 UNREAD = ("go on after past_key_values, and the gate has read what these hold alone: give the whole text to generate, "
           "or start from an empty cache")  # fmt: skip
 
+CROPPED = ("come where past_key_values were cropped, and the gate has read other tokens there, or more: give the whole "
+           "text to generate, or start from an empty cache")  # fmt: skip
+FOLLOWED = ("tokens came behind past_key_values, and the gate has read what these held at first alone: nothing tells "
+            "this adapter where an answer begins, so if they are part of the prompt, give all of it in one pass, or to "
+            "generate")  # fmt: skip
+
 
 def start_over(given: Mapping[str, Any], headers: Sequence[Sequence[int]], told: Told) -> None:
     """Empty the caller's cache where the gate would read otherwise than it has: it reads all that is there now.
 
     So it does where a further answer begins, for each has a gate of its own; where no header of answers is known, where
-    more follows than the one token that was generated last; and where the caller tells the gate something.
+    more follows than the one token that was generated last; where the cache was cropped, and other tokens come than it
+    has read there; and where the caller tells the gate something.
 
     Args:
         given: The arguments of `generate`; its cache was filled under an adapter.
@@ -153,13 +160,15 @@ def start_over(given: Mapping[str, Any], headers: Sequence[Sequence[int]], told:
     whole = ids.shape[1] > past
     seen = past if whole else 0
     further = reading.opens_answer(ids, headers, seen) if headers else ids.shape[1] - seen > 1
-    if not further and all(each is None for each in told):
+    text = cache.mops.text
+    other = text is not None and past < text.shape[1] and not reading.comes_again(text, ids[:, seen:], past)
+    if not further and not other and all(each is None for each in told):
         return
     if whole:
         cache.reset()
         del cache.mops
     if not whole or cache.get_seq_length():
-        raise AdapterError(f"input_ids {FURTHER if headers else UNREAD}")
+        raise AdapterError(f"input_ids {CROPPED if other else FURTHER if headers else UNREAD}")
 
 
 def refuse_told(told: Told, past: int) -> None:
@@ -172,6 +181,24 @@ def refuse_told(told: Told, past: int) -> None:
     if past and name is not None:
         raise AdapterError(f"gate_{name} comes with past_key_values of {past} tokens, for which the gate was read "
                            "already: give it with the first tokens, or to generate with the whole text")  # fmt: skip
+
+
+def refuse_unread(kwargs: Mapping[str, Any]) -> None:
+    """Refuse keywords of a pass that would go unread, or be read by some layers alone.
+
+    Raises:
+        AdapterError: there is such a keyword.
+    """
+    if kwargs.get("is_causal") is False:
+        raise AdapterError("is_causal=False lets tokens see later ones, and the gate would read the answer: leave it "
+                           "unset, or switch the adapter off with disable_adapter()")  # fmt: skip
+    if unknown := sorted(name for name in kwargs if name.startswith("gate_")):
+        raise AdapterError(f"{unknown[0]} is no argument of the gate: choose gate_mask, gate_embedding or gate_weights")
+    bounds, examples = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+    several = examples is not None and bool((examples != examples.reshape(-1)[0]).any())
+    if several or (bounds is not None and bounds.numel() > 2):
+        raise AdapterError(f"{'seq_idx' if several else 'cu_seq_lens_q'} says that rows hold several examples, so "
+                           f"{packing.WHY} (padding_free) off")  # fmt: skip
 
 
 BATCHING_CALLS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")

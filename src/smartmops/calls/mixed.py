@@ -22,6 +22,7 @@ from smartmops.attention.context import ForwardContext, Part
 from smartmops.checks.errors import AdapterError, ArgumentTypeError
 from smartmops.experts import gate
 
+from . import reading
 from .call import Told
 
 BASE = "__base__"  # PEFT's name for a row that no adapter serves
@@ -125,6 +126,9 @@ def begin(engine: Any, names: list[str], kwargs: Mapping[str, Any], real: Tensor
         groups = max(groups, engine.wrapper_of(adapter).configs[adapter].num_groups)
         if part.visible_from is not None:
             starts[at] = part.visible_from
+        if part.text is not None:
+            before = torch.full_like(part.text[:1], reading.FREE).expand(rows, -1) if whole.text is None else whole.text
+            whole.text = before.index_copy(0, at, part.text)
     if starts.any():
         whole.visible_from = starts
     whole.leave_to_base(torch.tensor([name == BASE for name in names], device=real.device))

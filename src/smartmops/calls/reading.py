@@ -16,6 +16,8 @@ from torch import Tensor
 from smartmops.attention.packed import IGNORED
 from smartmops.checks.errors import AdapterError
 
+FREE, UNKNOWN = -1, -2  # beside token ids: what nothing rests on, and what came as an embedding
+
 
 def places(ids: Int[Tensor, " seq"], pattern: Sequence[int]) -> Int[Tensor, " found"]:
     """Where a sequence of ids begins in a row."""
@@ -123,6 +125,49 @@ def each_pair(mask: Any) -> Bool[Tensor, "rows queries keys"] | None:
     if not isinstance(mask, Tensor) or mask.dim() < 4:
         return None
     return (mask if mask.dtype == torch.bool else mask > -1)[:, 0]
+
+
+def rests_on(
+    ids: Int[Tensor, "rows seq"] | None, real: Bool[Tensor, "rows seq"], read: Bool[Tensor, "rows seq"]
+) -> Int[Tensor, "rows seq"]:
+    """The tokens without which the gate would read otherwise: of each row, all up to the last one that it reads.
+
+    `FREE` elsewhere; `UNKNOWN` where embeddings stand for tokens.
+    """
+    before = real & (read.flip(1).cumsum(1).flip(1) > 0)
+    tokens = torch.full(real.shape, UNKNOWN, device=real.device) if ids is None else ids
+    return torch.where(before, tokens, FREE)
+
+
+def comes_again(text: Int[Tensor, "rows seq"], ids: Int[Tensor, "some more"] | None, past: int) -> bool:
+    """Whether a cache that was cropped to `past` columns gets back all that the gate's reading rests on (`text`)."""
+    due = text[:, past:]
+    coming = due.new_full(due.shape, FREE)
+    if ids is not None and len(due) % len(ids) == 0:  # `generate` repeats rows later
+        columns = min(ids.shape[1], due.shape[1])
+        coming[:, :columns] = ids[:, :columns].repeat_interleave(len(due) // len(ids), 0).to(due)
+    return bool(((due == FREE) | (due == coming)).all())
+
+
+def shown(pairs: Bool[Tensor, "rows queries keys"], past: int) -> Bool[Tensor, "rows tokens"]:
+    """Which tokens are real, of a mask that says which others each of those behind column `past` sees.
+
+    That a token sees itself tells nothing: padding does too where a mask leaves no row empty. Real is what a later
+    token sees. The last one of a text is seen by none: it alone sees the one before it, where padding behind a text
+    would all see that. A token of padding that sees later ones was given all columns, so what it sees tells nothing.
+    """
+    queries = pairs.shape[1]
+    if past:
+        return pairs[:, -1, : past + queries]
+    pairs = pairs[:, :, :queries]
+    own = pairs.diagonal(dim1=-2, dim2=-1)
+    later = pairs.triu(1).any(-1, keepdim=True)
+    sees = pairs.tril(-1) & ~later
+    real = sees.any(1)
+    only = sees.diagonal(-1, dim1=-2, dim2=-1) & (sees.sum(1)[:, :-1] == 1)
+    real[:, 1:] |= own[:, 1:] & only
+    last = own & (own.flip(1).cumsum(1).flip(1) == 1)
+    return torch.where(real.any(-1, keepdim=True), real, last)  # a text of one token sees itself alone
 
 
 def refuse_sight(

@@ -23,7 +23,7 @@ from smartmops.adapter.config import MoPsConfig
 from smartmops.attention import attached
 from smartmops.attention.context import ForwardContext
 from smartmops.attention.packed import text_positions
-from smartmops.backbone import bases, growing, halves
+from smartmops.backbone import bases, following, growing, halves
 from smartmops.calls import call, mixed, packing, reading, trainers
 from smartmops.calls.call import Told
 from smartmops.checks.errors import AdapterError
@@ -109,6 +109,8 @@ class Engine:
         if len(on) > 1:
             names = [wrapper.current for wrapper in on]
             raise AdapterError(f"adapters {names} are active at once: activate one with set_adapter({names[0]!r})")
+        if on:
+            attached.refuse_changed(self.layers[0])
         return on[0] if on else None
 
     def wrapper_of(self, adapter: str) -> Any:
@@ -145,7 +147,7 @@ class Engine:
             raise AdapterError("nn.DataParallel copies a model without its adapters' parameters: start one process for "
                                "each GPU with torchrun, or let CUDA_VISIBLE_DEVICES name one")  # fmt: skip
         _refuse_reentrant(self.layers, model.training)
-        _refuse_unread(kwargs)
+        call.refuse_unread(kwargs)
         inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is None:
             return (), kwargs  # the model says what it wants
@@ -154,13 +156,17 @@ class Engine:
         past = int(cache.get_seq_length()) if cache is not None else 0
         if self.call is not None and past == 0:
             self.call.begin(inputs)
-        flat = self._flat(kwargs.get("attention_mask"), rows, length)
+        flat = self._flat(kwargs.get("attention_mask"), rows, length, past)
         packing.refuse_positions(kwargs.get("position_ids"), flat)
         names = mixed.names_of(self, rows) or [wrapper.current] * rows
-        given = kwargs.get("input_ids") if past and length > 1 and self.call is None else None
-        if given is not None and reading.opens_answer(given, self._headers(cache)):  # one token may be the answer's own
+        given, several = kwargs.get("input_ids"), past > 0 and length > 1 and self.call is None
+        headers = self._headers(cache) if several else []  # one token may be the answer's own
+        if given is not None and reading.opens_answer(given, headers):
             raise AdapterError(f"input_ids {call.FURTHER}")
-        context = self._known(cache, past, names)
+        context = self._known(cache, past, names, given)
+        text = None if context is None or headers or not several else context.text
+        if text is not None and past >= text.shape[1]:  # not what a cropped cache gets back
+            self._say(call.FOLLOWED)
         call.refuse_told(told, 0 if context is None else past)
         if flat is not None and kwargs.get("position_ids") is None and "position_ids" in self.names:
             kwargs["position_ids"] = text_positions(flat)[:, -length:]
@@ -170,10 +176,6 @@ class Engine:
                 growing.make_room(cache)
                 self.call.now.once = first_pass.once(self, names, kwargs, real)
             context = self._begun(names, kwargs, real, told)
-        elif context.gate is not None and len(context.gate) != rows:
-            raise AdapterError(
-                f"this cache was filled by {len(context.gate)} rows, but {rows} came: run the prompt again"
-            )
         context.look(past, length)
         self.last = kwargs["mops"] = context
         if self.call is not None and new:
@@ -190,18 +192,19 @@ class Engine:
             return self.fresh(names[0], kwargs, real, told)
         return mixed.begin(self, names, kwargs, real, told)
 
-    def _flat(self, mask: Any, rows: int, length: int) -> Any:
-        """[rows, seq]: which tokens are real, from a 2-D, 4-D or per-layer-type mask."""
+    def _flat(self, mask: Any, rows: int, length: int, past: int) -> Any:
+        """[rows, past and new tokens]: which tokens are real, from a 2-D, 4-D or per-layer-type mask."""
         pairs = reading.each_pair(mask)
         if pairs is None:
             return mask
         given = self.call.attended if self.call is not None and self.call.now.own else None
         if given is not None and given.dim() == 2 and given.shape[1] == length:
             return _rows(given, rows)
-        own = pairs[:, :, :length].diagonal(dim1=-2, dim2=-1)  # a real token sees itself, in any sliding window
-        return own.expand(rows, -1)
+        found = reading.shown(pairs, past).expand(rows, -1)
+        return found if found.shape[1] == past + length else None  # a sliding cache tells of its window alone
 
-    def _known(self, cache: Any, past: int, names: list[str]) -> ForwardContext | None:
+    def _known(self, cache: Any, past: int, names: list[str], ids: Tensor | None) -> ForwardContext | None:
+        """What is known of a text that goes on behind `past` tokens."""
         if past == 0:  # without a cache, a text comes whole again for each token
             return None if self.call is None or cache is not None else self.call.now.context
         found: ForwardContext | None = getattr(cache, "mops", None)  # it goes where the cache goes: copies, threads
@@ -212,6 +215,12 @@ class Engine:
             was, now = (" and ".join(sorted(set(each))) for each in (filled, names))
             raise AdapterError(f"past_key_values were filled by adapter {was}, and now {now} is to go on: use the "
                                "same, or an empty cache")  # fmt: skip
+        if found.gate is not None and len(found.gate) != len(names):
+            raise AdapterError(
+                f"this cache was filled by {len(found.gate)} rows, but {len(names)} came: run the prompt again"
+            )
+        if found.text is not None and past < found.text.shape[1] and not reading.comes_again(found.text, ids, past):
+            raise AdapterError(f"{'inputs_embeds' if ids is None else 'input_ids'} {call.CROPPED}")
         return found
 
     def _headers(self, cache: Any) -> list[list[int]]:
@@ -268,6 +277,8 @@ class Engine:
             frame = config.gate_frame if config.gate_reads == "own" else None
             context.gate_mask = reading.instruction(ids, real, labels, context.visible_from, frame, chosen)
             reading.refuse_sight(kwargs.get("attention_mask"), context.gate_mask, real, labels)
+        if not config.gate_is_idle and (told.weights is None or bool(told.weights.isnan().any())):
+            context.text = reading.rests_on(ids, real, context.gate_mask)
         once = self.call is not None and self.call.now.once
         if not once and (config.reads_ahead or config.visible_to == "answers"):
             context.pooled = self._read_ahead(context, kwargs, real, config)
@@ -348,7 +359,7 @@ class Engine:
             raise AdapterError(f"no attention module of {type(model).__name__} saw the prompts: its layers do not hand "
                                "on what they carry; please report the architecture")  # fmt: skip
         if context is not None and cache is not None:
-            cache.mops = context
+            following.put(cache, context)
         return output if context is None else first_pass.finished(self, context, cache, output)
 
 
@@ -370,20 +381,6 @@ def _embedding(embedding: Tensor | None, config: MoPsConfig) -> Tensor:
             f"gate_embedding has width {embedding.shape[-1]}, but embedding_size={config.embedding_size}"
         )
     return embedding
-
-
-def _refuse_unread(kwargs: dict[str, Any]) -> None:
-    """Refuse keywords that would go unread, or be read by some layers alone."""
-    if kwargs.get("is_causal") is False:
-        raise AdapterError("is_causal=False lets tokens see later ones, and the gate would read the answer: leave it "
-                           "unset, or switch the adapter off with disable_adapter()")  # fmt: skip
-    if unknown := sorted(name for name in kwargs if name.startswith("gate_")):
-        raise AdapterError(f"{unknown[0]} is no argument of the gate: choose gate_mask, gate_embedding or gate_weights")
-    bounds, examples = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
-    several = examples is not None and bool((examples != examples.reshape(-1)[0]).any())
-    if several or (bounds is not None and bounds.numel() > 2):
-        raise AdapterError(f"{'seq_idx' if several else 'cu_seq_lens_q'} says that rows hold several examples, so "
-                           f"{packing.WHY} (padding_free) off")  # fmt: skip
 
 
 def _refuse_reentrant(layers: list[nn.Module], training: bool) -> None:

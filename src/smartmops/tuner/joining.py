@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from smartmops.attention.context import ForwardContext
-from smartmops.backbone import growing
+from smartmops.backbone import following, growing
 from smartmops.calls import mixed
 
 from .engine import Engine
@@ -79,7 +79,7 @@ def joined(model: Any, adapter: str, some: Sequence[Rows]) -> Rows:
         torch.cat([rows.told for rows in some]),
         torch.cat([rows.base for rows in some]),
     )
-    cache.mops = _context(model, adapter, found)
+    following.put(cache, _context(model, adapter, found))
     return found
 
 
@@ -91,7 +91,7 @@ def kept(model: Any, adapter: str, rows: Rows, stay: Sequence[int]) -> Rows:
     cache = _cache([tuple(each[at][:, :, first:] for each in (layer.keys, layer.values))
                     for layer in rows.cache.layers])  # fmt: skip
     found = Rows(cache, mask[:, first:], rows.pooled[at], rows.told[at], rows.base[at])
-    cache.mops = _context(model, adapter, found)
+    following.put(cache, _context(model, adapter, found))
     return found
 
 

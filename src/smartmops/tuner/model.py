@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from smartmops.adapter import registry, stored
 from smartmops.adapter.config import MoPsConfig
+from smartmops.attention import attached
 from smartmops.attention.packed import Packed, each_nats, mean_loss
 from smartmops.backbone import halves, head
 from smartmops.backbone.bases import refuse_changed_embeddings
@@ -62,6 +63,7 @@ class MoPsModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MoPsConfig, model_config: dict[str, Any]) -> MoPsConfig:
         engine = Engine.on(self.model)
+        attached.refuse_changed(engine.layers[0])
         peft_config.resolve(len(engine.layers), halves.hidden_size(engine.backbone))
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         if peft_config.experts == "hidden_states" and not keys_values.learned_positions(engine.backbone):
