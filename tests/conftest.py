@@ -15,7 +15,8 @@ from pathlib import Path
 
 _cache = tempfile.mkdtemp(prefix="smartmops-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ |= {"HF_HOME": _cache, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HOME": _cache, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+               "RAY_memory_monitor_refresh_ms": "0"}  # else Ray ends actors when other programs fill the memory  # fmt: skip
 
 from jaxtyping import install_import_hook
 

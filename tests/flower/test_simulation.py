@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from smartmops.checks.errors import OutOfMemory
 from smartmops.federated.federate import FederateConfig, federate
 from smartmops.flower.simulation import clients_of, simulate
 
@@ -36,6 +37,15 @@ def test_errors_come_through_as_they_are(config: Make) -> None:
         simulate(config(engine="flower-simulation", actors=100_000))
     with pytest.raises(ValueError, match="--clients-per-round 9, but there are 5 clients"):
         simulate(config(engine="flower-simulation", actors=1, clients_per_round=9))
+
+
+def test_actors_that_ray_ends_for_want_of_memory_are_told_with_the_way_out(
+    config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")  # below what any machine has in use
+    with pytest.raises(OutOfMemory, match=r"^out of memory: lower .*actors \(now 2\)"):
+        simulate(config(engine="flower-simulation", actors=2))
 
 
 def test_clients_are_counted_as_the_partition_names_them(config: Make, clients_folder: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from smartmops.checks.errors import MissingExtra
+from smartmops.checks.errors import MissingExtra, OutOfMemory
 from smartmops.checks.limits import check
+from smartmops.checks.resources import lower
 from smartmops.clients.messages import Transport
 from smartmops.clients.partition import read_clients
 from smartmops.data.tasks import splits
@@ -65,6 +66,7 @@ def simulate(config: FederateConfig) -> dict[str, Any]:
     Raises:
         MissingExtra: Flower is not installed.
         FederationError: as `federate`.
+        OutOfMemory: Ray ended actors, since the memory of the machine was nearly full.
     """
     check(config)
     os.environ |= QUIET
@@ -100,7 +102,12 @@ def simulate(config: FederateConfig) -> dict[str, Any]:
                             "client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
         )  # fmt: skip
     if "error" in found:
-        raise found["error"]
+        error = found["error"]
+        if "ray.exceptions.OutOfMemoryError" in str(
+            error
+        ):  # Ray ends actors where memory is nearly full
+            raise OutOfMemory(lower(config, error)) from error
+        raise error
     metrics: dict[str, Any] = found["metrics"]
     return metrics
 
