@@ -101,13 +101,10 @@ def simulate(config: FederateConfig) -> dict[str, Any]:
             backend_config={"init_args": {"num_cpus": config.actors, "include_dashboard": False},
                             "client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
         )  # fmt: skip
-    if "error" in found:
-        error = found["error"]
-        if "ray.exceptions.OutOfMemoryError" in str(
-            error
-        ):  # Ray ends actors where memory is nearly full
-            raise OutOfMemory(lower(config, error)) from error
-        raise error
+    if failed := found.get("error"):
+        if "ray.exceptions.OutOfMemoryError" in str(failed):  # Ray ends actors where memory is nearly full
+            raise OutOfMemory(lower(config, failed)) from failed
+        raise failed
     metrics: dict[str, Any] = found["metrics"]
     return metrics
 
