@@ -117,6 +117,24 @@ def test_runs_with_experts_added_merged_and_dropped_are_exported_end_to_end(
         assert {text: each["expert"] for text, each in zip(TEXTS, routed, strict=True)}[TEXTS[3]] == "date"
 
 
+def test_a_quantised_base_that_onnx_has_no_steps_for_is_told(
+    by_answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: Any) -> None:
+        raise torch.onnx.OnnxExporterError("no decomposition of bitsandbytes.gemm_4bit")
+
+    monkeypatch.setattr(router, "check_installed", lambda: None)
+    monkeypatch.setattr(router, "write_onnx", failing)
+    with pytest.raises(torch.onnx.OnnxExporterError):
+        sm.export(run=by_answers, format="router", out=tmp_path / "dense")
+    monkeypatch.setattr(LlamaForCausalLM, "is_quantized", True, raising=False)
+    with pytest.raises(
+        sm.RunError, match=r"is quantised, by steps that ONNX does not have: train on the base as it was"
+    ):
+        sm.export(run=by_answers, format="router", out=tmp_path / "quantised")
+    assert not (tmp_path / "quantised").exists()
+
+
 def test_the_page_says_which_experts_no_text_is_sent_to_and_when_weights_do_not_sum_to_one() -> None:
     found = {"base": "tiny", "experts": ["apple", "terse"], "texts": 4, "same": 4, "largest_difference": 1e-7}
     about = {"by_name": ["terse"], "sum_to_one": True}

@@ -90,6 +90,9 @@ def test_a_new_or_empty_folder_can_be_resumed(tmp_path):
     (tmp_path / "x" / ".config.json.1.tmp").write_text("{")  # killed before anything was whole
     assert Run.create(tmp_path / "x", CONFIG, resume=True).read_curves() == []
     assert os.listdir(tmp_path / "x") != [] and not list((tmp_path / "x").glob(".*"))
+    (tmp_path / "x" / "checkpoints" / ".round.safetensors.1.tmp").write_text("half")
+    Run.create(tmp_path / "x", CONFIG, resume=True)
+    assert not list((tmp_path / "x" / "checkpoints").iterdir())
 
 
 def test_a_folder_that_is_not_there_is_not_begun(tmp_path):

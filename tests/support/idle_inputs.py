@@ -157,6 +157,7 @@ IDLE: list[tuple[str, str]] = [
         f"{COMPARE.replace(' --experts 3', '')} --methods ia3 None --init random",
         "--init random is of experts, and there are none",
     ),
+    (f"{FEDERATE} --relative-gate-lr 0.1", "--relative-gate-lr 0.1 does not reach the clients: give --gate-lr"),
     (f"{FEDERATE} --partition dirichlet --skew 3", "--skew 3.0 is of --partition skewed: choose that"),
     (f"{FEDERATE} --dirichlet-alpha 3", "--dirichlet-alpha 3.0 is of --partition dirichlet: choose that"),
     (f"{OWN} --partition source", "--partition source is of DATA that are shared out"),
@@ -202,7 +203,6 @@ IDLE: list[tuple[str, str]] = [
 ]
 ACTING = [
     f"{FEDERATE} --expert-kind keys_values --prefix-attention separate --head-lr 0.1 --relative-lr 0.1 --gate-lr 0.1",
-    f"{FEDERATE} --relative-gate-lr 0.003",
     f"{TRAIN} --gate-lr 0.1 --gate-temperature 2 --gate-layer 3 --null-threshold 0.2 --gate-pretraining clusters",
     f"{TRAIN} --method top-1 --gate-lr 0.1 --gate-hidden-size 9 --gate-target attention --expert-names a b c",
     f"{TRAIN} --method uniform-gate --gate-top-k 2 --no-gate-renormalise --gate-granularity prompt",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,43 @@ def test_a_frozen_expert_is_not_merged(run: Path, tmp_path: Path) -> None:
         sm.merge_experts(tmp_path / "frozen", first="apple", second="banana", out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert sm.freeze_expert(tmp_path / "frozen", name="banana", off=True, in_place=True)["frozen"] == []
+
+
+def test_changes_in_place_are_made_one_at_a_time(run: Path, tmp_path: Path) -> None:
+    """Two at once would each write what the run was before, and one of them would be lost."""
+    shutil.copytree(run, tmp_path / "own")
+    program = "import sys; from pathlib import Path; from smartmops.checks.lock import alone\n" \
+              "with alone(Path(sys.argv[1])): print(flush=True); input()"  # fmt: skip
+    other = [sys.executable, "-c", program, str(tmp_path / "own")]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(RunError, match=r"own is in use by process \d+"):
+            sm.rename_expert(tmp_path / "own", name="cherry", to="kirsche", in_place=True)
+        process.communicate("\n")
+    sm.rename_expert(tmp_path / "own", name="cherry", to="kirsche", in_place=True)
+
+
+def test_a_run_whose_change_in_place_was_killed_is_found_again(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / ".own.before.tmp")
+    with pytest.raises(ValueError, match=r"was killed: it is .*\.own\.before\.tmp as it was before, rename that"):
+        sm.list_experts(tmp_path / "own")
+
+
+def test_a_killed_change_leaves_a_folder_that_can_be_written_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: Any) -> None:
+        raise SystemExit  # nothing is tidied up after a kill
+
+    monkeypatch.setattr("smartmops.surgery.subject.number", killed)
+    monkeypatch.setattr(shutil, "rmtree", lambda *given, **options: None)
+    with pytest.raises(SystemExit):
+        sm.rename_expert(run, name="cherry", to="kirsche", out=tmp_path / "new")
+    assert [*tmp_path.rglob("config.json")]
+    monkeypatch.undo()
+    sm.rename_expert(run, name="cherry", to="kirsche", out=tmp_path / "new")
+    assert sm.load_run(tmp_path / "new").experts[2] == "kirsche"
 
 
 def test_a_name_changes_in_place_and_nothing_else(

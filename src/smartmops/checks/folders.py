@@ -171,6 +171,7 @@ def whole(path: Path) -> Iterator[Path]:
     path = path.resolve()
     there = path.exists()  # and stays: it may be where the process or its shell is, or a mount
     fresh = (path if there else path.parent) / f".{path.name}.{os.getpid()}{UNFINISHED}"
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process of the same number that was killed
     fresh.mkdir(parents=True)
     try:
         yield fresh
@@ -285,6 +286,11 @@ def is_run(folder: Path) -> bool:
     except (OSError, ValueError):
         return file.is_file()
     return not isinstance(found, dict) or "arguments" in found
+
+
+def before(path: Path) -> Path:
+    """Where a folder stands while another is put in its place."""
+    return path.with_name(f".{path.name}.before{UNFINISHED}")
 
 
 def near(path: Path, fits: Callable[[Path], bool] | None = None) -> str:

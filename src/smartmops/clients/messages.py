@@ -30,13 +30,12 @@ class Local:
     steps: int  # optimiser steps
     batch_size: int  # examples
     prompt_lr: float  # Adam's rate for prompts (and for LoRA)
-    gate_lr: float | None  # Adam's rate for the gate; None: relative
+    gate_lr: float  # Adam's rate for the gate
     seed: int  # order of the client's examples
     proximal: float = 0.0  # FedProx's mu: mu / 2 * ||w - w_received||^2 is added to the loss
     max_grad_norm: float = 1.0  # gradients are clipped to it, as Hugging Face's Trainer does
     half: bool = False  # float16 on the way back, as the difference from what was received
     share_above: float = 0.0  # experts whose mean gate weight is not above it stay at home
-    relative_gate_lr: float = 0.003  # the same, as a share of the size of each of the gate's arrays as received
     head_lr: float = 0.02  # Adam's rate for the weights per head of separate prefix attention
 
 

@@ -113,8 +113,7 @@ def train_locally(
     if not holding:
         raise DataError("0 examples to train on")
     torch.manual_seed(local.seed)  # for dropout, where the adapter has some
-    rates = MethodConfig(prompt_lr=local.prompt_lr, gate_lr=local.gate_lr, relative_gate_lr=local.relative_gate_lr,
-                         head_lr=local.head_lr)  # fmt: skip
+    rates = MethodConfig(prompt_lr=local.prompt_lr, gate_lr=local.gate_lr, head_lr=local.head_lr)
     groups = parameter_groups(model, rates)
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     trained = [p for group in groups for p in group["params"]]

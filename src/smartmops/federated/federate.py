@@ -25,7 +25,7 @@ from smartmops.evaluation.measure import gates, measured
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.flow.steps import adapted, begun, opened, shown
 from smartmops.methods.baselines import trained_numbers
-from smartmops.options.federation import GATE_RATE, FederateConfig, ServerConfig
+from smartmops.options.federation import FederateConfig, ServerConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
 from smartmops.progress.bars import console
@@ -53,10 +53,9 @@ def local_of(config: FederateConfig) -> Local:
     central = config.central()
     absolute = central.traits.ours and config.expert_kind == "hidden_states" and config.prompt_lr is None
     rate = EMBEDDED_RATE[config.init] if absolute else central.rate
-    gate_rate = GATE_RATE if config.gate_lr is None and config.relative_gate_lr is None else config.gate_lr
+    gate_rate = 1e-3 if config.gate_lr is None else config.gate_lr
     return Local(config.local_steps, config.batch_size, rate, gate_rate, 0, config.proximal,
-                 half=config.payload == "float16", share_above=config.share_above,
-                 relative_gate_lr=central.relative_gate_lr, head_lr=config.head_lr)  # fmt: skip
+                 half=config.payload == "float16", share_above=config.share_above, head_lr=config.head_lr)  # fmt: skip
 
 
 class InProcess:

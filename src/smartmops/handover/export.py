@@ -207,7 +207,13 @@ def _router(folder: Path, answerer: Answerer, run: Run) -> dict[str, Any]:
         reader = runpy.run_path(str(folder / "route.py"))["Reader"](about, tokenizer.backend_tokenizer)
         inputs = [reader(text) for text in texts]
         inputs = [{name: torch.tensor([ids]) for name, ids in each.items()} for each in inputs]
-    router.write_onnx(module, {name: torch.cat([part, part]) for name, part in inputs[0].items()}, folder)
+    try:
+        router.write_onnx(module, {name: torch.cat([part, part]) for name, part in inputs[0].items()}, folder)
+    except torch.onnx.OnnxExporterError as error:
+        if not getattr(base, "is_quantized", False):
+            raise
+        raise RunError(f"--format router: the base of {run.path} is quantised, by steps that ONNX does not have: train "
+                       "on the base as it was before, or choose --format kv") from error  # fmt: skip
     found = {"format": "router", "base": about["base"], "experts": about["experts"],
              **_weighed_alike(folder, inputs, weighed, LIMIT_OF_WEIGHTS.get(base.dtype, COARSE))}  # fmt: skip
     write_text(folder / "README.md", router_page(found, about))

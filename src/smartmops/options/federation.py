@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -12,22 +12,10 @@ import tyro
 
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import Existing, OutFolder, refused
-from smartmops.checks.limits import (
-    Count,
-    NotNegative,
-    Number,
-    Options,
-    Port,
-    Positive,
-    Rate,
-    Several,
-    Text,
-    Whole,
-    unused,
-)
+from smartmops.checks.limits import Count, NotNegative, Number, Options, Port, Positive, Several, Text, Whole, unused
 from smartmops.traits import CENTRAL, METHODS, Traits
 
-from .method import CHOOSE, MethodConfig
+from .method import CHOOSE
 from .training import Activations, Base, Columns, TaskConfig, Template
 
 METHOD = "mops; fedprompt: the same prompts in one group, without a gate; fedlora: LoRA"
@@ -37,7 +25,6 @@ Alpha = Annotated[float, Number("a number above 0 and at most 1000000, such as 0
 Skew = Annotated[float, Number("1 or more (15 in the paper)", 1)]
 Trim = Annotated[float, Number("a share from 0 up to, but not, 0.5", 0, 0.5, below=True)]
 Chance = Annotated[float, Number("a chance between 0 and 1, below 1 / clients", 0, 1, above=True, below=True)]
-GATE_RATE = 1e-3  # of Adam for the gate, unless another is given
 LEAST_NOISE = 0.1  # in multiples of the clipping norm
 Mass = Annotated[float, Number("a gate weight from 0 to below 1", 0, 1, below=True)]
 Clients = Annotated[Path, Existing("a folder with one JSONL file for each client", folder=True)]
@@ -116,9 +103,6 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
     """of the server, which would train them on data that clients hold; give it data of its own"""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"  # of the frozen base; the same on every client's machine
     expert_kind: Literal["keys_values", "hidden_states"] = "hidden_states"  # of one layer, as in the paper: fewer bytes
-    gate_lr: Rate | None = None  # absolute learning rate of the gate; by default 0.001, or what --relative-gate-lr says
-    relative_gate_lr: Rate | None = None  # type: ignore[assignment]
-    """learning rate of the gate, as a share of the root mean square of its weights as a client receives them"""
     batch_size: Count = 1  # examples of a local step, as in the paper
     clients_data: Clients | None = None  # folder with one JSONL file for each client; --data is then the server's own
     skip_empty: bool = False  # leave out clients without examples instead of refusing to start
@@ -138,12 +122,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
     def central(self) -> TaskConfig:
         """The same adapter and data as `train` knows them."""
         given = {f.name: getattr(self, f.name) for f in fields(TaskConfig)}
-        given |= {"relative_gate_lr": TaskConfig.relative_gate_lr} if self.relative_gate_lr is None else {}
         return TaskConfig(**given | {"method": CENTRAL[self.method]})
-
-    def under(self, methods: Sequence[str]) -> list[MethodConfig]:
-        """As `MethodConfig`."""
-        return self.central().under(methods)
 
     @property
     def shares_data_out(self) -> bool:
@@ -208,6 +187,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         yield from unused(self, ("quorum", "attempts", "norm_limit"), self.noise_multiplier is None,
                           "gives way to --noise-multiplier, under which every update that comes counts: "
                           "leave one of them away")  # fmt: skip
+        yield from unused(self, ("relative_gate_lr",), False, "does not reach the clients: give --gate-lr")
 
     def _shared_out(self) -> Iterator[str]:
         """What does nothing of the options that share data out among clients on this machine."""

@@ -378,7 +378,7 @@ def _write_options(path: Path, config: Mapping[str, Any]) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove what a killed writer left half done."""
-    for item in list(path.iterdir()):
+    for item in [*path.iterdir(), *(path / "checkpoints").glob(".*")]:
         if item.is_dir() and (half_written(item) or item.name == _REPLACED):
             shutil.rmtree(item)
         elif half_written(item):

@@ -153,13 +153,21 @@ def _of_files(base: Any) -> dict[str, str]:
         return {}
     found = []
     try:
-        for file in Path(local(base.name_or_path)).glob("*.safetensors"):
+        for file in _weight_files(Path(local(base.name_or_path))):
             opened: Any
             with safe_open(file, "pt") as opened:
                 found += [name.encode() + b"\0" + digest(_rows(opened, name)) for name in opened.keys()]  # noqa: SIM118
-    except (OSError, SmartmopsError, SafetensorError):  # moved since it was loaded
+    except (OSError, ValueError, KeyError, SmartmopsError, SafetensorError):  # moved since it was loaded
         return {}
     return {FILES: blake2b(b"".join(sorted(found)), digest_size=16).hexdigest()} if found else {}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """That a base is loaded from; others beside them, such as an adapter, are none of it."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [file for file in [folder / "model.safetensors"] if file.is_file()]
+    return [folder / name for name in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
 
 
 def _rows(opened: Any, name: str) -> Tensor:

@@ -27,12 +27,13 @@ from . import grow
 from .adapter import claims, parts
 from .adapter.parts import Parts
 from .change import both
-from .subject import SEEN, Subject, fingerprints, instructions_of, some
+from .subject import SEEN, Subject, fingerprints, instructions_of, one_at_a_time, some
 
 HELPS = 0.97  # of the perplexity that is had already: below it, a trial's new expert is worth having
 Columns = dict[str, Tensor]
 
 
+@one_at_a_time
 def add(run: Path, config: AddConfig) -> dict[str, Any]:
     """Add one expert to a run.
 
@@ -51,6 +52,7 @@ def add(run: Path, config: AddConfig) -> dict[str, Any]:
     look_at_data(config.data, config.columns)
     look_at_data(config.inputs, config.columns)
     subject = Subject.open(run, config.old, config.columns, config.rows)
+    subject.known()  # what is added is measured on them, so they are missed before anything is trained
     if config.prompt is not None:
         return _of_prompt(subject, config)
     if config.source is not None:

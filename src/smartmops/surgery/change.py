@@ -28,7 +28,7 @@ from smartmops.tokens.batches import Encoded
 from . import grow
 from .adapter import claims, parts
 from .adapter.parts import COLUMNS, Parts
-from .subject import Subject, Weights, some
+from .subject import Subject, Weights, one_at_a_time, some
 
 NEVER = 2.0  # a null threshold that no weight reaches
 JOINED = 400  # examples of two merged experts that the one in their place is trained on, at most
@@ -108,6 +108,7 @@ def both(
     return metrics, was, now
 
 
+@one_at_a_time
 def drop(run: Path, config: DropConfig) -> dict[str, Any]:
     """Take an expert out: what went to it goes where a gate without it sends it.
 
@@ -130,6 +131,7 @@ def drop(run: Path, config: DropConfig) -> dict[str, Any]:
     return said | {"out": str(out)}
 
 
+@one_at_a_time
 def merge(run: Path, config: MergeConfig) -> dict[str, Any]:
     """One expert in place of two: it gets the sum of their weights, and is trained on what both were sent.
 
@@ -194,6 +196,7 @@ def _sent_to(subject: Subject, pair: Sequence[int]) -> Task:
     return replace(task, train=found["train"], validation=found["validation"])
 
 
+@one_at_a_time
 def rename(run: Path, config: RenameConfig) -> dict[str, Any]:
     """Give an expert another name; nothing else changes.
 
@@ -207,6 +210,7 @@ def rename(run: Path, config: RenameConfig) -> dict[str, Any]:
     return {"experts": changed.names, "out": str(out)}
 
 
+@one_at_a_time
 def freeze(run: Path, config: FreezeConfig) -> dict[str, Any]:
     """Let further training leave an expert as it is, or with `off` train it again.
 
@@ -220,6 +224,7 @@ def freeze(run: Path, config: FreezeConfig) -> dict[str, Any]:
     return {"frozen": frozen, "out": str(out)}
 
 
+@one_at_a_time
 def calibrate(run: Path, config: CalibrateConfig) -> dict[str, Any]:
     """Set the null weight from which text is left to the base, from text that should be.
 

@@ -9,9 +9,10 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smartmops.checks.errors import RunError
-from smartmops.checks.folders import refused
+from smartmops.checks.folders import UNFINISHED, before, refused, whole
 from smartmops.checks.lock import alone
 from smartmops.data.several import Names, held
 from smartmops.data.tasks import read, split
@@ -30,7 +31,7 @@ from smartmops.evaluation.perplexity import Evaluation
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.training import TrainConfig
 from smartmops.preparing import gating
-from smartmops.reading.task import Task, same_test_split
+from smartmops.reading.task import Task, rows_of, same_test_split
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.runs.card import keep, number
@@ -92,7 +93,7 @@ class Subject:
                              validation_share=given.get("validation_share", 0.1),
                              validation_limit=given.get("validation_limit", 200),
                              hold_out=given.get("hold_out"), validation=given.get("validation", False),
-                             rows=given.get("rows", "memory"))  # fmt: skip
+                             rows=rows_of(self.run))  # fmt: skip
             task = Task.load(config, self.model, self.tokenizer)
             same_test_split(self.run, task.test_split)
             return task
@@ -198,17 +199,18 @@ class Subject:
         if out is not None and (error := refused(out, False)) is not None:
             raise error
         put(self.model, parts)
+        if out is not None:
+            with alone(target), whole(target) as place:
+                self._fill(place, target.name, command, said, metrics)
+            return target
+        place = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
         with alone(target):
-            place = target if out is not None else target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            if out is None:
-                shutil.rmtree(place, ignore_errors=True)
             try:
                 self._fill(place, target.name, command, said, metrics)
+                _swap(place, target)
             except BaseException:
                 shutil.rmtree(place, ignore_errors=True)
                 raise
-            if out is None:
-                _swap(place, target)
         return target
 
     def _fill(
@@ -323,9 +325,20 @@ def _check_kind(run: Run) -> None:
                              f"one: train with {name}={value!r}")  # fmt: skip
 
 
+def one_at_a_time(change: Callable[[Path, Any], dict[str, Any]]) -> Callable[[Path, Any], dict[str, Any]]:
+    """A change in a run's own place, alone in it from its first look: another one would be lost."""
+
+    @wraps(change)
+    def inner(run: Path, config: Any) -> dict[str, Any]:
+        with alone(run) if config.in_place else nullcontext():
+            return change(run, config)
+
+    return inner
+
+
 def _swap(fresh: Path, target: Path) -> None:
     """Put a folder in the place of another; whoever is stopped between the two renames finds both beside it."""
-    former = target.with_name(f".{target.name}.before.tmp")
+    former = before(target)
     shutil.rmtree(former, ignore_errors=True)
     os.rename(target, former)
     try:

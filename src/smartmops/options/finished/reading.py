@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from smartmops.checks.folders import OutFile, Writable, is_run, near
+from smartmops.checks.folders import OutFile, Writable, before, is_run, near
 from smartmops.checks.limits import Count, Options, Seed, Share, Text, Whole, unused
 from smartmops.options.training import Columns, Datas, Model, Rows, Template, ValidationConfig
 
@@ -21,6 +21,8 @@ class RunFolder:
     def wrong(self, value: Path) -> str | None:
         """As `limits.Limit`."""
         if not value.is_dir():
+            if (former := before(value)).is_dir():
+                return f" was being changed by a command that was killed: it is {former} as it was before, rename that"
             what = "is a file" if value.exists() else "does not exist"
             return f" {what}: give a run folder, as written by --out{near(value, is_run)}"
         if not (value / "config.json").is_file():
