@@ -140,8 +140,7 @@ def test_rows_of_a_run_that_were_mapped_are_mapped_again(run: Path, tmp_path: Pa
     config = json.loads((copy / "config.json").read_text())
     config["arguments"]["rows"] = str(rows)
     (copy / "config.json").write_text(json.dumps(config))
-    rows.mkdir()
-    assert isinstance(Subject.open(copy, None, (), 9).known().train, Stored)
+    assert isinstance(Subject.open(copy, None, (), 9).known().train, Stored) and rows.is_dir()
     rows.rmdir()
     rows.write_text("")  # where no folder can be, they are read into memory
     assert not isinstance(Subject.open(copy, None, (), 9).known().train, Stored)

@@ -29,7 +29,7 @@ from smartmops.options.training import TrainConfig
 from smartmops.progress.bars import console
 from smartmops.reading.early import check_parts
 from smartmops.reading.embedder import Embedder
-from smartmops.reading.task import Task, rows_of, same_client_files, same_test_split
+from smartmops.reading.task import Task, same_client_files, same_test_split
 from smartmops.rows.example import Example, of_examples, opened
 from smartmops.runs.card import save
 from smartmops.runs.folder import PATHS, Run
@@ -82,7 +82,7 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
         validation_share=0.0, template=template_of(run),
         validation=not config.data and arguments.get("validation", False),
         columns=config.columns if config.data else tuple(arguments.get("columns", ())),
-        rows=config.rows or rows_of(run),
+        rows=config.rows or arguments.get("rows", "memory"),
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def _trained_on(run: Run) -> Iterator[Example]:
     arguments = run.config["arguments"]
     columns, clients = tuple(arguments.get("columns", ())), arguments.get("clients_data")
     if arguments.get("server_steps") or (clients is None and "keys" not in arguments):
-        data, rows = held(arguments["data"]), rows_of(run)
+        data, rows = held(arguments["data"]), arguments.get("rows", "memory")
         for name in names_of(data):
             if name != "office" and (name in BUILT_IN or not Path(name).exists()):
                 raise DataError(f"its data, {name}, are no file or folder here")

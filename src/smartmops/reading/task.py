@@ -5,7 +5,6 @@ Knows which examples fit, and how they are rendered. Knows no adapter, trains no
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,12 +155,6 @@ def same_test_split(run: Run, now: str) -> None:
                        "their tasks are called otherwise, as where files of several folders are called alike), so "
                        "what is drawn to test on may be what it was trained on: bring back the data of then, or name "
                        "others (evaluate --data, experts --old)")  # fmt: skip
-
-
-def rows_of(run: Run) -> str:
-    """`rows` as a run was trained with; memory where that folder is gone or cannot be written any more."""
-    rows = str(run.config["arguments"].get("rows", "memory"))
-    return rows if Path(rows).is_dir() and os.access(rows, os.W_OK) else "memory"
 
 
 def same_client_files(run: Run, now: str) -> None:

@@ -31,7 +31,7 @@ from smartmops.evaluation.perplexity import Evaluation
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.training import TrainConfig
 from smartmops.preparing import gating
-from smartmops.reading.task import Task, rows_of, same_test_split
+from smartmops.reading.task import Task, same_test_split
 from smartmops.rows.example import Example
 from smartmops.rows.stored import take
 from smartmops.runs.card import keep, number
@@ -93,7 +93,7 @@ class Subject:
                              validation_share=given.get("validation_share", 0.1),
                              validation_limit=given.get("validation_limit", 200),
                              hold_out=given.get("hold_out"), validation=given.get("validation", False),
-                             rows=rows_of(self.run))  # fmt: skip
+                             rows=_rows_of(self.run))  # fmt: skip
             task = Task.load(config, self.model, self.tokenizer)
             same_test_split(self.run, task.test_split)
             return task
@@ -305,6 +305,13 @@ def fingerprints(run: Run) -> dict[str, str]:
 def _again(run: Run, old: str | None, columns: Sequence[str]) -> tuple[Names, Sequence[str]]:
     given = run.config["arguments"]
     return (old, columns) if old is not None else (given["data"], given.get("columns", ()))
+
+
+def _rows_of(run: Run) -> str:
+    """`rows` as a run was trained with; memory where nothing can be written there any more."""
+    rows = str(run.config["arguments"].get("rows", "memory"))
+    place = Path(rows) if Path(rows).exists() else Path(rows).absolute().parent
+    return rows if rows != "memory" and place.is_dir() and os.access(place, os.W_OK) else "memory"
 
 
 def _check_kind(run: Run) -> None:
