@@ -7,8 +7,6 @@ is not. Knows no option, no file, no model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 TOLD = 3  # of clients that cannot take part, how many an error says the reasons of
 
 
@@ -95,11 +93,16 @@ class FederationError(SmartmopsError, ValueError):
 class ClientsRefused(FederationError):
     """Some clients cannot take part; `reasons` says why of each, by its number."""
 
-    def __init__(self, reasons: Mapping[int, str]) -> None:
+    reasons: dict[int, str] = {}  # noqa: RUF012  never changed, only replaced
+
+    @classmethod
+    def of(cls, reasons: dict[int, str]) -> ClientsRefused:
+        """The error, from why each cannot take part."""
         told = [*dict.fromkeys(reasons.values())][:TOLD]
         rest = sum(reason not in told for reason in reasons.values())
-        super().__init__("\n".join([*told, *([f"and {rest} more clients cannot take part"] if rest else [])]))
-        self.reasons = dict(reasons)
+        made = cls("\n".join([*told, *([f"and {rest} more clients cannot take part"] if rest else [])]))
+        made.reasons = reasons
+        return made
 
 
 class FederationUnreachable(FederationError, ConnectionError):

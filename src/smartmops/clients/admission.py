@@ -40,7 +40,7 @@ def admitted(found: Mapping[int, bytes], config: Any, base: str, experts: Sequen
         except FederationError as error:
             refused[client] = str(error)
     if refused:
-        raise ClientsRefused(refused)
+        raise ClientsRefused.of(refused)
     return members
 
 

@@ -95,7 +95,7 @@ class OverFlower:
         self._node_of = dict(enumerate(sorted(found, key=lambda node: hellos[node].name if node in hellos else "")))
         if wrong := wrong or self._namesakes(hellos):
             client_of = {node: number for number, node in self._node_of.items()}
-            refused = ClientsRefused({client_of[node]: reason for node, reason in wrong.items()})
+            refused = ClientsRefused.of({client_of[node]: reason for node, reason in wrong.items()})
             self.refuse(refused.reasons)
             raise refused
         return {number: pack(_known(hellos[node], self._keys[node])) for number, node in self._node_of.items()}
