@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from smartmops.compression import calibration, layerwise
 from smartmops.compression.solvers import Pattern
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.options.training import EMBEDDED_SETTING
+from smartmops.runs.folder import write_text
 from smartmops.tiny import BASE
 
 HERE = Path(__file__).parent
@@ -44,9 +44,7 @@ def put(section: str, key: str, value: Any) -> None:
     """Add one result, whole or not at all."""
     found = results()
     found.setdefault(section, {})[key] = value
-    beside = RESULTS.with_suffix(".tmp")
-    beside.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(beside, RESULTS)
+    write_text(RESULTS, json.dumps(found, indent=1) + "\n")
 
 
 def results() -> dict[str, Any]:

@@ -43,6 +43,7 @@ from smartmops.options.training import TrainConfig
 from smartmops.preparing.adapting import adapt
 from smartmops.preparing.selection import told
 from smartmops.reading.task import Task
+from smartmops.runs.folder import write_text
 
 
 class Bench:
@@ -203,9 +204,7 @@ def run(bench: Bench, variant: str, seed: int) -> dict[str, Any]:
     result |= bench.cell(variant, seed)
     file = file_of(bench.name, variant, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    beside.replace(file)
+    write_text(file, json.dumps(result, indent=1) + "\n")
     values = {part: round(found["overall"], 3) for part, found in result["measured"].items()}
     seconds = {part: round(value) for part, value in result["seconds"].items()}
     print(bench.name, variant, seed, values, seconds, flush=True)

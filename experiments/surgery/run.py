@@ -22,6 +22,7 @@ import torch
 import smartmops as sm
 from smartmops.data.tasks import splits
 from smartmops.rows.example import Example
+from smartmops.runs.folder import write_text
 from smartmops.tokens.batches import prompts
 from smartmops.tokens.template import Template
 
@@ -133,9 +134,7 @@ def main() -> None:
         seven = seven or tasks(None, data / "paper7")
         found = cell(number, seven, data)
         file.parent.mkdir(exist_ok=True)
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(found, indent=1) + "\n")
-        beside.replace(file)
+        write_text(file, json.dumps(found, indent=1) + "\n")
         print(number, found["new_over_joint"], found["old_change"], found["compared"], flush=True)
 
 

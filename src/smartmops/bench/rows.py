@@ -168,7 +168,7 @@ def _trained(lab: Lab, side: Side, steps: int) -> float:
     schedule = Schedule(steps=steps, batch_size=lab.config.batch_size, save_every=10**9)
     side.model.train()
     return clocked(partial(fit, side.model, side.method, schedule, range(len(lab.rows)), side.collate,
-                           lab.config.out / "checkpoints", lambda row: None))  # fmt: skip
+                           lab.config.out / "checkpoints"))  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- inference
