@@ -88,7 +88,7 @@ def test_a_resumed_run_is_told_whose_data_are_others_and_that_the_clients_are(
 
     def told(**data: str) -> str:
         hellos = {n: Hello(name, 3, ["a"], "own", {}, data[name]) for n, name in enumerate(sorted(data))}
-        module._tell_of_others(run, hellos)
+        module._tell_of_others(run, hellos.values())
         return " ".join(capsys.readouterr().out.split())
 
     assert told(berlin="1", paris="2") == told(berlin="1", paris="2") == ""
@@ -96,3 +96,5 @@ def test_a_resumed_run_is_told_whose_data_are_others_and_that_the_clients_are(
     assert said.startswith("the data of client 'berlin' are not what they were") and "paris" not in said
     assert told(berlin="3", paris="2") == ""  # said once
     assert told(berlin="3", oslo="5").startswith("the clients are not those that")
+    module._tell_of_data(run, {"berlin": "4", "paris": "2"})  # as a round's answers tell
+    assert "the data of client 'berlin' are not what they were" in " ".join(capsys.readouterr().out.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,6 +99,24 @@ def test_who_answers_badly_is_there_and_is_asked_again() -> None:
     rows = run(transport)
     assert transport.asked == [[0, 1, 2]] * 4
     assert [(f["name"], f["reason"]) for row in rows for f in row["failures"]] == [("paris", "disk full")] * 4
+
+
+def test_the_server_is_told_round_by_round_what_tells_a_clients_data() -> None:
+    class Restarted(Scripted):
+        """Client 2 comes back in round 3 and holds something else."""
+
+        def exchange(self, jobs: Mapping[int, bytes], timeout: float | None) -> Iterator[tuple[int, bytes | Lost]]:
+            for client, blob in super().exchange(jobs, timeout):
+                assert isinstance(blob, bytes)
+                found = unpack(blob)
+                assert isinstance(found, Reply)
+                yield client, pack(replace(found, data=f"{client} {found.round >= 3 and client == 2}"))
+
+    told: list[Mapping[str, str]] = []
+    made = replace(server(Restarted({}, None)), holding=told.append)
+    made.run(State(0, {"w": torch.zeros(2)}), lambda state: None)
+    before, after = ({"berlin": "0 False", "new [york]": "1 False", "paris": f"2 {there}"} for there in (False, True))
+    assert told == [before, before, after, after]
 
 
 def test_where_the_others_are_too_few_who_was_left_out_is_asked_after_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from datetime import datetime, timedelta, tzinfo
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
 
+from smartmops.checks.errors import FederationError
 from smartmops.deployment.keys import KeysConfig, make_keys
 
 
@@ -37,6 +39,60 @@ def test_a_client_is_added_later_and_nothing_else_changes(tmp_path: Path) -> Non
     added = make_keys(KeysConfig(out=tmp_path, clients=("berlin", "paris")))
     assert sorted(file.name for file in added) == ["ca.crt", "client.key", "paris.pub"]
     assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def certificate(file: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(file.read_bytes())
+
+
+def test_a_host_is_added_later_under_the_same_keys(tmp_path: Path) -> None:
+    before = {file: file.read_bytes() for file in make_keys(KeysConfig(out=tmp_path, clients=("berlin",)))}
+    written = make_keys(KeysConfig(out=tmp_path, clients=("berlin",), hosts=("fed.example.org",)))
+    assert written == [tmp_path / "server" / "server.crt"]
+    made = certificate(written[0])
+    made.verify_directly_issued_by(certificate(tmp_path / "clients" / "berlin" / "ca.crt"))
+    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "fed.example.org"]
+    assert all(file.read_bytes() == content for file, content in before.items() if file not in written)
+    assert make_keys(KeysConfig(out=tmp_path, clients=("berlin",))) == []  # what is certified stays so
+
+
+def test_days_are_added_later_and_the_authority_lasts_as_long(tmp_path: Path) -> None:
+    place = tmp_path / "server"
+    make_keys(KeysConfig(out=tmp_path, clients=("berlin",), days=30))
+    old = certificate(place / "ca.crt")
+    assert make_keys(KeysConfig(out=tmp_path, clients=("berlin",), days=30)) == []
+    written = make_keys(KeysConfig(out=tmp_path, clients=("berlin", "paris"), days=400))
+    assert {"server.crt", "ca.crt", "client.key", "paris.pub"} == {file.name for file in written}
+    for folder in (place, tmp_path / "clients" / "berlin", tmp_path / "clients" / "paris"):
+        root = certificate(folder / "ca.crt")
+        made = certificate(place / "server.crt")
+        made.verify_directly_issued_by(root)
+        made.verify_directly_issued_by(old)  # whose copies are out there
+        assert root.not_valid_after_utc - old.not_valid_after_utc > timedelta(days=369)
+        assert made.not_valid_after_utc - old.not_valid_after_utc > timedelta(days=369)
+
+
+def test_an_expired_certificate_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_keys(KeysConfig(out=tmp_path, clients=("berlin",), days=1))
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + timedelta(days=2)
+
+    monkeypatch.setattr("smartmops.deployment.keys.datetime", Later)
+    assert {file.name for file in make_keys(KeysConfig(out=tmp_path, clients=("berlin",)))} == {"server.crt", "ca.crt"}
+
+
+def test_a_file_of_the_authority_that_holds_nothing_is_named(tmp_path: Path) -> None:
+    make_keys(KeysConfig(out=tmp_path, clients=("berlin",)))
+    (tmp_path / "ca.key").write_text("nothing")
+    with pytest.raises(FederationError, match=r"ca\.key holds no key .*give another --out"):
+        make_keys(KeysConfig(out=tmp_path, clients=("berlin",), hosts=("fed.example.org",)))
+    (tmp_path / "server" / "server.crt").write_text("nothing")
+    with pytest.raises(FederationError, match=r"server\.crt holds no certificate"):
+        make_keys(KeysConfig(out=tmp_path, clients=("berlin",)))
 
 
 @pytest.mark.parametrize("whole", range(7))

@@ -103,6 +103,21 @@ def test_what_cannot_be_held_out_is_refused(config: Make, three_tasks: Path, tmp
         train(config(data=str(three_tasks), hold_out="c", method="oracle"))
 
 
+def test_tasks_that_nothing_tests_are_named(
+    config: Make, three_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Task.load(config(data=str(three_tasks), experts=3))
+    assert "no test example" not in capsys.readouterr().out
+    lone = tmp_path / "lone.jsonl"
+    more = [{"instruction": f"Say {name}.", "response": name, "category": name} for name in ("pear", "fig")]
+    lone.write_text(three_tasks.read_text() + "".join(json.dumps(row) + "\n" for row in more))
+    task = Task.load(config(data=str(lone), experts=5))
+    assert {row.category for row in task.test} == {"a", "b", "c"}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no test example for 2 of the tasks, which have one example each" in said
+    assert "to train on: fig, pear train:" in said
+
+
 def test_compare_refuses_what_only_train_measures(config: Make, three_tasks: Path) -> None:
     def several(**changes: object) -> CompareConfig:
         return CompareConfig(**dataclasses.asdict(config(data=str(three_tasks))) | changes)  # type: ignore[arg-type]

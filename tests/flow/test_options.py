@@ -83,6 +83,7 @@ def test_an_option_outside_its_limits(config: Make, nothing_loads: None, changes
         ({"batch_size": 19, "hold_out": "b", "experts": 1}, "--batch-size 19, but there are 18 training examples"),
         ({"injection_layer": 40}, "--injection-layer 40, but this model has 4 layers: choose 0 to 3"),
         ({"gate_top_k": 9}, "--gate-top-k 9, but there are 2 gate weights"),
+        ({"method": "top-1", "gate_granularity": "prompt"}, "--gate-granularity prompt .* one prompt alone: choose"),
         ({"visible_to": "answers", "expert_kind": "keys_values", "recovery_prompts": 2}, "choose 0 of them"),
     ],
 )

@@ -37,6 +37,29 @@ def test_a_page_has_a_sentence_options_and_examples(command: str, capsys: pytest
     assert page.rstrip().splitlines()[-len(EXAMPLES[command]) :] == [f"  {line}" for line in EXAMPLES[command]]
 
 
+ACTIONS = ("list", "add", "drop", "merge", "rename", "freeze", "calibrate")
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_an_action_has_a_page_of_its_own(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = shown(["experts", "add", action, "--help"], capsys)  # of a run that is called as an action is
+    assert page.startswith(f"usage: smartmops experts RUN {action} ") and "default: None" not in page
+    assert [line for line in EXAMPLES["experts"] if f" {action}" in line] == [
+        line.strip() for line in page.partition("\nexamples\n")[2].splitlines()
+    ]
+    listed = [line.split("  ") for line in page.partition("show this page")[0].splitlines()[4:] if line.strip()]
+    assert all(len([part for part in line if part]) == 2 for line in listed[:-1])  # each NAME has its words
+
+
+def test_options_of_an_action_come_out_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "add.yaml"
+    file.write_text("steps: 7\ndata: new.jsonl\nin_place: true\n")
+    _, config = asked(cli.COMMANDS, ["experts", "runs/mine", "--config", str(file), "add", "--steps", "9"])
+    assert (config.do.steps, config.do.data, config.do.in_place, config.do.batch_size) == (9, "new.jsonl", True, 4)
+    with pytest.raises(ConfigError, match=r"line 1: unknown option 'steps'"):
+        asked(cli.COMMANDS, ["experts", "runs/mine", "drop", "add", "--config", str(file)])
+
+
 def test_the_page_of_train_has_groups_and_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
     page = shown(["train", "--help"], capsys)
     for group in ("run", "base", "data", "method", "experts", "gate", "preparation", "training", "rates", "validation"):

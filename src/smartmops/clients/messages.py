@@ -20,7 +20,7 @@ from smartmops.checks.errors import FederationError
 
 from .roster import short
 
-VERSION = 3  # of these messages; both sides must speak the same
+VERSION = 4  # of these messages; both sides must speak the same
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Reply:
     experts: list[int] | None  # which experts' prompts are in `arrays`, in this order; None: all
     difference: bool  # whether `arrays` are differences from what was received, or values
     arrays: dict[str, Tensor] = field(repr=False)
+    data: str = ""  # as in `Hello`: a client may come back with other data than it greeted with
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,26 @@ from smartmops.progress.bars import console
 
 from .knocks import KEY, SIGNATURE, TIME
 
+AUTHORITY = "smartmops federation"
+
 
 def make_keys(config: KeysConfig) -> list[Path]:
-    """Write what is missing; returns the files written.
+    """Write what is missing, and certify hosts and days that the server's certificate lacks; returns the files written.
+
+    The authority's key and the server's stay as they are, so that clients go on trusting a certificate made later.
 
     Raises:
-        FederationError: no clients are named, one twice, or by a name that is no file name; or no host.
+        FederationError: no clients are named, one twice, or by a name that is no file name; no host; or a file there
+            holds no key or certificate.
         MissingExtra: `cryptography` is missing.
     """
     check(config)
-    written = []
-    if not (config.out / "ca.key").is_file():
-        written += _authority_and_server(config)
+    try:
+        import cryptography  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("keys need cryptography: pip install 'smartmops[federated]'") from error
+    begun = (config.out / "ca.key").is_file()
+    written = _renewed(config) if begun else _authority_and_server(config)
     certificate = (config.out / "server" / "ca.crt").read_bytes()
     for name in config.clients:
         private = config.out / "clients" / name / "client.key"
@@ -57,61 +65,133 @@ def _write(out: Path, file: Path, content: bytes, secret: bool = False) -> Path:
 
 
 def _authority_and_server(config: KeysConfig) -> list[Path]:
-    try:
-        from cryptography import x509
-        from cryptography.hazmat.primitives import hashes, serialization
-        from cryptography.hazmat.primitives.asymmetric import ec
-        from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-    except ImportError as error:
-        raise MissingExtra("keys need cryptography: pip install 'smartmops[federated]'") from error
+    from cryptography.hazmat.primitives.asymmetric import ec
 
-    def named(words: str) -> Any:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, words)])
-
-    def begun(subject: Any, key: Any) -> Any:
-        now = datetime.now(UTC)
-        return (
-            x509.CertificateBuilder().subject_name(subject).issuer_name(authority).public_key(key.public_key())
-            .serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(minutes=5))
-            .not_valid_after(now + timedelta(days=config.days))
-        )  # fmt: skip
-
-    def usage(**allowed: bool) -> Any:
-        every = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-                 "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")  # fmt: skip
-        return x509.KeyUsage(**dict.fromkeys(every, False) | allowed)
-
-    def pem(key: Any) -> bytes:
-        found: bytes = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                                         serialization.NoEncryption())  # fmt: skip
-        return found
-
-    authority = named("smartmops federation")
     ca, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    place = config.out / "server"
+    return [
+        _write(config.out, place / "ca.crt", _root(ca, config.days)),
+        _write(config.out, place / "server.crt", _leaf(ca, server, _hosts(config), config.days)),
+        _write(config.out, place / "server.key", _pem(server), secret=True),
+        _write(config.out, config.out / "ca.key", _pem(ca), secret=True),  # the last: where it is, all are
+    ]
+
+
+def _hosts(config: KeysConfig) -> list[str]:
+    """Flower's own processes on the server's machine come over loopback, whatever the clients call it."""
+    return [*dict.fromkeys([*config.hosts, "localhost", "127.0.0.1"])]
+
+
+def _renewed(config: KeysConfig) -> list[Path]:
+    """Certificates of the keys that are there, where hosts or days are asked for that they lack."""
+    place, by_default = config.out / "server", KeysConfig(clients=()).days
+    had, root = _certificate(place / "server.crt"), _certificate(place / "ca.crt")
+    hosts = [*dict.fromkeys([*_certified(had), *_hosts(config)])]
+    ends = datetime.now(UTC) + timedelta(days=config.days - 1)
+    asked = config.days != by_default or had.not_valid_after_utc < datetime.now(UTC)
+    if hosts == _certified(had) and not (asked and had.not_valid_after_utc < ends):
+        return []
+    ca, server = _private(config.out / "ca.key"), _private(place / "server.key")
+    written = [_write(config.out, place / "server.crt", _leaf(ca, server, hosts, config.days))]
+    if root.not_valid_after_utc < ends:  # what an authority signs is trusted as long as itself, and no longer
+        clients = sorted(each.parent for each in (config.out / "clients").glob("*/client.key"))
+        content = _root(ca, config.days)
+        written += [_write(config.out, folder / "ca.crt", content) for folder in [*clients, place]]
+    return written
+
+
+def _certificate(file: Path) -> Any:
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except ValueError as error:
+        raise FederationError(f"{file} holds no certificate ({error}): give another --out, for keys of a new "
+                              "federation") from error  # fmt: skip
+
+
+def _certified(certificate: Any) -> list[str]:
+    """Names and addresses that a certificate is for."""
+    from cryptography import x509
+
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(each.value) for each in names]
+
+
+def _private(file: Path) -> Any:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        return serialization.load_pem_private_key(file.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise FederationError(f"{file} holds no key that `smartmops federate-keys` made ({error}): give another --out, "
+                              "for keys of a new federation") from error  # fmt: skip
+
+
+def _pem(key: Any) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
+    found: bytes = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                     serialization.NoEncryption())  # fmt: skip
+    return found
+
+
+def _root(ca: Any, days: int) -> bytes:
+    """The authority's certificate, which vouches for itself."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+
     itself = x509.SubjectKeyIdentifier.from_public_key(ca.public_key())
     root = (
-        begun(authority, ca).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage(key_cert_sign=True, crl_sign=True), critical=True).add_extension(itself, critical=False)
+        _begun(AUTHORITY, ca, days).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True).add_extension(itself, critical=False)
         .sign(ca, hashes.SHA384())
     )  # fmt: skip
-    # Flower's own processes on the server's machine come over loopback, whatever the clients call it.
-    hosts = dict.fromkeys([*config.hosts, "localhost", "127.0.0.1"])
+    return root.public_bytes(serialization.Encoding.PEM)  # type: ignore[no-any-return]
+
+
+def _leaf(ca: Any, server: Any, hosts: list[str], days: int) -> bytes:
+    """The server's certificate for these hosts, signed by the authority."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    itself = x509.SubjectKeyIdentifier.from_public_key(ca.public_key())
     leaf = (
-        begun(named(config.hosts[0]), server)
+        _begun(hosts[0], server, days)
         .add_extension(x509.SubjectAlternativeName([_alternative(x509, host) for host in hosts]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage(digital_signature=True), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(itself), critical=False)
         .sign(ca, hashes.SHA384())
     )  # fmt: skip
-    place = config.out / "server"
-    return [
-        _write(config.out, place / "ca.crt", root.public_bytes(serialization.Encoding.PEM)),
-        _write(config.out, place / "server.crt", leaf.public_bytes(serialization.Encoding.PEM)),
-        _write(config.out, place / "server.key", pem(server), secret=True),
-        _write(config.out, config.out / "ca.key", pem(ca), secret=True),  # the last: where it is, all are
-    ]
+    return leaf.public_bytes(serialization.Encoding.PEM)  # type: ignore[no-any-return]
+
+
+def _begun(subject: str, key: Any, days: int) -> Any:
+    """A certificate of a key, from five minutes ago on, for clocks differ."""
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
+    def named(words: str) -> Any:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, words)])
+
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder().subject_name(named(subject)).issuer_name(named(AUTHORITY))
+        .public_key(key.public_key()).serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5)).not_valid_after(now + timedelta(days=days))
+    )  # fmt: skip
+
+
+def _usage(**allowed: bool) -> Any:
+    from cryptography import x509
+
+    every = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+             "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")  # fmt: skip
+    return x509.KeyUsage(**dict.fromkeys(every, False) | allowed)
 
 
 def _alternative(x509: Any, host: str) -> Any:

@@ -43,6 +43,7 @@ class Update:
     Attributes:
         norm: L2 norm of all of `delta` together.
         read: Makes `delta`.
+        data: Tells the client's data from any others; empty where it does not say.
     """
 
     client: int
@@ -53,6 +54,7 @@ class Update:
     experts: list[int] | None
     norm: float
     read: Callable[[], dict[str, Tensor]] = field(repr=False)
+    data: str = ""
 
     @property
     def delta(self) -> dict[str, Tensor]:
@@ -147,7 +149,8 @@ def _update(blob: bytes, client: int, number: int, sent: Mapping[str, Tensor], l
         assert isinstance(again, Reply)
         return _deltas(again, sent, layout)
 
-    return Update(client, reply.examples, reply.mass, reply.loss, reply.seconds, reply.experts, norm, read)
+    return Update(client, reply.examples, reply.mass, reply.loss, reply.seconds, reply.experts, norm, read,
+                  str(reply.data))  # fmt: skip
 
 
 def _deltas(reply: Reply, sent: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:

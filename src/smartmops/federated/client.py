@@ -173,16 +173,22 @@ class Worker:
     ) -> None:  # fmt: skip
         self.task, self.holdings, self.names, self.base, self.secret = task, holdings, names, base, secret
         self._held: Held | None = None
+        self._told = dict[int, str]()
         self._shared = model
 
     def hello(self, client: int) -> bytes:
         """Who the client is and what it holds, without any of it."""
         rows = [self.task.train[i] for i in self.holdings[client]]
         categories = sorted({row.category for row in rows})
-        held = of_examples([self.task.train_examples[i] for i in self.holdings[client]])
-        data = blake2b(held.encode(), key=blake2b(self.secret).digest(), digest_size=16).hexdigest()
         spoken = versions() | {"messages": str(VERSION)}
-        return pack(Hello(self.names[client], len(rows), categories, self.base, spoken, data))
+        return pack(Hello(self.names[client], len(rows), categories, self.base, spoken, self._data(client)))
+
+    def _data(self, client: int) -> str:
+        """What tells a client's data from any others, once computed, and says nothing else of them."""
+        if client not in self._told:
+            held = of_examples([self.task.train_examples[i] for i in self.holdings[client]])
+            self._told[client] = blake2b(held.encode(), key=blake2b(self.secret).digest(), digest_size=16).hexdigest()
+        return self._told[client]
 
     def answer(self, blob: bytes, client: int | None = None) -> bytes:
         """A packed `Reply` or `Failure` to a packed `Job`; raises nothing that a job can cause.
@@ -212,7 +218,8 @@ class Worker:
         seconds = time.perf_counter() - started
         mass = self._mass(held.model, holding)
         arrays, experts = _outgoing(held.model, job, mass)
-        return Reply(job.round, job.client, len(holding), loss, seconds, mass, experts, job.local.half, arrays)
+        return Reply(job.round, job.client, len(holding), loss, seconds, mass, experts, job.local.half, arrays,
+                     self._data(number))  # fmt: skip
 
     def _hold(self, job: Job) -> Held:
         """The model of this adapter; a new one where adapter or constants are others than in the last job."""

@@ -7,8 +7,9 @@ frozen base and one activation cache serve the server and all clients of this pr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,9 +141,10 @@ def _federate(
     try:
         members = _members(transport, config, fingerprint, names if len(names) > 1 else [])
         if not here:
-            _tell_of_others(run, members)
+            _tell_of_others(run, members.values())
         known = {client: hello.name for client, hello in members.items()}
         server = _server(config, task, model, layout, transport, known, fingerprint)
+        server.holding = None if here else partial(_tell_of_data, run)
         file = run.checkpoints / "round.safetensors"
         state = State.load(file) or State(
             0, {n: v.detach().cpu().float().clone() for n, v in arrays_of(model)[0].items()}
@@ -168,11 +170,16 @@ def _federate(
     return _finish(config, run, task, model, state, frozen.test, extra)
 
 
-def _tell_of_others(run: Run, members: Mapping[int, Hello]) -> None:
-    """What a resumed run's clients hold that they did not hold before; it is theirs, so the run goes on."""
-    names = sorted(hello.name for hello in members.values())
-    for other in run.other_inputs({f"data of client {hello.name!r}": short(hello.data) for hello in members.values()}):
+def _tell_of_data(run: Run, data: Mapping[str, str]) -> None:
+    """Which clients hold what they did not hold before; it is theirs, so the run goes on."""
+    for other in run.other_inputs({f"data of client {name!r}": short(found) for name, found in data.items()}):
         console.print(f"the {other} are not what they were when {run.path} was begun: from here on it trains on these")
+
+
+def _tell_of_others(run: Run, members: Collection[Hello]) -> None:
+    """What a resumed run's clients hold that they did not hold before, and that they are others."""
+    names = sorted(hello.name for hello in members)
+    _tell_of_data(run, {hello.name: hello.data for hello in members})
     if run.other_inputs({"list of clients": of_examples(names)}):
         console.print(f"the clients are not those that {run.path} was begun with: they are numbered by their names, so "
                       "their draws are others from here on, too")  # fmt: skip

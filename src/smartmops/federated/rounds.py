@@ -137,6 +137,7 @@ class Server:
         roster: Of the clients.
         look: Evaluates trained arrays, and says what the gate does with them.
         own: Trains arrays on the server's own examples, with a seed; None: there are none.
+        holding: Told what clients of these names have trained on, by what tells their data from any others.
     """
 
     config: RoundsConfig
@@ -152,6 +153,7 @@ class Server:
     look: Callable[[Mapping[str, Tensor]], tuple[Evaluation, dict[str, Any]]]
     own: Callable[[Mapping[str, Tensor], int], dict[str, Tensor]] | None = None
     private: Private | None = None
+    holding: Callable[[Mapping[str, str]], None] | None = None
 
     @property
     def quorum(self) -> int:
@@ -239,6 +241,8 @@ class Server:
         if self.private is not None:  # whether one client's update counts must not depend on the others'
             limits = AggregationConfig(norm_limit=math.inf)
         updates, failures = admit(answers, received, dict.fromkeys(asked, number), self.layout, limits)
+        if self.holding is not None:
+            self.holding({self.roster.plain(update.client): update.data for update in updates if update.data})
         within = "" if self.config.timeout is None else f" within {self.config.timeout:g} s"
         silent = dict.fromkeys(asked, f"no answer{within}")
         silent |= answers.lost

@@ -304,7 +304,7 @@ class FileNames:
 
 @dataclass(kw_only=True)
 class KeysConfig(Options):
-    """Keys of a federation. What is there already stays; a new client is added by naming it."""
+    """Keys of a federation. Keys that are there stay; a client or a host is added by naming it."""
 
     out: OutFolder = Path("keys")  # folder the keys are written to
     clients: Annotated[tuple[str, ...], Several("berlin paris"), FileNames()]  # names of the client machines

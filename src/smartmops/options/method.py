@@ -229,6 +229,10 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
     if config.gate_top_k is not None and config.gate_top_k > config.groups:
         yield (f"--gate-top-k {config.gate_top_k}, but there are {config.groups} gate weights: choose 1 to "
                f"{config.groups}, or leave it away for all")  # fmt: skip
+    if config.gate_granularity == "prompt" and config.groups > 1 and any(METHODS[each].gate == "highest"
+                                                                         for each in methods):  # fmt: skip
+        yield ("--gate-granularity prompt gives every prompt a weight, and top-1 would keep one prompt alone: choose "
+               "--gate-granularity expert")  # fmt: skip
     if config.experts * config.prompts_per_expert > MOST_PROMPTS:
         yield (f"--experts {config.experts} of --prompts-per-expert {config.prompts_per_expert} are "
                f"{config.experts * config.prompts_per_expert} prompts: choose {MOST_PROMPTS} at most")  # fmt: skip

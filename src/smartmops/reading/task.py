@@ -21,6 +21,7 @@ from smartmops.data.tasks import splits
 from smartmops.options.training import TaskConfig, ValidationConfig
 from smartmops.progress.bars import console
 from smartmops.rows.example import Example, of_examples
+from smartmops.rows.faults import some
 from smartmops.rows.stored import take
 from smartmops.runs import ranks
 from smartmops.runs.folder import CLIENT_FILES, TEST_SPLIT, Run
@@ -76,6 +77,9 @@ class Task:
             check_tasks(config, train)
             check_split(config, left_to_train(train, config), len(test), ranks.world())
             base, tokenizer = load_base(config.model, config.dtype)
+        if alone := sorted({example.category for example in train} - {example.category for example in test}):
+            console.print(f"no test example for {len(alone)} of the tasks, which have one example each, or one "
+                          f"conversation, to train on: {some(alone)}")  # fmt: skip
         found = cls.of(base, tokenizer, train, test, config)
         found.test_split = of_examples(test)
         return found

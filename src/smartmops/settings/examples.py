@@ -56,6 +56,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "smartmops experts runs/mine list",
         "smartmops experts runs/mine add --data new.jsonl --out runs/eight",
         "smartmops experts runs/mine drop poetry --out runs/six",
+        "smartmops experts runs/mine merge poetry songs --out runs/six",
+        "smartmops experts runs/mine rename poetry verse --in-place",
+        "smartmops experts runs/mine freeze poetry --in-place",
+        "smartmops experts runs/mine calibrate --unrelated texts.txt --in-place",
     ),
     "advise": ("smartmops advise runs/mine --data new.jsonl",),
 }

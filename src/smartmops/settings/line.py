@@ -18,7 +18,7 @@ import tyro
 
 from smartmops.checks.errors import ConfigError
 
-from .described import default_of, described
+from .described import default_of, described, subcommands
 from .examples import EXAMPLES
 from .page import overview, page
 from .reading import options_of
@@ -48,8 +48,10 @@ def asked(commands: Mapping[str, Callable[..., Any]], words: Sequence[str]) -> t
         raise ConfigError(f"{name} is no command: {way_out}")
     command = commands[name]
     kind = get_type_hints(command).get("config")
-    acting = kind is not None and any(each.nested for each in described(kind)) and len(rest) > 2  # RUN ACTION --help
-    if {"-h", "--help"} & set(rest) and not acting:
+    if {"-h", "--help"} & set(rest):
+        if (action := _action(kind, rest)) is not None:
+            examples = tuple(each for each in EXAMPLES[name] if f" {action[1]} " in f"{each} ") or EXAMPLES[name]
+            _shown(page(f"{name} RUN {action[1]}", _said(action[2]), action[2], examples, True))
         _shown(page(name, _said(command, whole=True), kind or command, EXAMPLES[name], kind is not None))
     if kind is None:
         call: Callable[[], Any] = parsed(lambda: tyro.cli(
@@ -57,6 +59,13 @@ def asked(commands: Mapping[str, Callable[..., Any]], words: Sequence[str]) -> t
         return call, None
     config = _config(kind, name, rest)
     return partial(command, config), config
+
+
+def _action(kind: type | None, words: Sequence[str]) -> tuple[str, str, type] | None:
+    """Of a command with actions of their own options: the option that chooses, and the word and config chosen."""
+    known = {word: (each.name, word, config) for each in (described(kind) if kind is not None else ())
+             for word, config in subcommands(each.hint)}  # fmt: skip
+    return next((known[word] for word in words[1:] if word in known), None)  # the first is RUN, whatever it is called
 
 
 def _config(kind: type, name: str, words: list[str]) -> Any:
@@ -75,12 +84,11 @@ def _made(kind: type, name: str, words: list[str]) -> Any:
     if file is None:
         return parsed(lambda: tyro.cli(kind, args=words, prog=f"smartmops {name}", config=(
             tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)))  # fmt: skip
-    given = options_of(file, kind)
+    action = _action(kind, words)
+    given = options_of(file, kind if action is None else action[2])
     # tyro would make an option of each key that a mapping has by default, so mappings are filled in afterwards.
     tables = {name: given.pop(name) for name, value in list(given.items()) if isinstance(value, dict)}
-    below: Any = object.__new__(kind)  # a config whose required options may be missing still
-    for each in fields(kind):
-        setattr(below, each.name, given[each.name] if each.name in given else _default(each))
+    below = _below(kind, given if action is None else {action[0]: _below(action[2], given)})
     # A switch that the file turns on or off can be typed either way: --resume and --no-resume.
     made = parsed(lambda: tyro.cli(kind, args=words, prog=f"smartmops {name}", default=below,
                                    config=(tyro.conf.OmitArgPrefixes,)))  # fmt: skip
@@ -88,6 +96,16 @@ def _made(kind: type, name: str, words: list[str]) -> Any:
         if not getattr(made, name):
             setattr(made, name, table)
     made.from_file = given
+    if action is not None:
+        getattr(made, action[0]).from_file = given
+    return made
+
+
+def _below(kind: type, given: Mapping[str, Any]) -> Any:
+    """A config of the options that a file gives, whose required ones may be missing still."""
+    made: Any = object.__new__(kind)
+    for each in fields(kind):
+        setattr(made, each.name, given[each.name] if each.name in given else _default(each))
     return made
 
 

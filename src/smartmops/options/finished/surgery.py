@@ -158,15 +158,15 @@ def unmoved(source: str) -> Iterator[str]:
 class DropConfig(_Writing, _Reading):
     """Take one expert out; what went to it goes where a gate without it sends it."""
 
-    name: Whose
+    name: Whose  # expert that is taken out
 
 
 @dataclass(kw_only=True)
 class MergeConfig(_Writing, _Reading, Trial):
     """One expert in place of two, trained on what both were sent."""
 
-    first: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    second: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    first: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # expert that goes
+    second: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="B")]  # the other one that goes
     name: New | None = None  # of the merged expert; None: A+B
 
     def problems(self) -> Iterator[str]:
@@ -185,15 +185,15 @@ class MergeConfig(_Writing, _Reading, Trial):
 class RenameConfig(_Writing):
     """Another name for an expert."""
 
-    name: Whose
-    to: Annotated[New, tyro.conf.Positional, tyro.conf.arg(metavar="NEW")]
+    name: Whose  # expert, as it is called now
+    to: Annotated[New, tyro.conf.Positional, tyro.conf.arg(metavar="NEW")]  # as it is called from now on
 
 
 @dataclass(kw_only=True)
 class FreezeConfig(_Writing):
     """Further training leaves an expert as it is."""
 
-    name: Whose
+    name: Whose  # expert that stays as it is
     off: Flag = False  # it trains again
 
 
