@@ -55,7 +55,7 @@ def rms(x: torch.Tensor) -> float:
 def measure(name: str, steps: int) -> dict[str, Any]:
     model, tokenizer = base_of(name)
     examples = read("office", keep_general_qa=False)[:400]
-    config = TrainConfig(model="tiny", data="office", out=HERE, steps=steps, batch_size=4, validation_share=0.0,
+    config = TrainConfig(model="tiny", data="office", out=HERE, experts=7, steps=steps, batch_size=4, validation_share=0.0,
                          max_length=160, log_every=steps)  # fmt: skip
     task = Task.of(model, tokenizer, examples, examples[:40], config)
     adapted, _, accuracy = adapt(task, config, config, 0)

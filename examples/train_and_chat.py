@@ -21,10 +21,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/support", help="run folder")
     given = parser.parse_args()
 
-    tasks = {example.category for example in sm.read(given.data)}
-    found = sm.train(
-        model=given.model, data=given.data, out=given.out, steps=given.steps, batch_size=4, experts=len(tasks)
-    )
+    found = sm.train(model=given.model, data=given.data, out=given.out, steps=given.steps, batch_size=4)
     for task, frozen in found["perplexity_frozen"]["per_task"].items():
         print(f"{task}: perplexity {frozen:.2f} frozen, {found['perplexity']['per_task'][task]:.2f} adapted")
 

@@ -50,7 +50,8 @@ def page() -> None:
         "gate before, during and after in [figure 5](../evidence/figure5.md).\n",
         f"{s['clients']} clients, each category of the training split cut as in the paper's appendix A (one part with "
         f"{s['skew']:g} times the examples of each other part), {s['clients_per_round']} clients a round, {s['rounds']} rounds "
-        f"of {s['local_steps']} local steps of {s['batch_size']} example; {s['experts']} experts of {s['prompts_per_expert']} "
+        f"of {s['local_steps']} local steps of {s['batch_size']} example; "
+        f"{'an expert for each task' if s['experts'] is None else str(s['experts']) + ' experts'} of {s['prompts_per_expert']} "
         f"prompts; {s['limit']:,} examples of each data set, of at most {s['max_length']} tokens. Seeds are of the partition, "
         "the draw of prompts and the order; the split is the same for all.\n",
         "![Who holds what](holdings.png)\n",

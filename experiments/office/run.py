@@ -31,7 +31,7 @@ from smartmops.reading.task import Task
 HERE = Path(__file__).parent
 RATES = {40: (0.3, 1.0, 3.0, 10.0), 20: (1.0, 3.0, 10.0), 160: (0.3, 1.0, 3.0)}  # Adam, by budget in optimiser steps
 SEEDS = (0, 1, 2)
-SETTING = {"model": "tiny", "dtype": "float32", "data": "office", "batch_size": 16, "recovery_prompts": 10,
+SETTING = {"model": "tiny", "dtype": "float32", "data": "office", "experts": 7, "batch_size": 16, "recovery_prompts": 10,
            "save_every": 10**9, **EMBEDDED_SETTING}  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def opening() -> str:
     return """# How to choose
 
 Written by `python scripts/site/write.py` from the results files of this repository; what a number is of stands beside it. The
-defaults are a good start: name your data, and give `--experts` the number of your tasks. What follows says when to depart.
+defaults are a good start: name your data, and each of its tasks gets an expert. What follows says when to depart.
 
 ![Flow chart: from a situation to settings](figures/flow.svg)
 

@@ -138,7 +138,6 @@ def flow() -> Drawing:
         (["Do the same words call for", "different answers by task?"], "no", ["one LoRA, or one prompt", "--method lora | prompt-tuning"]),
         (["Must other text stay as the", "base has it, or tasks share", "one batch?"], "no", ["try both: smartmops compare", "one LoRA may be ahead"]),
         (["Do rows name their task?"], "no", ["--gate-pretraining clusters", "--experts N: kinds you expect"]),
-        (["Are there other than", "seven tasks?"], "yes", ["--experts N", "one for each task"]),
         (["Do data stay at", "several places?"], "yes", ["smartmops federate", "--aggregation expert-weighted"]),
         (["Is the base too large", "for the machine?"], "yes", ["smartmops compress", "--int8, or --nf4"]),
     ]  # fmt: skip

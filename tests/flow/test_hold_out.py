@@ -7,11 +7,13 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from smartmops.evaluation.measure import choices, gates, mean_weights, weights
+from smartmops.flow import steps
 from smartmops.flow.compare import CompareConfig, compare
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.preparing.adapting import adapt
@@ -63,6 +65,32 @@ def test_a_run_shows_what_an_unseen_task_gains(config: Make, three_tasks: Path, 
     assert [gate[task]["nearest"] for task in ("a", "b")] == ["a", "b"]
     assert gate["c"]["nearest"] == gates["experts"][int(gates["after"]["c"][1] > 0.5)]
     assert all(0 <= each["entropy"] <= math.log(2) + 1e-6 for each in gate.values())
+
+
+@pytest.mark.parametrize(("hold_out", "names"), [(None, ["a", "b", "c"]), ("c", ["a", "b"])])
+def test_by_default_each_task_that_is_trained_on_has_an_expert(
+    config: Make, three_tasks: Path, hold_out: str | None, names: list[str]
+) -> None:
+    chosen = config(data=str(three_tasks), experts=None, hold_out=hold_out, steps=1)
+    train(chosen)
+    gates = Run.open(chosen.out).read_gates()
+    assert gates is not None and gates["experts"] == names
+
+
+def test_by_default_the_methods_that_are_compared_have_as_many_experts_as_tasks(
+    config: Make, three_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def watched(*given: Any) -> Any:
+        made = adapt(*given)
+        counts.append(made[0].peft_config["default"].num_experts)
+        return made
+
+    monkeypatch.setattr(steps, "adapt", watched)
+    given = dataclasses.asdict(config(data=str(three_tasks), experts=None, steps=1))
+    compare(CompareConfig(**given | {"seeds": (0,), "methods": {"mops": None, "oracle": None}}))
+    assert counts == [3, 3]
 
 
 def test_entropy_is_a_mean_over_instructions_of_the_same_weights_as_the_gates(config: Make, two_tasks: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from smartmops.checks.limits import check
+from smartmops.data.tasks import read
 from smartmops.flow.compare import CompareConfig, compare
 from smartmops.flow.trainer import TrainConfig, train
 from smartmops.reading import task
+from smartmops.reading.early import MOST_TASKS, UNLABELLED, counted, look
 
 Make = Callable[..., TrainConfig]
 
@@ -92,6 +95,55 @@ def test_what_data_and_the_bases_shape_tell(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(config(**changes))
+
+
+def tasks_of(file: Path, names: list[str | None]) -> str:
+    rows = [{"instruction": f"x {i}", "response": "y", "category": name} for i in range(12) for name in names]
+    file.write_text("".join(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "count"),
+    [
+        (["a", "b", "c"], {}, 3),
+        (["a", "b", "c"], {"hold_out": "c"}, 2),
+        (["a", "b", "c"], {"gate_pretraining": "clusters"}, UNLABELLED),
+        (["a", "b", "c"], {"gate_pretraining": "clusters", "method": "oracle"}, 3),
+        (["a", "b", "c"], {"expert_names": ("a", "b", "c", "d")}, 4),
+        (["a", "b", "c"], {"experts": 5}, 5),
+        ([None], {}, UNLABELLED),
+        ([f"t{i}" for i in range(MOST_TASKS)], {}, MOST_TASKS),
+    ],
+)
+def test_how_many_experts_there_are_by_default(
+    config: Make, tmp_path: Path, names: list[str | None], changes: dict[str, Any], count: int
+) -> None:
+    chosen = config(**{"data": tasks_of(tmp_path / "rows.jsonl", names), "experts": None} | changes)
+    look(chosen)
+    assert counted(chosen, read(chosen.data)).experts == count
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "message"),
+    [
+        (
+            MOST_TASKS + 1,
+            {},
+            f"there are {MOST_TASKS + 1} tasks, .* {MOST_TASKS} at most: choose --experts {MOST_TASKS + 1}, or",
+        ),
+        (3, {"gate_top_k": 4}, "--gate-top-k 4, but there are 3 gate weights"),
+        (3, {"expert_names": ("t0", "t1")}, "--expert-names t0 t1 lack category 't2'"),
+    ],
+)
+def test_what_the_number_of_tasks_does_not_allow(
+    config: Make, nothing_loads: None, tmp_path: Path, count: int, changes: dict[str, Any], message: str
+) -> None:
+    file = tasks_of(tmp_path / "rows.jsonl", [f"t{i}" for i in range(count)])
+    with pytest.raises(ValueError, match=message):
+        look(config(**{"data": file, "experts": None} | changes))
+    with pytest.raises(ValueError, match=message):
+        train(config(**{"data": file, "experts": None} | changes))
 
 
 def test_categories_of_one_example_each_leave_none_to_test_on(

@@ -18,7 +18,7 @@ from smartmops.evaluation.perplexity import Evaluation, evaluate
 from smartmops.fitting.stages import Stages
 from smartmops.options.training import CompareConfig
 from smartmops.progress.bars import console
-from smartmops.reading.early import check_split
+from smartmops.reading.early import check_split, counted
 from smartmops.reading.task import Task, same_inputs
 from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
@@ -68,6 +68,7 @@ def _compare(config: CompareConfig, run: Run) -> dict[str, Any]:
     """`compare`, in a run that is not finished."""
     run.rewind(0)
     task = _opened(config, run)
+    config = counted(config, task.train_examples)
     same_inputs(run, task, config.unrelated)
     check_split(config, len(task.train), len(task.test), 1)
     found: dict[str, list[Evaluation]] = {"frozen": []}

@@ -28,7 +28,8 @@ from smartmops.options.training import TaskConfig, TrainConfig
 from smartmops.preparing import gating
 from smartmops.preparing.adapting import adapt, recovered
 from smartmops.preparing.selection import told
-from smartmops.reading.early import check_tasks
+from smartmops.progress.bars import console
+from smartmops.reading.early import check_tasks, counted
 from smartmops.reading.task import Task
 from smartmops.runs import ranks
 from smartmops.runs.folder import PATHS, Run
@@ -88,6 +89,8 @@ def opened(config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
     """A base, opened unless given, beside its data, with recovery prompts where the method takes some."""
     task = Task.load(config, base, tokenizer)
     check_tasks(config, task.train_examples)
+    if config.experts is None and config.traits.reads:
+        console.print(f"--experts {counted(config, task.train_examples).experts}, by the tasks of the data")
     return recovered(task, config)
 
 

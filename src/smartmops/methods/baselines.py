@@ -56,16 +56,16 @@ def _mops(
         **words,
     }
     if traits.gate == "none":
-        prompts = config.experts * config.prompts_per_expert + config.shared_prompts
+        prompts = config.number * config.prompts_per_expert + config.shared_prompts
         return MoPsConfig(num_experts=1, prompts_per_expert=prompts, expert_attention="causal", **shared)
-    least = config.experts if traits.told else 1  # a gate that is told the expert passes a number on for each
+    least = config.number if traits.told else 1  # a gate that is told the expert passes a number on for each
     return MoPsConfig(
-        num_experts=config.experts,
+        num_experts=config.number,
         prompts_per_expert=config.prompts_per_expert,
         gate_target=config.gate_target,
         gate_input=config.gate_input,
         gate_granularity=config.granularity,
-        gate_hidden_size=max(config.gate_hidden_size, 2 * config.experts if config.closed_form else least),
+        gate_hidden_size=max(config.gate_hidden_size, 2 * config.number if config.closed_form else least),
         gate_bias=config.closed_form,
         gate_layer=config.gate_layer if embedding_size is None else None,
         shared_prompts=config.shared_prompts,
@@ -84,7 +84,7 @@ def _mops(
 BUILDERS: dict[str, Callable[..., PeftConfig]] = {
     "mops": _mops,
     "prompts": lambda config, *_: PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=config.experts * config.prompts_per_expert,
+        task_type="CAUSAL_LM", num_virtual_tokens=config.number * config.prompts_per_expert,
         prompt_tuning_init="SAMPLE_VOCAB"),
     "lora": lambda config, *_: LoraConfig(
         task_type="CAUSAL_LM", r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.05,
@@ -144,8 +144,8 @@ def matched(base: Any, config: MethodConfig) -> MethodConfig:
     targets.choose(base, lora)
     of_rank_one = sum(map(_both_sides, targets.modules(base, lora.target_modules))) * (layers - first) / layers
     mops: Any = peft_config(replace(config, method="mops"))
-    gate = mops.gate_hidden_size * (hidden + config.experts) + mops.gate_bias * config.experts
-    wanted = (config.experts * config.prompts_per_expert + config.shared_prompts) * _column(base, config) + gate
+    gate = mops.gate_hidden_size * (hidden + config.number) + mops.gate_bias * config.number
+    wanted = (config.number * config.prompts_per_expert + config.shared_prompts) * _column(base, config) + gate
     return replace(config, lora_from=first, lora_rank=max(1, round(wanted / of_rank_one)))
 
 

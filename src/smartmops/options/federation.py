@@ -154,7 +154,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
             if not self.traits.reads:
                 yield (f"{weighs}, and --method {self.method} has none to choose from: choose --method mops, or "
                        "another --aggregation")  # fmt: skip
-            elif self.experts < 2:
+            elif not self.several:
                 yield (f"{weighs}, and --experts {self.experts} is one alone, which all use alike: choose 2 or more, "
                        "or another --aggregation")  # fmt: skip
 
@@ -178,7 +178,7 @@ class FederateConfig(TaskConfig, PartitionConfig, RoundsConfig, AggregationConfi
         for name, aggregation in (("trim", "trimmed-mean"), ("server_lr", "fedadam")):
             yield from unused(self, (name,), self.aggregation == aggregation,
                               f"is of --aggregation {aggregation}: choose that, or leave it away")  # fmt: skip
-        yield from unused(self, ("share_above",), self.traits.reads and self.experts > 1,
+        yield from unused(self, ("share_above",), self.traits.reads and self.several,
                           f"is of a gate over several experts, and there is none: {CHOOSE}, or "
                           "leave it away")  # fmt: skip
         yield from unused(self, ("relative_lr",), not self.traits.ours or self.expert_kind == "keys_values",

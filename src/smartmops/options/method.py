@@ -70,7 +70,7 @@ class Experts:
 
     ABOUT: ClassVar[str] = "experts"
 
-    experts: Count = 7  # number of experts, usually one for each task
+    experts: Count | None = None  # number of experts; by default one for each task, and 7 where rows name none
     prompts_per_expert: Count = 10  # number of prompts in each expert
     expert_kind: Literal["keys_values", "hidden_states"] = "keys_values"
     """experts are keys and values of every layer from the injection layer up, or hidden states as in the paper"""
@@ -170,9 +170,25 @@ class MethodConfig(Rates, KeepRecovery, Gate, Experts, Trained):
         return self.expert_kind == "keys_values" and self.gate_granularity == "expert" and self.traits.learned
 
     @property
+    def number(self) -> int:
+        """Of experts; asked once the data have told it where the options leave it open (`reading.early.counted`)."""
+        assert self.experts is not None, "the number of experts is that of the tasks, and no data were read"
+        return self.experts
+
+    @property
+    def several(self) -> bool:
+        """Whether there may be more than one expert."""
+        return self.experts is None or self.experts > 1
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a gate may have more than one weight to give out."""
+        return self.several or (self.granularity == "prompt" and self.prompts_per_expert > 1)
+
+    @property
     def groups(self) -> int:
         """How many weights a gate gives out."""
-        return self.experts * (1 if self.granularity == "expert" else self.prompts_per_expert)
+        return self.number * (1 if self.granularity == "expert" else self.prompts_per_expert)
 
     @property
     def granularity(self) -> str:
@@ -226,14 +242,14 @@ def method_problems(config: MethodConfig, methods: Sequence[str]) -> Iterator[st
     if ours and config.freeze_first_column and config.prompts_per_expert < 2:
         yield (f"--freeze-first-column with --prompts-per-expert {config.prompts_per_expert} leaves no prompt to "
                "train: choose 2 prompts or more")  # fmt: skip
-    if config.gate_top_k is not None and config.gate_top_k > config.groups:
+    if config.gate_top_k is not None and config.experts is not None and config.gate_top_k > config.groups:
         yield (f"--gate-top-k {config.gate_top_k}, but there are {config.groups} gate weights: choose 1 to "
                f"{config.groups}, or leave it away for all")  # fmt: skip
-    if config.gate_granularity == "prompt" and config.groups > 1 and any(METHODS[each].gate == "highest"
-                                                                         for each in methods):  # fmt: skip
+    highest = any(METHODS[each].gate == "highest" for each in methods)
+    if highest and config.gate_granularity == "prompt" and config.weighs:
         yield ("--gate-granularity prompt gives every prompt a weight, and top-1 would keep one prompt alone: choose "
                "--gate-granularity expert")  # fmt: skip
-    if config.experts * config.prompts_per_expert > MOST_PROMPTS:
+    if config.experts is not None and config.experts * config.prompts_per_expert > MOST_PROMPTS:
         yield (f"--experts {config.experts} of --prompts-per-expert {config.prompts_per_expert} are "
                f"{config.experts * config.prompts_per_expert} prompts: choose {MOST_PROMPTS} at most")  # fmt: skip
 
@@ -271,7 +287,7 @@ def _gate_acting(
     config: MethodConfig, tried: Sequence[MethodConfig], sized: bool
 ) -> dict[tuple[str, ...], tuple[bool, str]]:
     """Of options of the gate, whether they act under the methods that are tried, and what they are of."""
-    gates = {each.traits.gate for each in tried if each.groups > 1}
+    gates = {each.traits.gate for each in tried if each.weighs}
     leaves = any(each.leaves_to_base for each in tried)  # as a single expert may, too
     read, learned = leaves or gates & {"learned", "highest", "even"}, gates & {"learned", "highest"}
     away, shaped = f"and there is none: {CHOOSE}", sized and config.expert_kind == "keys_values"
@@ -294,10 +310,10 @@ def _gate_acting(
 def gate_idle(config: GatePretraining, method: MethodConfig, methods: Sequence[str]) -> Iterator[str]:
     """Which options of the gate's pretraining do nothing, because there is none, or in closed form."""
     tried = method.under(methods)
-    reads = method.experts > 1 and any(each.traits.reads for each in tried)
-    learned = method.experts > 1 and any(each.traits.learned for each in tried) and config.gate_pretraining != "none"
+    reads = method.several and any(each.traits.reads for each in tried)
+    learned = method.several and any(each.traits.learned for each in tried) and config.gate_pretraining != "none"
     closed = any(each.closed_form for each in tried)
-    placed = any(each.seeks_layer and (each.groups > 1 or each.leaves_to_base) for each in tried)
+    placed = any(each.seeks_layer and (each.weighs or each.leaves_to_base) for each in tried)
     yield from unused(config, ("gate_pretraining",), reads or placed,
                       f"is of a gate that learns which expert is meant, and there is none: {CHOOSE}, or "
                       "leave it away")  # fmt: skip
@@ -314,10 +330,10 @@ def gate_idle(config: GatePretraining, method: MethodConfig, methods: Sequence[s
     )  # fmt: skip
 
 
-def gate_problems(config: GatePretraining, experts: int) -> Iterator[str]:
+def gate_problems(config: GatePretraining, experts: int | None) -> Iterator[str]:
     """What the names of experts have to do with their number."""
     names = config.expert_names
-    if names is not None and len(names) > experts:
+    if names is not None and experts is not None and len(names) > experts:
         yield (f"--expert-names {' '.join(names)} are {len(names)} names, but there are --experts {experts}: name "
                f"{experts} at most, or choose --experts {len(names)}")  # fmt: skip
 

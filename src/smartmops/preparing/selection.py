@@ -38,7 +38,7 @@ def told(task: Task, method: MethodConfig, seed: int) -> Task:
         return task
     rest = [*task.test, *task.validation]
     known, asked = (_by_task if method.traits.by_task else _by_centre)(task.base, task.train, rest, method, seed)
-    train, after = _marked(task.train, known, method.experts), _marked(rest, asked, method.experts)
+    train, after = _marked(task.train, known, method.number), _marked(rest, asked, method.number)
     count = len(task.test)
     states = States(task.states.where)  # of its own, which go when the task goes
     return replace(task, train=train, test=after[:count], validation=after[count:], states=states)
@@ -51,8 +51,8 @@ def _by_task(
     if unknown := sorted({row.category for row in rest} - set(tasks)):
         raise ConfigError(f"--method {method.method} is told the task, but {unknown[0]!r} is in no training example: "
                           "choose another method, or data whose test tasks are trained on")  # fmt: skip
-    if len(tasks) > method.experts:
-        raise ConfigError(f"--experts {method.experts}, but there are {len(tasks)} tasks: choose {len(tasks)}")
+    if len(tasks) > method.number:
+        raise ConfigError(f"--experts {method.number}, but there are {len(tasks)} tasks: choose {len(tasks)}")
     return [tasks.index(row.category) for row in train], [tasks.index(row.category) for row in rest]
 
 
@@ -65,7 +65,7 @@ def _by_centre(
     model.base_model.unload()
     base.requires_grad_(False)
     mean, scale = seen.mean(0), seen.std(0).clamp(min=1e-6)
-    found = KMeans(method.experts, n_init=4, random_state=seed).fit(((seen - mean) / scale).cpu().numpy())
+    found = KMeans(method.number, n_init=4, random_state=seed).fit(((seen - mean) / scale).cpu().numpy())
     after = found.predict(((later - mean) / scale).cpu().numpy()).tolist() if rest else []
     return found.labels_.tolist(), after
 

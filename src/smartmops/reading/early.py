@@ -6,9 +6,10 @@ Reads text files of a moderate size and, where it lies on this machine, the base
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -37,7 +38,11 @@ from .held_out import left_to_train
 
 LOOKED_AT = 32_000_000  # bytes of a file of examples that is read to see whether options fit it
 TABLES = (".csv", ".tsv", ".parquet")  # are read by libraries that take time to import
+UNLABELLED = 7  # experts by default where nothing tells tasks: as many as the paper has
+MOST_TASKS = 64  # that get an expert each by default; more are rather a column of something else
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what families call them
+
+Tasked = TypeVar("Tasked", bound=TaskConfig)
 
 
 def look_at(config: Options) -> None:
@@ -198,7 +203,14 @@ def _tasks_say(config: TaskConfig, train: Sequence[Example]) -> Iterator[str]:
     gated = [METHODS[method] for method in config.trained() if METHODS[method].by_task]
     told = any(method.told for method in gated)
     tasks = sorted({example.category for example in train} - {config.hold_out})
-    if not gated or config.experts < 2 or (config.gate_pretraining != "labels" and not told):
+    if config.experts is None:
+        if len(tasks) > MOST_TASKS and _one_for_each(config, tasks):
+            yield (f"there are {len(tasks)} tasks, and each gets an expert where they are {MOST_TASKS} at most: choose "
+                   f"--experts {len(tasks)}, or fewer with --gate-pretraining clusters")  # fmt: skip
+            return
+        config = counted(config, train)
+        yield from config.problems()
+    if not gated or not config.several or (config.gate_pretraining != "labels" and not told):
         return
     if tasks == [""]:
         if isinstance(config, FederateConfig):
@@ -212,9 +224,25 @@ def _tasks_say(config: TaskConfig, train: Sequence[Example]) -> Iterator[str]:
     for task in tasks:
         if wrong := Unreserved("a name").wrong(task):
             yield f"a task is called {task!r}, which{wrong}"
-    if len(tasks) > config.experts:
-        yield (f"--experts {config.experts}, but there are {len(tasks)} tasks: choose {len(tasks)}, or "
+    if len(tasks) > config.number:
+        yield (f"--experts {config.number}, but there are {len(tasks)} tasks: choose {len(tasks)}, or "
                "--gate-pretraining clusters")  # fmt: skip
+
+
+def counted(config: Tasked, train: Iterable[Example]) -> Tasked:
+    """The options with a number of experts: where they leave it open, of the tasks that are trained on."""
+    if config.experts is not None:
+        return config
+    tasks = {example.category for example in train} - {config.hold_out}
+    if config.expert_names is not None:
+        return replace(config, experts=len(config.expert_names))
+    return replace(config, experts=len(tasks) if _one_for_each(config, tasks) else UNLABELLED)
+
+
+def _one_for_each(config: TaskConfig, tasks: Collection[str | None]) -> bool:
+    """Whether rows name tasks, and these, no clusters, are what experts are meant for."""
+    by_task = any(METHODS[method].told and METHODS[method].by_task for method in config.trained())
+    return set(tasks) != {""} and (by_task or config.gate_pretraining != "clusters") and config.expert_names is None
 
 
 def check_tasks(config: TaskConfig, train: Sequence[Example]) -> None:

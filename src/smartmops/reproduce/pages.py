@@ -54,8 +54,9 @@ def _setting(found: Sequence[Result]) -> Iterator[Text]:
         examples = f"at most {s['limit']:,} examples" if s["limit"] else "all examples"
         yield Text(f"Model: {shown_name(model)}; {examples} of each data set.")
     prompts = f" of {s['prompts_per_expert']} prompts" if len(sizes) == 1 else ""
-    yield Text(f"{usual['experts']} experts{prompts} unless said otherwise; {what}; examples of at most "
-               f"{s['max_length']} tokens.")  # fmt: skip
+    count = usual["experts"]
+    experts = f"An expert{prompts} for each task" if count is None else f"{count} experts{prompts}"
+    yield Text(f"{experts} unless said otherwise; {what}; examples of at most {s['max_length']} tokens.")
     for data in dict.fromkeys(each["data"] for each in found):
         own = next(each for each in found if each["data"] == data)
         tokens = own["metrics"]["tokens"]
