@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import smartmops as sm
+from smartmops.base import load_base
 from smartmops.experts.gate import by_expert
 from smartmops.experts.routes import unlikeness
-from smartmops.handover import pages, router
+from smartmops.handover import export, pages, router
+from smartmops.rows.example import Example
+from smartmops.tokens.template import Template
 
 TEXTS = ("apple number 3.", "banana number 40.", "cherry number 7.", "date date number 40.", "Name three rivers.")
 ROUTE = """
@@ -115,6 +119,22 @@ def test_runs_with_experts_added_merged_and_dropped_are_exported_end_to_end(
             assert got["weights"] == pytest.approx(wanted, abs=1e-4), text
             assert got["left_to_base"] == pytest.approx(1 - sum(wanted.values()), abs=1e-4)
         assert {text: each["expert"] for text, each in zip(TEXTS, routed, strict=True)}[TEXTS[3]] == "date"
+
+
+@pytest.mark.parametrize("cut", ["", " | trim", ".lstrip()", ".rstrip()"])
+def test_a_text_outside_the_run_is_read_as_its_template_writes_it(tmp_path: Path, cut: str) -> None:
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "cut.jinja"
+    file.write_text("{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content" + cut + " }}\n{% else %}"
+                    "A: {{ m.content }}{{ eos_token }}\n{% endif %}{% endfor %}"
+                    "{% if add_generation_prompt %}A: {% endif %}")  # fmt: skip
+    _, tokenizer = load_base("tiny")
+    template = Template.of(str(file), tokenizer)
+    read = runpy.run_path(str(Path(export.__file__).with_name("alone") / "route.py"))["Reader"]
+    reader = read(export._frame(template, whole=False), tokenizer.backend_tokenizer)
+    for text in ("Count up to 7 now!", "  Count up to 7 now! \n", "\n\nWhich animal?", "Which?  "):
+        (prompt,) = template.prompts([Example(text, "", "").turns()])
+        assert reader(text) == {"input_ids": prompt.input_ids, "reads": [int(each) for each in prompt.gate_mask or []]}
 
 
 def test_a_quantised_base_that_onnx_has_no_steps_for_is_told(

@@ -28,7 +28,7 @@ from smartmops.options.finished.reading import Answered, EvaluateConfig, Inspect
 from smartmops.options.training import TrainConfig
 from smartmops.progress.bars import console
 from smartmops.reading.early import check_parts
-from smartmops.reading.embedder import Embedder
+from smartmops.reading.embedder import of_run
 from smartmops.reading.task import Task, same_client_files, same_test_split
 from smartmops.rows.example import Example, of_examples, opened
 from smartmops.runs.card import save
@@ -182,7 +182,7 @@ class LoadedRun:
         self.model, self.tokenizer, self.path, self._run = model, tokenizer, run.path, run
         self._template = Template.of(template_of(run), tokenizer)
         config = model.peft_config["default"]
-        self._embedder = Embedder(config.embedder) if getattr(config, "embedder", None) else None
+        self._embedder = of_run(run, config.embedder) if getattr(config, "embedder", None) else None
         self.experts: list[str] = []
         if isinstance(model.base_model, MoPsModel):
             self.experts = config.named_experts

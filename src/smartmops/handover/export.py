@@ -36,7 +36,8 @@ from .columns import pinned
 from .pages import kv_page, peft_page, router_page
 
 TEXTS = ("Name three rivers.", "Summarise this in one sentence: the ship left at dawn, and nobody saw it again.",
-         "Write a short, polite reply to a customer whose parcel is late.", "2 + 2 = ?")  # fmt: skip
+         "Write a short, polite reply to a customer whose parcel is late.", "2 + 2 = ?",
+         "\n  A word with blanks around it? \n")  # fmt: skip
 TOKENS = 12  # of an answer that is compared
 LIMIT = {torch.float32: 1e-3}  # largest difference of log probabilities, in nats; of other dtypes:
 COARSE = 0.5
@@ -259,11 +260,13 @@ def _weighed(answerer: Answerer, text: str) -> Float[Tensor, " all"]:
 
 
 def _frame(template: Template, whole: bool) -> dict[str, Any]:
-    """What the template writes around a text, and which of it the gate reads."""
+    """What the template writes around a text and takes off its ends, and which of it the gate reads."""
     mark = "smartmopsmark"
-    (part,) = template.parts(Example(mark, "", "").turns())
-    before, _, after = part.text.partition(mark)
-    return {"before": before, "after": after, "lead": list(template.lead), "reads": "all" if whole else "text"}
+    (bare,), (blank,) = (template.parts(Example(text, "", "").turns()) for text in (mark, f" \n{mark}\n "))
+    before, _, after = bare.text.partition(mark)
+    kept = blank.text[len(before) : len(blank.text) - len(after)]
+    return {"before": before, "after": after, "lead": list(template.lead), "reads": "all" if whole else "text",
+            "trims": [kept.startswith(mark), kept.endswith(mark)]}  # fmt: skip
 
 
 def _file_names(names: Sequence[str]) -> dict[str, str]:

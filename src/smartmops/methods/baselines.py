@@ -18,7 +18,7 @@ from smartmops.experts import keys_values
 from smartmops.options.method import MethodConfig
 from smartmops.runs.adapters import adapter_on, check_config, load_adapter
 from smartmops.runs.folder import Run, check_adapter
-from smartmops.states.fingerprint import of_weights
+from smartmops.states.fingerprint import TOKENIZER, of_tokenizer, of_weights
 from smartmops.tokens.template import FILE, read_template
 from smartmops.tuner import MoPsConfig, MoPsModel
 from smartmops.tuner.engine import Engine
@@ -102,7 +102,7 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
         FileNotFoundError: no finished run, or no adapter, at `path`.
         ValueError: the adapter file is damaged, or belongs to another base model.
         BaseModelNotFound: the base is not where it was.
-        RunError: the weights of the base have changed since the run was trained.
+        RunError: the weights of the base, or its tokenizer, have changed since the run was trained.
     """
     run = Run.open(path)
     check_adapter(run.adapter_dir)  # before the base, which may be large
@@ -117,6 +117,9 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     if any(then.get(name, each) != each for name, each in now.items()):
         raise RunError(f"{base_of(run)} is not the base that {run.path} was trained on, its weights are others: bring "
                        "that one back, or train again")  # fmt: skip
+    if TOKENIZER in then and of_tokenizer(tokenizer) != then[TOKENIZER]:
+        raise RunError(f"the tokenizer of {base_of(run)} is not the one that {run.path} was trained with, so the same "
+                       "text is other tokens: bring that one back, or train again")  # fmt: skip
     tokenizer.chat_template = read_template(run.adapter_dir / FILE) if (run.adapter_dir / FILE).is_file() else None
     return load_adapter(base, run.adapter_dir), tokenizer, run
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from smartmops.base.names import readable
-from smartmops.checks.errors import MissingExtra
+from smartmops.checks.errors import MissingExtra, RunError
+from smartmops.runs.folder import Run
+from smartmops.states.fingerprint import EMBEDDER, of_tokenizer, sampled
 
 
 class Embedder:
@@ -29,6 +32,7 @@ class Embedder:
                 ) from error
             with readable(name, "--embedder"):
                 self.model: Any = SentenceTransformer(name, device="cpu")
+            self.tokenizer: Any = getattr(self.model, "tokenizer", None)
             self._encode = self._sentences
         else:
             from transformers import AutoModel, AutoTokenizer
@@ -37,6 +41,12 @@ class Embedder:
                 self.model, self.tokenizer = AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
             self._encode = self._mean
         self.width = len(self(["width"])[0])
+
+    @property
+    def told(self) -> str:
+        """What tells it from any other: a few numbers of its weights, and its tokenizer if it has a vocabulary."""
+        words = of_tokenizer(self.tokenizer) if hasattr(self.tokenizer, "get_vocab") else ""
+        return blake2b((sampled(self.model) + words).encode(), digest_size=16).hexdigest()
 
     def __call__(self, texts: Sequence[str]) -> list[list[float]]:
         """One embedding for each text."""
@@ -57,3 +67,17 @@ class Embedder:
             weight = batch["attention_mask"].unsqueeze(-1)
             found += ((hidden * weight).sum(1) / weight.sum(1)).tolist()
         return found
+
+
+def of_run(run: Run, name: str) -> Embedder:
+    """The embedder of a finished run.
+
+    Raises:
+        RunError: its weights or its tokenizer have changed since the run was trained.
+    """
+    found = Embedder(name)
+    then = run.read_inputs().get(EMBEDDER, found.told)
+    if found.told != then:
+        raise RunError(f"{name} is not the embedder that {run.path} was trained with, its weights or its tokenizer are "
+                       "others: bring that one back, or train again")  # fmt: skip
+    return found

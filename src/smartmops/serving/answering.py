@@ -18,7 +18,7 @@ from smartmops.checks.errors import ConfigError, DataError, RunError
 from smartmops.evaluation.perplexity import room
 from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import load_run, template_of
-from smartmops.reading.embedder import Embedder
+from smartmops.reading.embedder import Embedder, of_run
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import padded
 from smartmops.tokens.parts import Prompt
@@ -96,11 +96,10 @@ class Answers(Protocol):
 class Answerer:
     """A run that answers. Calls from several threads take turns."""
 
-    def __init__(self, model: Any, tokenizer: Any, template: Template) -> None:
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+    def __init__(self, model: Any, tokenizer: Any, template: Template, embedder: Embedder | None = None) -> None:
+        self.model, self.tokenizer, self.template, self._embedder = model, tokenizer, template, embedder
         self._config = model.peft_config["default"]
         self.experts: Sequence[str] = self._config.named_experts
-        self._embedder = Embedder(self._config.embedder) if self._config.embedder else None
         self.tasks: Mapping[str, Mapping[str, float]] = {}
         self.stops = template.stops(model)
         self.turn = threading.Lock()
@@ -110,14 +109,16 @@ class Answerer:
         """The answerer of a run folder.
 
         Raises:
-            RunError: the run has no experts, or is told which of them to use.
+            RunError: the run has no experts, or is told which of them to use; its base or embedder have changed.
         """
         model, tokenizer, run = load_run(path)
         method = run.config["arguments"].get("method")
         if is_told(method) or not isinstance(model.base_model, MoPsModel):
             why = "is told which expert to use" if is_told(method) else "has no experts"
             raise RunError(f"{path} was trained with method {method!r}, which {why}: give a run of --method mops")
-        found = cls(model, tokenizer, Template.of(template_of(run), tokenizer))
+        named = model.peft_config["default"].embedder
+        embedder = of_run(run, named) if named else None
+        found = cls(model, tokenizer, Template.of(template_of(run), tokenizer), embedder)
         found.tasks = tasks_of(run.read_gates() or {}, found.experts)
         return found
 

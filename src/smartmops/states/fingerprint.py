@@ -34,6 +34,9 @@ VOLATILE = {  # settings of a model that no hidden state depends on, or that its
     "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id",
 }  # fmt: skip
 SAMPLED, NUMBERS = "base, sampled", 64  # what `sampled` is kept as, and numbers of each weight
+TOKENIZER, EMBEDDER = "tokenizer", "embedder"  # what `of_tokenizer` and `Embedder.told` are kept as
+SPOKEN = ("The Quick brown fox's 12,345.67 naïve cafés; ¿qué?", "  two blanks,\ta tab\nand a line ",
+          "İΑΒγ 漢字 ﬁ 🙂 e\u0301")  # fmt: skip
 FILES, ROWS = "base, sampled from its files", 8  # what of quantised weights is kept as, and rows of each
 
 
@@ -124,6 +127,7 @@ def inputs_of(task: Any) -> dict[str, str]:
     """
     data = of_examples(task.train_examples, task.test_examples, [row.input_ids for row in task.validation])
     found = _of_parts(task.base, task.tokenizer, task.template) | {"data set": data} | of_weights(task.base)
+    found |= {TOKENIZER: of_tokenizer(task.tokenizer)} | ({EMBEDDER: task.embedder.told} if task.embedder else {})
     return found | ({TEST_SPLIT: task.test_split} if task.test_split else {})
 
 
@@ -145,6 +149,16 @@ def sampled(base: Any) -> str:
 def of_weights(base: Any) -> dict[str, str]:
     """What tells the weights of a base from others, by name: `sampled`, and of a quantised base its files too."""
     return {SAMPLED: sampled(base)} | _of_files(base)
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """What tells a tokenizer from others: its vocabulary, and what it makes of texts in which rules of all kinds act.
+
+    Its settings would tell more, but another release of its library writes the same ones otherwise.
+    """
+    made = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in SPOKEN]
+    said = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, made])
+    return blake2b(said.encode(), digest_size=16).hexdigest()
 
 
 def _of_files(base: Any) -> dict[str, str]:

@@ -28,6 +28,9 @@ class Reader:
     def __call__(self, text: str) -> dict[str, list[int]]:
         """Token ids of a text, and 1 on those that the gate reads."""
         before, after, lead = self.about["before"], self.about["after"], self.about["lead"]
+        starts, ends = self.about["trims"]  # where the template takes blanks off
+        text = text.lstrip() if starts else text
+        text = text.rstrip() if ends else text
         whole, first, last = before + text + after, len(before), len(before) + len(text)
         made = self.tokenizer.encode(whole, add_special_tokens=False)
         reads = [0] * len(lead) + [int(within(whole, start, end, first, last)) for start, end in made.offsets]
