@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartmops.report.gates import entropy, experts_used, favourites, mean_entropy, own_weights, tables
+from smartmops.report.gates import entropy, experts_used, mean_entropy, own_weights, tables
 
 GATES = {
     "experts": ["qa", "jokes"],
@@ -42,8 +42,6 @@ def test_tables_stand_in_order_of_time_and_share_their_rows():
     assert list(tables(GATES)) == ["before", "after"]
     assert before.tasks == after.tasks == ("jokes", "qa")
     assert before.experts == ("qa", "jokes")
-    assert favourites(after) == {"qa": "qa", "jokes": "jokes"}
-    assert favourites(before) == {"qa": "qa", "jokes": "qa"}
     assert own_weights(after) == {"qa": 1.0, "jokes": 0.75}
     assert mean_entropy(before) == pytest.approx(math.log(2))
 

@@ -49,11 +49,6 @@ def experts_used(weights: Sequence[float]) -> float:
     return math.exp(entropy(weights)) if any(weights) else 0.0
 
 
-def favourites(table: GateTable) -> dict[str, str]:
-    """The expert each task uses most; of equals, the first."""
-    return {task: table.experts[row.index(max(row))] for task, row in table.weights.items()}
-
-
 def own_weights(table: GateTable) -> dict[str, float]:
     """Weight each task gives to the expert of its own name; empty unless every task has one."""
     if not set(table.tasks) <= set(table.experts):
