@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 import smartmops as sm
 from smartmops import cli
+from smartmops.analysis import finished
 from smartmops.analysis.finished import _seen
 from smartmops.data.tasks import splits
 from smartmops.options.finished.reading import EvaluateConfig
@@ -225,6 +226,34 @@ def test_one_expert_answers_alone_when_it_is_named(run: sm.LoadedRun) -> None:
     assert run.gate(TEXT) == before
     with pytest.raises(ValueError, match=r"'cook' is no expert of this run: choose one of "):
         run.generate(TEXT, expert="cook")
+
+
+def test_a_text_that_leaves_no_position_is_refused_and_none_loses_its_end(
+    run: sm.LoadedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ask in (run.generate, run.gate):
+        with pytest.raises(
+            sm.DataError, match=r"the prompt takes 2\d{3} tokens, and of the model's \d+ positions none"
+        ):
+            ask("Repeat the last word.", "a " * 2000)
+    seen: list[int] = []
+    monkeypatch.setattr(finished, "answer", lambda model, tokenizer, examples, most, *_, **__: [str(seen.append(most))])
+    run.generate("Repeat it.", "a " * 900, max_new_tokens=800)
+    asked = len(sm.render(run.tokenizer, "Repeat it.\n\n" + ("a " * 900).strip()).input_ids)
+    positions = run.model.config.max_position_embeddings
+    assert seen == [positions - asked] and asked + 800 > positions  # up to the last position, and nothing is cut
+
+
+def test_a_method_that_is_told_asks_for_an_expert(tmp_path: Path) -> None:
+    sm.train(model="tiny", data="office", limit=140, steps=1, batch_size=4, method="oracle", samples_per_task=0,
+             out=tmp_path / "told")  # fmt: skip
+    told = sm.load_run(tmp_path / "told")
+    for ask in (told.generate, told.gate):
+        with pytest.raises(sm.RunError, match=r"method 'oracle', which is told which expert to use"):
+            ask(TEXT)
+    assert isinstance(told.generate(TEXT, expert=told.experts[0], max_new_tokens=4), str)
+    with pytest.raises(sm.RunError, match="which is told which expert to use: inspect a run of method mops"):
+        sm.inspect(run=tmp_path / "told", text=TEXT)
 
 
 def test_a_chat_of_one_turn_is_an_instruction(run: sm.LoadedRun) -> None:

@@ -254,7 +254,7 @@ def test_a_run_is_not_loaded_on_another_base_of_the_same_name(config: Make, base
     load_run(chosen.out)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(
-        FileNotFoundError, match=r"base does not exist, but .* was trained on it: bring it back, or link"
+        FileNotFoundError, match=r"base does not exist here, but .* was trained on it: bring it back, or link"
     ):
         load_run(chosen.out)
     (chosen.out / "base").symlink_to(tmp_path / "elsewhere")
@@ -288,6 +288,25 @@ def test_a_run_is_not_loaded_with_another_tokenizer(
     file.write_text(json.dumps(words))
     with pytest.raises(RunError, match=r"the tokenizer of .*base is not the one that .* was trained with, so the same"):
         load_run(chosen.out)
+
+
+def test_from_another_folder_no_hub_is_asked_for_what_was_a_folder(
+    config: Make, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "embedder"):
+        shutil.copytree(base_folder, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    chosen = config(model="base", embedder="embedder", steps=1, samples_per_task=0)
+    train(chosen)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"MODEL base does not exist here, .* from another folder: bring it back"
+    ):
+        load_run(chosen.out)
+    (chosen.out / "base").symlink_to(tmp_path / "base")
+    with pytest.raises(RunError, match=r"the embedder embedder does not exist here, .* go to the folder that it was"):
+        sm.load_run(chosen.out)
 
 
 def test_a_run_is_not_loaded_with_another_embedder(config: Make, base_folder: Path, tmp_path: Path) -> None:

@@ -195,5 +195,5 @@ def test_text_that_should_be_left_alone_sets_the_threshold(run: Path, tmp_path: 
 def test_a_wrong_name_or_place_is_told(run: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         sm.drop_expert(run, out=tmp_path / "none", **options)
-    with pytest.raises(FileExistsError, match="exists and holds a finished run"):
+    with pytest.raises(FileExistsError, match=r"exists and holds a finished run: choose another folder$"):
         sm.drop_expert(run, name="apple", out=run)

@@ -20,7 +20,7 @@ from smartmops.data.several import held, names_of
 from smartmops.data.tasks import of_clients, read, read_stored, splits
 from smartmops.evaluation import harness
 from smartmops.evaluation.answers import questions, score
-from smartmops.evaluation.perplexity import answer
+from smartmops.evaluation.perplexity import answer, room
 from smartmops.evaluation.perplexity import evaluate as measured
 from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import base_of, load_run, template_of
@@ -203,7 +203,8 @@ class LoadedRun:
 
         Raises:
             ConfigError: an argument is outside its limits; a `WrongType`: of another type.
-            RunError: there is no such expert.
+            DataError: the text leaves no position for an answer.
+            RunError: there is no such expert, or none is named and the method is told which one to use.
         """
         check_named(Question(text=text, context=context, max_new_tokens=max_new_tokens))
         return self._answer(Example(text, context, ""), expert, max_new_tokens)
@@ -214,7 +215,8 @@ class LoadedRun:
         """The greedy answer to the user's last message, `role` and `content` of each as chat templates take them.
 
         Raises:
-            DataError: turns are out of order, the last is not the user's, or there is no such expert.
+            DataError: turns are out of order, the last is not the user's, or they leave no position for an answer.
+            RunError: as `generate`.
         """
         check_named(Answered(max_new_tokens=max_new_tokens))
         system, history, question = opened(messages)
@@ -290,19 +292,32 @@ class LoadedRun:
         Raises:
             RunError: there are none.
         """
-        if not self.experts:
-            raise RunError(f"{self.path} was trained with method {self._run.config.get('method')!r}, which has no "
-                           "gate: inspect a run of method mops")  # fmt: skip
+        told = is_told(self._run.config["arguments"].get("method"))
+        if not self.experts or told:
+            why = "is told which expert to use" if told else "has no gate"
+            raise RunError(f"{self.path} was trained with method {self._run.config.get('method')!r}, which {why}: "
+                           "inspect a run of method mops")  # fmt: skip
 
     def _answer(self, example: Example, expert: str | None, max_new_tokens: int) -> str:
-        inputs = {}
+        inputs, config = {}, self.model.peft_config["default"]
+        (prompt,) = self._template.prompts([example.turns()])
+        left = room(self.model, len(prompt.input_ids))
+        if left < 1:
+            raise DataError(f"the prompt takes {len(prompt.input_ids)} tokens, and of the model's "
+                            f"{room(self.model, 0)} positions none is left to answer: shorten it")  # fmt: skip
+        if is_told(method := self._run.config["arguments"].get("method")):
+            if expert is None:
+                raise RunError(f"{self.path} was trained with method {method!r}, which is told which expert to use: "
+                               f"name one of {', '.join(self.experts)}, or give a run of --method mops")  # fmt: skip
+            inputs["gate_embedding"] = torch.zeros(1, config.embedding_size)  # of a gate that is told its weights
         if self._embedder is not None:
             inputs["gate_embedding"] = torch.tensor(self._embedder([example.instruction]))
         if expert is not None:
             if expert not in self.experts:
                 raise RunError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts)}")
             inputs["gate_weights"] = torch.tensor([[float(name == expert) for name in self.experts]])
-        return answer(self.model, self.tokenizer, [example], max_new_tokens, self._template, **inputs)[0]
+        most = max_new_tokens if room(self.model, max_new_tokens) < 1 else min(max_new_tokens, left)
+        return answer(self.model, self.tokenizer, [example], most, self._template, **inputs)[0]
 
     def _asked(self, config: EvaluateConfig, suite: harness.Suite) -> dict[str, Any]:
         found = harness.measure(self.model, self.tokenizer, self._template, suite, config.batch_size,

@@ -250,15 +250,15 @@ def half_written(item: Path) -> bool:
     return item.name.startswith(".") and item.name.endswith(UNFINISHED)
 
 
-def refused(path: Path, resume: bool) -> RunError | None:
-    """Why no run can start in a folder, or with `resume` go on there; None: it can."""
+def refused(path: Path, resume: bool, *, resumes: bool = True) -> RunError | None:
+    """Why no run can start in a folder, or with `resume` go on there; None: it can. `resumes`: whether any can."""
     if path.exists() and not path.is_dir():
         return NotAFolder(f"--out {path} is a file: choose a folder")
     held = held_by(path)
     if resume and not path.exists():
         return missing(path, near(path, is_run))
     if held and not resume:
-        return RunExists(f"--out {path} exists and holds {_described(held)}")
+        return RunExists(f"--out {path} exists and holds {_described(held, resumes)}")
     if held and "config.json" not in held:
         return RunExists(f"--resume: {path} is no run, it holds {held[0]} but no config.json: choose another folder")
     return None
@@ -270,12 +270,12 @@ def missing(path: Path, others: str) -> RunNotFound:
                        f"name{others}, or leave --resume away to start")  # fmt: skip
 
 
-def _described(held: list[str]) -> str:
+def _described(held: list[str], resumes: bool) -> str:
     """What a folder holds, and the way out."""
     if "config.json" not in held:
         return f"files of something else ({held[0]}{', ...' if len(held) > 1 else ''}): choose another folder"
     kind = "a finished run" if "metrics.json" in held else "an unfinished run"
-    return f"{kind}: choose another folder, or resume with --resume"
+    return f"{kind}: choose another folder" + (", or resume with --resume" if resumes else "")
 
 
 def is_run(folder: Path) -> bool:

@@ -14,10 +14,11 @@ from smartmops.adapter.config import default_injection_layer
 from smartmops.base import load_base
 from smartmops.base.names import CHOICES
 from smartmops.checks.errors import BaseModelNotFound, RunError
+from smartmops.checks.folders import expanded
 from smartmops.experts import keys_values
 from smartmops.options.method import MethodConfig
 from smartmops.runs.adapters import adapter_on, check_config, load_adapter
-from smartmops.runs.folder import Run, check_adapter
+from smartmops.runs.folder import PATHS, Run, check_adapter
 from smartmops.states.fingerprint import TOKENIZER, of_tokenizer, of_weights
 from smartmops.tokens.template import FILE, read_template
 from smartmops.tuner import MoPsConfig, MoPsModel
@@ -108,11 +109,15 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     check_adapter(run.adapter_dir)  # before the base, which may be large
     check_config(run.adapter_dir / "adapter_config.json")
     dtype = run.config["arguments"].get("dtype", "float32")
+    here, named = f"bring it back, or link it to {path / 'base'}", base_of(run)
+    if named in run.config.get(PATHS, ()) and not expanded(named).exists():  # the hub may have one of that name
+        elsewhere = "" if Path(named).is_absolute() else ", from another folder"
+        raise BaseModelNotFound(f"MODEL {named} does not exist here, but {path} was trained on it{elsewhere}: {here}")
     try:
-        base, tokenizer = load_base(base_of(run), dtype)
+        base, tokenizer = load_base(named, dtype)
     except BaseModelNotFound as error:
-        raise BaseModelNotFound(f"{str(error).removesuffix(f': {CHOICES}')}, but {path} was trained on it: bring it "
-                                f"back, or link it to {path / 'base'}") from error  # fmt: skip
+        raise BaseModelNotFound(f"{str(error).removesuffix(f': {CHOICES}')}, but {path} was trained on it: "
+                                f"{here}") from error  # fmt: skip
     now, then = of_weights(base), run.read_inputs()
     if any(then.get(name, each) != each for name, each in now.items()):
         raise RunError(f"{base_of(run)} is not the base that {run.path} was trained on, its weights are others: bring "

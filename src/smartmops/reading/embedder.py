@@ -11,7 +11,8 @@ import torch
 
 from smartmops.base.names import readable
 from smartmops.checks.errors import MissingExtra, RunError
-from smartmops.runs.folder import Run
+from smartmops.checks.folders import expanded
+from smartmops.runs.folder import PATHS, Run
 from smartmops.states.fingerprint import EMBEDDER, of_tokenizer, sampled
 
 
@@ -73,8 +74,11 @@ def of_run(run: Run, name: str) -> Embedder:
     """The embedder of a finished run.
 
     Raises:
-        RunError: its weights or its tokenizer have changed since the run was trained.
+        RunError: it is not here, or its weights or its tokenizer have changed since the run was trained.
     """
+    if name in run.config.get(PATHS, ()) and not expanded(name).exists():
+        raise RunError(f"the embedder {name} does not exist here, but {run.path} was trained with it: bring it back, "
+                       "or go to the folder that it was trained in")  # fmt: skip
     found = Embedder(name)
     then = run.read_inputs().get(EMBEDDER, found.told)
     if found.told != then:

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from smartmops.checks.errors import ConfigError
+from smartmops.checks.errors import ConfigError, DataError
 from smartmops.checks.folders import beside
 from smartmops.compression.compress import compress
 from smartmops.federated.federate import federate
@@ -183,8 +183,12 @@ class Grid:
             if not (folder / "metrics.json").is_file():
                 columns = self.columns if text == cell.data.path else ()
                 limit, begun = None if self.calibration else self.limit, folder.exists() or beside(folder).exists()
-                compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=limit, resume=begun,
-                                        columns=columns, **settings))  # fmt: skip
+                try:
+                    compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=limit, resume=begun,
+                                            columns=columns, **settings))  # fmt: skip
+                except DataError as error:  # whose way out may be an option of `compress` alone
+                    words = str(error).partition(", or choose --sequences")[0]
+                    raise DataError(f"{words} (with --calibration)" if words != str(error) else words) from error
         return str(folder)
 
     def _merged(self, below: Cell) -> str:

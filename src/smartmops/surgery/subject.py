@@ -196,7 +196,7 @@ class Subject:
             metrics: Perplexities as `metrics.json` holds them; None: those of the run as it was hold still.
         """
         target = out or self.run.path
-        if out is not None and (error := refused(out, False)) is not None:
+        if out is not None and (error := refused(out, False, resumes=False)) is not None:
             raise error
         put(self.model, parts)
         if out is not None:

@@ -55,7 +55,7 @@ class _Writing(Options):
 
     def taken(self) -> RunError | None:
         """As `Options`."""
-        return refused(self.out, False) if self.out is not None else None
+        return refused(self.out, False, resumes=False) if self.out is not None else None
 
 
 @dataclass(kw_only=True)
