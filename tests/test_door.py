@@ -105,7 +105,7 @@ def test_an_adapter_of_ones_own_is_prepared_as_train_prepares_its_own(kind: str)
     base, tokenizer = sm.load_base("tiny", "float32")
     own: dict[str, Any] = {"gate_bias": True, "null_expert": True} if kind == "keys_values" else {}
     visible = "answers" if kind == "keys_values" else "all"
-    config = sm.TrainConfig(model="tiny", data="office", out=Path("unused"), expert_kind=kind, recovery_prompts=0,
+    config = sm.TrainConfig(model="tiny", data="office", out=Path("unused"), experts=7, expert_kind=kind, recovery_prompts=0,
                             validation_share=0.0)  # fmt: skip
     task = Task.of(base, tokenizer, examples, [], config)
     wanted, names, accuracy = adapt(task, config, GatePretraining(), 0)

@@ -51,7 +51,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def _config(base: str, out: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{
-        "model": base, "data": "office", "out": out, "limit": 100, "dtype": "float32", "steps": 8, "batch_size": 4,
+        "model": base, "data": "office", "out": out, "experts": 7, "limit": 100, "dtype": "float32", "steps": 8, "batch_size": 4,
         "max_length": 160, "prompt_lr": 1.0, "warmup_steps": 0, "samples_per_task": 0, "recovery_prompts": 0,
         "validation_share": 0.0, "gate_pretraining_steps": 50, "expert_kind": "hidden_states",
     } | changes)  # fmt: skip
