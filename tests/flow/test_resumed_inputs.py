@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -10,11 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import smartmops as sm
+from smartmops.checks.errors import RunError
 from smartmops.flow import trainer
 from smartmops.flow.compare import CompareConfig, compare
 from smartmops.flow.trainer import TrainConfig, train
+from smartmops.methods.baselines import load_run
+from smartmops.serving.answering import Answerer
 
 Make = Callable[..., TrainConfig]
 
@@ -110,3 +116,58 @@ def test_a_comparison_goes_on_with_its_data_alone(config: Make, two_tasks: Path,
     settings.resume = True
     with pytest.raises(ValueError, match="another data set"):
         compare(settings)
+
+
+@pytest.mark.parametrize("changed", ["a rule", "the vocabulary"])
+def test_a_run_is_not_loaded_with_another_tokenizer(
+    config: Make, base_folder: Path, tmp_path: Path, changed: str
+) -> None:
+    shutil.copytree(base_folder, tmp_path / "base")
+    chosen = config(model=str(tmp_path / "base"), steps=1, samples_per_task=0)
+    train(chosen)
+    file = tmp_path / "base" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    if changed == "a rule":
+        words["normalizer"] = {"type": "Lowercase"}
+    else:
+        vocabulary = words["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(words))
+    with pytest.raises(RunError, match=r"the tokenizer of .*base is not the one that .* was trained with, so the same"):
+        load_run(chosen.out)
+
+
+def test_from_another_folder_no_hub_is_asked_for_what_was_a_folder(
+    config: Make, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "embedder"):
+        shutil.copytree(base_folder, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    chosen = config(model="base", embedder="embedder", steps=1, samples_per_task=0)
+    train(chosen)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"MODEL base does not exist here, .* from another folder: bring it back"
+    ):
+        load_run(chosen.out)
+    (chosen.out / "base").symlink_to(tmp_path / "base")
+    with pytest.raises(RunError, match=r"the embedder embedder does not exist here, .* go to the folder that it was"):
+        sm.load_run(chosen.out)
+
+
+def test_a_run_is_not_loaded_with_another_embedder(config: Make, base_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_folder, tmp_path / "embedder")
+    chosen = config(embedder=str(tmp_path / "embedder"), steps=4, save_every=2, samples_per_task=0)
+    train(chosen)
+    assert set(sm.load_run(chosen.out).gate("apple number 3.")) == {"a", "b"}
+    file = tmp_path / "embedder" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "embed_tokens" in name)
+    save_file(weights | {name: weights[name].flip(0).contiguous()}, file, {"format": "pt"})
+    for load in (sm.load_run, Answerer.open):
+        with pytest.raises(RunError, match=r"embedder is not the embedder that .* was trained with, its weights"):
+            load(chosen.out)
+    (chosen.out / "metrics.json").unlink()  # as a run that was killed
+    with pytest.raises(RunError, match="was started with another embedder"):
+        train(dataclasses.replace(chosen, resume=True))

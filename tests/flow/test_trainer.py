@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import smartmops as sm
 from smartmops.base import load_base
 from smartmops.checks.errors import ConfigError, DataError, Diverged, ResourceError, RunError
 from smartmops.evaluation.perplexity import evaluate
@@ -32,7 +31,6 @@ from smartmops.reading.task import Task
 from smartmops.rows.stored import Stored
 from smartmops.runs.checkpoints import last_checkpoint
 from smartmops.runs.folder import PATHS, Run
-from smartmops.serving.answering import Answerer
 from smartmops.states.fingerprint import sampled
 
 Make = Callable[..., TrainConfig]
@@ -269,61 +267,6 @@ def test_a_run_is_not_loaded_on_another_base_of_the_same_name(config: Make, base
         RunError, match=r"base is not the base that .* was trained on, its weights are others: bring that"
     ):
         load_run(chosen.out)
-
-
-@pytest.mark.parametrize("changed", ["a rule", "the vocabulary"])
-def test_a_run_is_not_loaded_with_another_tokenizer(
-    config: Make, base_folder: Path, tmp_path: Path, changed: str
-) -> None:
-    shutil.copytree(base_folder, tmp_path / "base")
-    chosen = config(model=str(tmp_path / "base"), steps=1, samples_per_task=0)
-    train(chosen)
-    file = tmp_path / "base" / "tokenizer.json"
-    words = json.loads(file.read_text())
-    if changed == "a rule":
-        words["normalizer"] = {"type": "Lowercase"}
-    else:
-        vocabulary = words["model"]["vocab"]
-        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    file.write_text(json.dumps(words))
-    with pytest.raises(RunError, match=r"the tokenizer of .*base is not the one that .* was trained with, so the same"):
-        load_run(chosen.out)
-
-
-def test_from_another_folder_no_hub_is_asked_for_what_was_a_folder(
-    config: Make, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("base", "embedder"):
-        shutil.copytree(base_folder, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    chosen = config(model="base", embedder="embedder", steps=1, samples_per_task=0)
-    train(chosen)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(
-        FileNotFoundError, match=r"MODEL base does not exist here, .* from another folder: bring it back"
-    ):
-        load_run(chosen.out)
-    (chosen.out / "base").symlink_to(tmp_path / "base")
-    with pytest.raises(RunError, match=r"the embedder embedder does not exist here, .* go to the folder that it was"):
-        sm.load_run(chosen.out)
-
-
-def test_a_run_is_not_loaded_with_another_embedder(config: Make, base_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(base_folder, tmp_path / "embedder")
-    chosen = config(embedder=str(tmp_path / "embedder"), steps=4, save_every=2, samples_per_task=0)
-    train(chosen)
-    assert set(sm.load_run(chosen.out).gate("apple number 3.")) == {"a", "b"}
-    file = tmp_path / "embedder" / "model.safetensors"
-    weights = load_file(file)
-    name = next(name for name in weights if "embed_tokens" in name)
-    save_file(weights | {name: weights[name].flip(0).contiguous()}, file, {"format": "pt"})
-    for load in (sm.load_run, Answerer.open):
-        with pytest.raises(RunError, match=r"embedder is not the embedder that .* was trained with, its weights"):
-            load(chosen.out)
-    (chosen.out / "metrics.json").unlink()  # as a run that was killed
-    with pytest.raises(RunError, match="was started with another embedder"):
-        train(dataclasses.replace(chosen, resume=True))
 
 
 def test_a_base_is_known_again_in_another_dtype(base_folder: Path) -> None:
