@@ -20,7 +20,7 @@ from smartmops.data.several import held, names_of
 from smartmops.data.tasks import of_clients, read, read_stored, splits
 from smartmops.evaluation import harness
 from smartmops.evaluation.answers import questions, score
-from smartmops.evaluation.perplexity import answer, room
+from smartmops.evaluation.perplexity import answer, left_to_answer, room
 from smartmops.evaluation.perplexity import evaluate as measured
 from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import base_of, load_run, template_of
@@ -32,7 +32,7 @@ from smartmops.reading.embedder import of_run
 from smartmops.reading.task import Task, same_client_files, same_test_split
 from smartmops.rows.example import Example, of_examples, opened
 from smartmops.runs.card import save
-from smartmops.runs.folder import PATHS, Run
+from smartmops.runs.folder import Run
 from smartmops.tokens.template import Template
 from smartmops.traits import is_told
 from smartmops.tuner import MoPsModel
@@ -71,7 +71,7 @@ def _again(config: EvaluateConfig, run: Run) -> TrainConfig:
     _check_free(run)
     arguments = run.config["arguments"]
     for name in () if config.data else names_of(held(arguments["data"])):
-        if name in run.config.get(PATHS, ()) and not Path(name).exists():
+        if run.lacks(name, Path(name)):
             raise DataError(f"{name}, on which {run.path} was measured, is not there: give --data, or call this in the "
                                "folder where it was trained")  # fmt: skip
     return TrainConfig(
@@ -301,10 +301,7 @@ class LoadedRun:
     def _answer(self, example: Example, expert: str | None, max_new_tokens: int) -> str:
         inputs, config = {}, self.model.peft_config["default"]
         (prompt,) = self._template.prompts([example.turns()])
-        left = room(self.model, len(prompt.input_ids))
-        if left < 1:
-            raise DataError(f"the prompt takes {len(prompt.input_ids)} tokens, and of the model's "
-                            f"{room(self.model, 0)} positions none is left to answer: shorten it")  # fmt: skip
+        left = left_to_answer(self.model, len(prompt.input_ids))
         if is_told(method := self._run.config["arguments"].get("method")):
             if expert is None:
                 raise RunError(f"{self.path} was trained with method {method!r}, which is told which expert to use: "

@@ -86,10 +86,11 @@ def _renewed(config: KeysConfig) -> list[Path]:
     """Certificates of the keys that are there, where hosts or days are asked for that they lack."""
     place, by_default = config.out / "server", KeysConfig(clients=()).days
     had, root = _certificate(place / "server.crt"), _certificate(place / "ca.crt")
-    hosts = [*dict.fromkeys([*_certified(had), *_hosts(config)])]
+    known = _certified(had)
+    hosts = [*dict.fromkeys([*known, *_hosts(config)])]
     ends = datetime.now(UTC) + timedelta(days=config.days - 1)
     asked = config.days != by_default or had.not_valid_after_utc < datetime.now(UTC)
-    if hosts == _certified(had) and not (asked and had.not_valid_after_utc < ends):
+    if hosts == known and not (asked and had.not_valid_after_utc < ends):
         return []
     ca, server = _private(config.out / "ca.key"), _private(place / "server.key")
     written = [_write(config.out, place / "server.crt", _leaf(ca, server, hosts, config.days))]

@@ -150,6 +150,19 @@ def room(model: Any, max_new_tokens: int) -> int:
     return int(getattr(model.config, "max_position_embeddings", 2**30)) - max_new_tokens
 
 
+def left_to_answer(model: Any, tokens: int) -> int:
+    """Positions that a prompt of so many tokens leaves.
+
+    Raises:
+        DataError: none.
+    """
+    left = room(model, tokens)
+    if left < 1:
+        raise DataError(f"the prompt takes {tokens} tokens, and of the model's {room(model, 0)} positions none is left "
+                        "to answer: shorten it")  # fmt: skip
+    return left
+
+
 @torch.no_grad()
 def answer(
     model: Any,

@@ -30,7 +30,6 @@ from smartmops.options.federation import FederateConfig, ServerConfig
 from smartmops.options.method import EMBEDDED_RATE
 from smartmops.preparing import gating
 from smartmops.progress.bars import console
-from smartmops.reading.early import counted
 from smartmops.reading.task import Task, same_inputs
 from smartmops.rows.example import of_examples
 from smartmops.runs.card import keep, number
@@ -123,8 +122,7 @@ def _federate(
     started, central = time.perf_counter(), config.central()
     base, tokenizer = load_base(config.model, config.dtype)
     fingerprint = of_base(base, tokenizer, Template.of(config.template, tokenizer))
-    task = opened(central, base, tokenizer)
-    central = counted(central, task.train_examples)
+    task, central = opened(central, base, tokenizer)
     same_inputs(run, task, config.unrelated)
     here = connect is None or config.engine != "in-process"  # whether all clients' data are this user's own
     held = holdings_of(config, task) if here else None

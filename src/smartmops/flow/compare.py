@@ -18,7 +18,7 @@ from smartmops.evaluation.perplexity import Evaluation, evaluate
 from smartmops.fitting.stages import Stages
 from smartmops.options.training import CompareConfig
 from smartmops.progress.bars import console
-from smartmops.reading.early import check_split, counted
+from smartmops.reading.early import check_split
 from smartmops.reading.task import Task, same_inputs
 from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
@@ -40,7 +40,7 @@ def shots_of(task: Task, count: int, max_length: int) -> list[Encoded]:
     ]
 
 
-def _opened(config: CompareConfig, run: Run) -> Task:
+def _opened(config: CompareConfig, run: Run) -> tuple[Task, CompareConfig]:
     """`opened`, on the base pruned if asked for, which is then kept in the run folder."""
     base, tokenizer = load_base(config.model, config.dtype)
     if config.sparsity is not None:
@@ -67,8 +67,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def _compare(config: CompareConfig, run: Run) -> dict[str, Any]:
     """`compare`, in a run that is not finished."""
     run.rewind(0)
-    task = _opened(config, run)
-    config = counted(config, task.train_examples)
+    task, config = _opened(config, run)
     same_inputs(run, task, config.unrelated)
     check_split(config, len(task.train), len(task.test), 1)
     found: dict[str, list[Evaluation]] = {"frozen": []}

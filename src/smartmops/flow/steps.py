@@ -29,7 +29,7 @@ from smartmops.preparing import gating
 from smartmops.preparing.adapting import adapt, recovered
 from smartmops.preparing.selection import told
 from smartmops.progress.bars import console
-from smartmops.reading.early import check_tasks, counted
+from smartmops.reading.early import Tasked, check_tasks, counted
 from smartmops.reading.task import Task
 from smartmops.runs import ranks
 from smartmops.runs.folder import PATHS, Run
@@ -85,13 +85,18 @@ def _taken_away(run: Run) -> None:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
-def opened(config: TaskConfig, base: Any = None, tokenizer: Any = None) -> Task:
-    """A base, opened unless given, beside its data, with recovery prompts where the method takes some."""
+def opened(config: Tasked, base: Any = None, tokenizer: Any = None) -> tuple[Task, Tasked]:
+    """A base, opened unless given, beside its data, with recovery prompts where the method takes some.
+
+    Returns:
+        Both, and the options with the number of experts that the data settle.
+    """
     task = Task.load(config, base, tokenizer)
     check_tasks(config, task.train_examples)
+    settled = counted(config, task.train_examples)
     if config.experts is None and config.traits.reads:
-        console.print(f"--experts {counted(config, task.train_examples).experts}, by the tasks of the data")
-    return recovered(task, config)
+        console.print(f"--experts {settled.experts}, by the tasks of the data")
+    return recovered(task, settled), settled
 
 
 @dataclass

@@ -15,7 +15,6 @@ from smartmops.evaluation.perplexity import Evaluation
 from smartmops.fitting.stages import Stages
 from smartmops.methods.baselines import trained_numbers
 from smartmops.options.training import TrainConfig
-from smartmops.reading.early import counted
 from smartmops.reading.task import Task, same_inputs
 from smartmops.runs import ranks
 from smartmops.runs.card import keep, number
@@ -46,8 +45,7 @@ def _train(config: TrainConfig, run: Run) -> dict[str, Any]:
     """`train`, in a run that is not finished."""
     phases = Phases()
     with phases("prepare"):
-        task = opened(config)
-        config = counted(config, task.train_examples)
+        task, config = opened(config)
         same_inputs(run, task, config.unrelated)
         asked = _asked(config, task)
     made, frozen = adapted(task, config, phases=phases)

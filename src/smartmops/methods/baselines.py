@@ -18,7 +18,7 @@ from smartmops.checks.folders import expanded
 from smartmops.experts import keys_values
 from smartmops.options.method import MethodConfig
 from smartmops.runs.adapters import adapter_on, check_config, load_adapter
-from smartmops.runs.folder import PATHS, Run, check_adapter
+from smartmops.runs.folder import Run, check_adapter
 from smartmops.states.fingerprint import TOKENIZER, of_tokenizer, of_weights
 from smartmops.tokens.template import FILE, read_template
 from smartmops.tuner import MoPsConfig, MoPsModel
@@ -110,7 +110,7 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     check_config(run.adapter_dir / "adapter_config.json")
     dtype = run.config["arguments"].get("dtype", "float32")
     here, named = f"bring it back, or link it to {path / 'base'}", base_of(run)
-    if named in run.config.get(PATHS, ()) and not expanded(named).exists():  # the hub may have one of that name
+    if run.lacks(named, expanded(named)):  # the hub may have one of that name
         elsewhere = "" if Path(named).is_absolute() else ", from another folder"
         raise BaseModelNotFound(f"MODEL {named} does not exist here, but {path} was trained on it{elsewhere}: {here}")
     try:
@@ -120,10 +120,10 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
                                 f"{here}") from error  # fmt: skip
     now, then = of_weights(base), run.read_inputs()
     if any(then.get(name, each) != each for name, each in now.items()):
-        raise RunError(f"{base_of(run)} is not the base that {run.path} was trained on, its weights are others: bring "
+        raise RunError(f"{named} is not the base that {run.path} was trained on, its weights are others: bring "
                        "that one back, or train again")  # fmt: skip
     if TOKENIZER in then and of_tokenizer(tokenizer) != then[TOKENIZER]:
-        raise RunError(f"the tokenizer of {base_of(run)} is not the one that {run.path} was trained with, so the same "
+        raise RunError(f"the tokenizer of {named} is not the one that {run.path} was trained with, so the same "
                        "text is other tokens: bring that one back, or train again")  # fmt: skip
     tokenizer.chat_template = read_template(run.adapter_dir / FILE) if (run.adapter_dir / FILE).is_file() else None
     return load_adapter(base, run.adapter_dir), tokenizer, run

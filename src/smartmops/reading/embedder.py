@@ -12,7 +12,7 @@ import torch
 from smartmops.base.names import readable
 from smartmops.checks.errors import MissingExtra, RunError
 from smartmops.checks.folders import expanded
-from smartmops.runs.folder import PATHS, Run
+from smartmops.runs.folder import Run
 from smartmops.states.fingerprint import EMBEDDER, of_tokenizer, sampled
 
 
@@ -76,12 +76,12 @@ def of_run(run: Run, name: str) -> Embedder:
     Raises:
         RunError: it is not here, or its weights or its tokenizer have changed since the run was trained.
     """
-    if name in run.config.get(PATHS, ()) and not expanded(name).exists():
+    if run.lacks(name, expanded(name)):
         raise RunError(f"the embedder {name} does not exist here, but {run.path} was trained with it: bring it back, "
                        "or go to the folder that it was trained in")  # fmt: skip
     found = Embedder(name)
-    then = run.read_inputs().get(EMBEDDER, found.told)
-    if found.told != then:
+    then = run.read_inputs().get(EMBEDDER)
+    if then is not None and found.told != then:
         raise RunError(f"{name} is not the embedder that {run.path} was trained with, its weights or its tokenizer are "
                        "others: bring that one back, or train again")  # fmt: skip
     return found

@@ -284,6 +284,10 @@ class Run:
         """`metrics.json`; empty while the run is unfinished."""
         return _read_object(self.path / "metrics.json") if self.finished else {}
 
+    def lacks(self, name: str, place: Path) -> bool:
+        """Whether `name`, which was a file or folder when the run began, is at `place` no more."""
+        return name in self.config.get(PATHS, ()) and not place.exists()
+
     def read_inputs(self) -> dict[str, str]:
         """Fingerprints of what the run is made of, by name; empty where it kept none."""
         file = self.path / "inputs.json"

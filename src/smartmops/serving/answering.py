@@ -15,7 +15,7 @@ import torch
 
 from smartmops.calls.mixed import BASE
 from smartmops.checks.errors import ConfigError, DataError, RunError
-from smartmops.evaluation.perplexity import room
+from smartmops.evaluation.perplexity import left_to_answer
 from smartmops.experts.gate import by_expert
 from smartmops.methods.baselines import load_run, template_of
 from smartmops.reading.embedder import Embedder, of_run
@@ -145,10 +145,7 @@ class Answerer:
         return self._question(Prompt(ids, [1] * len(ids), 0), text, settings, {"whole": True, **who})
 
     def _question(self, prompt: Prompt, read: str, settings: Settings, who: dict[str, Any]) -> Question:
-        left = room(self.model, len(prompt.input_ids))
-        if left < 1:
-            raise DataError(f"the prompt takes {len(prompt.input_ids)} tokens, and of the model's "
-                            f"{room(self.model, 0)} positions none is left to answer: shorten it")  # fmt: skip
+        left_to_answer(self.model, len(prompt.input_ids))
         if (expert := who.get("expert")) is not None and expert not in self.experts:
             raise ConfigError(f"{expert!r} is no expert of this run: choose one of {', '.join(self.experts)}")
         return Question(prompt, read, settings, **who)
