@@ -49,6 +49,17 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, holder: subp
     assert os.listdir(tmp_path / "run") == ["kept"]
 
 
+def test_a_folder_is_held_once_by_whatever_name(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(BlockingIOError, match=f"link is in use by process {holder.pid}"):
+        alone(tmp_path / "link").__enter__()
+    holder.communicate("")
+    with alone(tmp_path / "link"):
+        with alone(tmp_path / "run"):
+            pass
+        assert (tmp_path / "run" / ".lock").is_file(), "the first still holds it"
+
+
 def test_a_thread_may_hold_it_twice_and_no_other_thread_may(tmp_path: Path) -> None:
     said: list[str] = []
 

@@ -197,6 +197,15 @@ def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_export_left_goes_with_the_next(by_answers: Path, tmp_path: Path) -> None:
+    left = tmp_path / "out" / ".out.1.tmp"
+    left.mkdir(parents=True)
+    (left / "README.md").touch()
+    (tmp_path / "out" / ".lock").write_text("1")
+    sm.export(run=by_answers, format="router", out=tmp_path / "out")
+    assert not [item for item in tmp_path.rglob("*") if item.name.startswith(".")]
+
+
 def test_a_missing_package_is_told_before_anything_is_loaded(
     by_answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

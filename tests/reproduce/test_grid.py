@@ -226,7 +226,7 @@ def test_a_folder_belongs_to_one_model_limit_calibration_and_data(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: math.inf))  # no cell is begun
     shutil.copy(mine, tmp_path / "mine.jsonl")
-    given: dict[str, Any] = {"data": (str(tmp_path / "mine.jsonl"),), "limit": 90, "budget": 1.0}
+    given: dict[str, Any] = {"data": (str(tmp_path / "mine.jsonl"),), "limit": 150, "budget": 1.0}
     changed = tmp_path / "more" / "mine.jsonl"
     changed.parent.mkdir()
     changed.write_text(mine.read_text().replace("aaaa", "aaa"))
@@ -255,14 +255,27 @@ def test_a_folder_that_noted_nothing_goes_on_unless_its_results_say_otherwise(
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: math.inf))
     result = tmp_path / "out" / "results" / "old.json"
     run = tmp_path / "out" / "runs" / "old" / "config.json"
-    for file, words in ((result, {"base": "dense", "settings": {"limit": 90}}), (run, {"base": str(base_folder)})):
+    for file, words in ((result, {"base": "dense", "settings": {"limit": 150}}), (run, {"base": str(base_folder)})):
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(words))
-    with pytest.raises(RunError, match=r"another limit \(90; now 0\)"):
+    with pytest.raises(RunError, match=r"another limit \(150; now 0\)"):
         reproduce(config(budget=1.0))
     with pytest.raises(RunError, match="another model"):
-        reproduce(config(budget=1.0, limit=90, model=other(base_folder, tmp_path / "other")))
-    assert reproduce(config(budget=1.0, limit=90))["missing"] == 4
+        reproduce(config(budget=1.0, limit=150, model=other(base_folder, tmp_path / "other")))
+    assert reproduce(config(budget=1.0, limit=150))["missing"] == 4
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_text_that_is_too_short_for_a_later_base_is_told_before_the_first_cell(
+    own: bool, config: Callable[..., ReproduceConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Grid, "run", lambda *given, **options: pytest.fail("a cell was run"))
+    (text := tmp_path / "short.txt").write_text("A short text. " * 30)
+    given: dict[str, Any] = {"limit": 30} if own else {"calibration": str(text)}
+    with pytest.raises(ValueError, match=r"128 sequences of 32 need 4096: give more text$"):
+        reproduce(config(**given))
+    with pytest.raises(pytest.fail.Exception, match="a cell was run"):
+        reproduce(config(bases=("dense",), **given))
 
 
 def test_a_budget_ends_the_grid_and_the_next_call_goes_on(

@@ -131,20 +131,26 @@ def test_a_run_whose_change_in_place_was_killed_is_found_again(run: Path, tmp_pa
         sm.list_experts(tmp_path / "own")
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 def test_a_killed_change_leaves_a_folder_that_can_be_written_again(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_place: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*given: Any) -> None:
         raise SystemExit  # nothing is tidied up after a kill
 
+    if in_place:
+        run = shutil.copytree(run, tmp_path / "new")
+    where: dict[str, Any] = {"in_place": True} if in_place else {"out": tmp_path / "new"}
     monkeypatch.setattr("smartmops.surgery.subject.number", killed)
     monkeypatch.setattr(shutil, "rmtree", lambda *given, **options: None)
     with pytest.raises(SystemExit):
-        sm.rename_expert(run, name="cherry", to="kirsche", out=tmp_path / "new")
-    assert [*tmp_path.rglob("config.json")]
+        sm.rename_expert(run, name="cherry", to="kirsche", **where)
+    (left,) = tmp_path.rglob("*.tmp")
+    left.rename(left.with_name(".new.1.tmp"))  # the killed process had another number
     monkeypatch.undo()
-    sm.rename_expert(run, name="cherry", to="kirsche", out=tmp_path / "new")
+    sm.rename_expert(run, name="cherry", to="kirsche", **where)
     assert sm.load_run(tmp_path / "new").experts[2] == "kirsche"
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_name_changes_in_place_and_nothing_else(

@@ -9,6 +9,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -167,11 +168,13 @@ def filled(path: Path, name: str) -> RunExists | None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A folder to fill, whose files are those of a new or empty one at the end; where that fails, nothing is left."""
+    """A folder to fill, whose files are those of a new or empty one at the end; where that fails, nothing is left.
+
+    Who calls it holds `path`, so what others left in it half filled is of processes that were killed, and goes.
+    """
     path = path.resolve()
     there = path.exists()  # and stays: it may be where the process or its shell is, or a mount
-    fresh = (path if there else path.parent) / f".{path.name}.{os.getpid()}{UNFINISHED}"
-    shutil.rmtree(fresh, ignore_errors=True)  # of a process of the same number that was killed
+    fresh = fresh_beside(path, path if there else path.parent)
     fresh.mkdir(parents=True)
     try:
         yield fresh
@@ -184,6 +187,15 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def fresh_beside(path: Path, place: Path) -> Path:
+    """Where in `place` to fill what will be called `path`; what killed processes left there of it goes."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.\d+{re.escape(UNFINISHED)}")
+    for item in list(place.iterdir()) if place.is_dir() else []:
+        if left.fullmatch(item.name):
+            shutil.rmtree(item, ignore_errors=True)
+    return place / f".{path.name}.{os.getpid()}{UNFINISHED}"
 
 
 def beside(out: Path) -> Path:

@@ -51,7 +51,7 @@ def alone(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    mark = folder.absolute() / MARK
+    mark = folder.resolve() / MARK  # by whatever name it is asked for, it is held once
     made = [each for each in (mark.parent, *mark.parent.parents) if not each.exists()]
     with _guard:
         _take(mark, folder)

@@ -26,6 +26,7 @@ from smartmops.tokens.batches import Collator, Encoded, encode_all
 from smartmops.tokens.template import prompt_text
 
 PIECE = 20_000  # characters that are tokenised at once
+LONGEST = 2048  # tokens of a sequence, where nobody asks for more
 SHORTEST = 32  # tokens of a calibration sequence; below, most of its tokens have hardly any context
 HELD_OUT = 0.1  # share of a plain text, at its end
 
@@ -87,7 +88,7 @@ def plain(file: str | Path) -> Text:
 
 
 def calibration_rows(
-    text: Text, tokenizer: Any, sequences: int, length: int | None, seed: int, most: int = 2048
+    text: Text, tokenizer: Any, sequences: int, length: int | None, seed: int, most: int = LONGEST
 ) -> Int[Tensor, "sequences length"]:
     """Rows of tokens, from pieces in an order drawn from `seed`, laid end to end with EOS between.
 
@@ -104,13 +105,30 @@ def calibration_rows(
     random.Random(f"{seed} calibration").shuffle(order)
     tokens = _rows(order, tokenizer, sequences * (length or most))
     length = length or min(most, max(len(tokens) // sequences, SHORTEST))
-    if len(tokens) < sequences * length:
-        raise DataError(
-            f"calibration={text.name!r} has {len(tokens)} tokens, but {sequences} sequences of {length} need "
-            f"{sequences * length}: give more text"
-            + (f", or choose --sequences up to {len(tokens) // length}" if len(tokens) >= length else "")
-        )
+    if (short := _short(text, tokens, sequences, length)) is not None:
+        fewer = f", or choose --sequences up to {len(tokens) // length}" if len(tokens) >= length else ""
+        raise DataError(short + fewer)
     return torch.tensor(tokens[: sequences * length]).view(sequences, length)
+
+
+def check_enough(text: Text, tokenizer: Any, sequences: int) -> None:
+    """Whether there are so many rows in a text, as short as they may be, and something to measure on.
+
+    Raises:
+        DataError: there are not; the message leaves the number of sequences as it is.
+    """
+    tokens = _rows(text.pieces, tokenizer, sequences * SHORTEST)
+    if (short := _short(text, tokens, sequences, SHORTEST)) is not None:
+        raise DataError(short)
+    held_out_batches(text, tokenizer, LONGEST, most=1)
+
+
+def _short(text: Text, tokens: Sequence[int], sequences: int, length: int) -> str | None:
+    """What is wrong where a text has too few tokens."""
+    if len(tokens) >= sequences * length:
+        return None
+    return (f"calibration={text.name!r} has {len(tokens)} tokens, but {sequences} sequences of {length} need "
+            f"{sequences * length}: give more text")  # fmt: skip
 
 
 def held_out_batches(

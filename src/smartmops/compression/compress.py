@@ -149,7 +149,7 @@ def _rows(config: CompressConfig, model: Any, tokenizer: Any, text: calibration.
     """Calibration rows where they are needed, and what is held out; nothing where there is no text."""
     if text is None:
         return _Rows([], [], 0)
-    most = min(2048, getattr(model.config, "max_position_embeddings", 2048))
+    most = min(calibration.LONGEST, getattr(model.config, "max_position_embeddings", calibration.LONGEST))
     held_out = calibration.held_out_batches(text, tokenizer, config.sequence_length or most, config.batch_size)
     if not config.calibrates:
         return _Rows([], held_out, 0)

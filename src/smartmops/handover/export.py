@@ -23,6 +23,7 @@ from smartmops.backbone import halves
 from smartmops.base.names import shown_name
 from smartmops.checks.errors import RunError
 from smartmops.checks.folders import whole
+from smartmops.checks.lock import alone
 from smartmops.experts.gate import by_expert
 from smartmops.options.finished.handover import PREFIXES, ExportConfig
 from smartmops.rows.example import Example
@@ -65,6 +66,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     Raises:
         FileExistsError: `out` holds something.
         FileNotFoundError: there is no finished run.
+        RunBusy: another process writes to `out`.
         ImportError: a package is missing; the message has its `pip install` line.
         ValueError: the run cannot be carried in that form, or what was written answered otherwise. Nothing is left.
     """
@@ -73,7 +75,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     run, answerer = Run.open(config.run), Answerer.open(config.run)
     if not getattr(answerer.model.get_base_model(), "is_quantized", False):
         answerer.model.float()
-    with whole(config.out) as folder:
+    with alone(config.out), whole(config.out) as folder:
         found = _router(folder, answerer, run) if config.format == "router" else _experts(config, folder, answerer, run)
         write_text(folder / "export.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found

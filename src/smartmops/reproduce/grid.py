@@ -16,8 +16,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from smartmops.checks.errors import ConfigError, DataError
+from transformers import AutoTokenizer
+
+from smartmops.base import local
+from smartmops.checks.errors import ConfigError
 from smartmops.checks.folders import beside
+from smartmops.compression import calibration
 from smartmops.compression.compress import compress
 from smartmops.federated.federate import federate
 from smartmops.flow.trainer import train
@@ -175,21 +179,40 @@ class Grid:
         settings = cell.base.compression()
         if not settings:
             return self.model
-        text = self.calibration or cell.data.path
-        name = re.sub(r"[^\w.+-]", "-", cell.base.name + ("" if self.calibration else f"_{cell.data.name}"))
-        folder = self.out / "bases" / name
+        folder = self._compressed(cell.base, cell.data)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_name(f"{name}.lock"), wait=True):
+        with locked(folder.with_name(f"{folder.name}.lock"), wait=True):
             if not (folder / "metrics.json").is_file():
-                columns = self.columns if text == cell.data.path else ()
-                limit, begun = None if self.calibration else self.limit, folder.exists() or beside(folder).exists()
-                try:
-                    compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=limit, resume=begun,
-                                            columns=columns, **settings))  # fmt: skip
-                except DataError as error:  # whose way out may be an option of `compress` alone
-                    words = str(error).partition(", or choose --sequences")[0]
-                    raise DataError(f"{words} (with --calibration)" if words != str(error) else words) from error
+                text, columns, limit = self._text(cell.data)
+                begun = folder.exists() or beside(folder).exists()
+                compress(CompressConfig(model=self.model, out=folder, calibration=text, limit=limit, resume=begun,
+                                        columns=columns, **settings))  # fmt: skip
         return str(folder)
+
+    def _compressed(self, base: Base, data: Data) -> Path:
+        """Folder of a compressed base."""
+        name = base.name + ("" if self.calibration else f"_{data.name}")
+        return self.out / "bases" / re.sub(r"[^\w.+-]", "-", name)
+
+    def _text(self, data: Data) -> tuple[str, tuple[str, ...], int | None]:
+        """What a base for cells of these data is calibrated on, with its `columns` and `limit`."""
+        text = self.calibration or data.path
+        return text, self.columns if text == data.path else (), None if self.calibration else self.limit
+
+    def check_texts(self, bases: Iterable[Base], datas: Sequence[Data]) -> None:
+        """Whether there is text enough for each base that has yet to be pruned: asked before the first cell is run.
+
+        Raises:
+            DataError: there is too little.
+        """
+        made = [(base, data) for base in bases if {"sparsity", "pattern"} & base.compression().keys() for data in datas
+                if not (self._compressed(base, data) / "metrics.json").is_file()]  # fmt: skip
+        if not made:
+            return
+        tokenizer = AutoTokenizer.from_pretrained(local(self.model))
+        for given, columns, limit in dict.fromkeys(self._text(data) for _, data in made):
+            text = calibration.load(given, limit, columns=columns)
+            calibration.check_enough(text, tokenizer, CompressConfig.sequences)
 
     def _merged(self, below: Cell) -> str:
         """The base of a cell with the adapter of its run merged into the weights."""

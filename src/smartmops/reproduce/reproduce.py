@@ -37,13 +37,15 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     _check_named(config, list(plans.values()))
     out.mkdir(parents=True, exist_ok=True)
     counts = {"cells": 0, "missing": 0}
-    for base in (base for plan in plans.values() for base in plan.names()):
-        Base(base).compression()
+    for base in (Base(name) for plan in plans.values() for name in plan.names()):
+        base.compression()
     datas = {data.name: data for plan in plans.values() for data in plan.datas}
     same_grid(next(iter(plans.values())).grid, list(datas.values()), keep=not config.tables_only)
-    for plan in plans.values():
-        if not config.tables_only:
-            _run(plan, until)
+    todo = [] if config.tables_only else list(plans.values())
+    for plan in todo:
+        plan.grid.check_texts([Base(name) for name in plan.names()], plan.datas)
+    for plan in todo:
+        _run(plan, until)
     found = {name: list(plan.grid.read(plan.cells()).values()) for name, plan in plans.items()}
     pages = [page_of(name, plan, found[name], out) for name, plan in plans.items()]
     if config.name == "all":

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smartmops.checks.errors import RunError
-from smartmops.checks.folders import UNFINISHED, before, refused, whole
+from smartmops.checks.folders import before, fresh_beside, refused, whole
 from smartmops.checks.lock import alone
 from smartmops.data.several import Names, held
 from smartmops.data.tasks import read, split
@@ -203,8 +203,8 @@ class Subject:
             with alone(target), whole(target) as place:
                 self._fill(place, target.name, command, said, metrics)
             return target
-        place = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
         with alone(target):
+            place = fresh_beside(target, target.parent)
             try:
                 self._fill(place, target.name, command, said, metrics)
                 _swap(place, target)
