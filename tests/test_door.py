@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -138,6 +139,27 @@ def test_what_cannot_be_prepared_is_refused() -> None:
     model = get_peft_model(base, sm.MoPsConfig(task_type="CAUSAL_LM"))
     with pytest.raises(sm.DataError, match=r"examples=\[\]: give a list of one smartmops.Example or more"):
         sm.prepare(model, tokenizer, [])
+    examples = sm.read("office")[::20]
+    for given, said in {
+        "unrelated": (3, "unrelated=3: give a file of texts"), "template": (3, "template=3: give text"),
+        "max_length": ("3", "max_length='3': give a whole number"), "seed": (1.5, "seed=1.5: give a whole number"),
+        "gate": ("cluster", "gate='cluster': choose labels, clusters, none, or None"),
+    }.items():  # fmt: skip
+        with pytest.raises(sm.SmartmopsError, match=re.escape(said[1])):
+            inspect.unwrap(sm.prepare)(model, tokenizer, examples, **{given: said[0]})
+    with pytest.raises(sm.SmartmopsError, match="tokenizer='None': give the model's tokenizer"):
+        sm.prepare(model, None, examples)
+    with pytest.raises(sm.DataError, match=r"give a list of one smartmops\.Example or more"):
+        sm.prepare(model, tokenizer, [examples[0], "x"])
+
+
+def test_fewer_experts_than_tasks_are_told_with_a_way_out_that_works() -> None:
+    examples = sm.read("office")[::20]
+    base, tokenizer = sm.load_base("tiny", "float32")
+    model = get_peft_model(base, sm.MoPsConfig(task_type="CAUSAL_LM", num_experts=3))
+    with pytest.raises(sm.AdapterError, match="num_experts=3, but the examples are of 7 tasks: choose 7, or gate='clu"):
+        sm.prepare(model, tokenizer, examples)
+    assert len(sm.prepare(model, tokenizer, examples, gate="clusters").expert_names) == 3
 
 
 ODD: list[tuple[str, str]] = [
@@ -163,6 +185,13 @@ ODD: list[tuple[str, str]] = [
     ("sm.evaluate(sm.TrainConfig(model='tiny', data='office', out=Path('x')))", "is no EvaluateConfig: give one"),
     ("sm.train(model='tiny', data='office', out=3)", "WrongType: out=3: give a path"),
     ("sm.train(model='tiny', data='office', out='')", "WrongType: out: give a path"),
+    ("sm.train(model='tiny', data='office', out=None)", "WrongType: out=None: give a path"),
+    ("sm.read('office', columns=5)", "WrongType: --columns 5: give a list of FIELD=COLUMN"),
+    ("sm.read('office', columns={'response': 'answer'})", "WrongType: --columns {'response': 'answer'}: give a list"),
+    ("sm.read('office', columns=[5])", "WrongType: --columns 5: write FIELD=COLUMN"),
+    ("sm.load_base('tiny', 3)", "ConfigError: dtype=3: choose auto, stored, float32"),
+    ("sm.load_base('tiny', 'float32', 'int9')", "ConfigError: quantisation='int9': choose int8, nf4, int8-torchao"),
+    ("sm.render(sm.load_base('tiny')[1], 'x', template=3)", "WrongType: template=3: give auto, chat, plain or a file"),
     ("sm.train(model=3, data='office', out='x')", "WrongType: MODEL 3: give text"),
     ("sm.train(model=3, data='office', out='x', steps=-1)", "ConfigError: MODEL 3: give text"),
     ("sm.render(3, 'x')", "WrongType: tokenizer='3': give the model's tokenizer"),

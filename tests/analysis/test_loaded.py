@@ -193,6 +193,10 @@ def test_a_run_tested_on_validation_data_is_measured_on_them_again(
     assert again["overall"] == pytest.approx(found["perplexity"]["overall"], rel=1e-5)
     assert f"validation: {found['examples']['test']} examples" in (said := capsys.readouterr().out)
     assert "test: " not in said
+    words = "the part of the training split that --validation tests on"
+    assert found["measured_on"] == words and f"tokens of {words}:" in (tmp_path / "run/adapter/README.md").read_text()
+    listed = sm.list_experts(tmp_path / "run")
+    assert listed["part"] == ("validation" if found["examples"].get("validation") else "test")
 
 
 def test_it_answers_and_weighs_as_inspect_does(trained: tuple[Path, dict[str, Any]], run: sm.LoadedRun) -> None:

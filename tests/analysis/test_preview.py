@@ -98,7 +98,7 @@ def test_what_stands_twice_is_found_without_regard_to_case_and_space() -> None:
     }  # fmt: skip
     found = repeated(parts)
     assert {name: found[name] for name in ("train", "answers", "validation", "test")} == {
-        "train": 1, "answers": 1, "validation": 0, "test": 1,
+        "train": 1, "answers": 3, "validation": 0, "test": 1,
     }  # fmt: skip
     assert found["shown"] == [{"part": "test", "task": "sum", "text": "add 1 and 2"}]
 

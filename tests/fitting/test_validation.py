@@ -193,7 +193,7 @@ def test_patience_ends_a_run_that_no_longer_gets_better_and_one_killed_then_is_n
                     warmup=0.0, save_every=1)  # fmt: skip
     metrics = train(chosen)
     last = Run.open(chosen.out).last_step()
-    assert last == metrics["best"]["step"] + 3 and last < 40
+    assert metrics["best"]["last_step"] == last == metrics["best"]["step"] + 3 and last < 40
     (chosen.out / "metrics.json").unlink()
     chosen.resume = True
     monkeypatch.setattr(loop, "_run", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,14 @@ def test_what_a_killed_export_left_goes_with_the_next(by_answers: Path, tmp_path
     (tmp_path / "out" / ".lock").write_text("1")
     sm.export(run=by_answers, format="router", out=tmp_path / "out")
     assert not [item for item in tmp_path.rglob("*") if item.name.startswith(".")]
+
+
+@pytest.mark.parametrize("given", [[], ["--help"], ["base", "file"], ["base", "file", "text", "8", "more"]])
+def test_the_exported_program_says_what_it_takes(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(exporting.__file__).with_name("alone") / "answer.py"
+    monkeypatch.setattr("sys.argv", [str(script), *given])
+    with pytest.raises(SystemExit, match=r"^python answer\.py BASE EXPERT\.safetensors TEXT \[TOKENS\]$"):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def test_a_missing_package_is_told_before_anything_is_loaded(

@@ -65,6 +65,20 @@ def test_what_is_to_be_private_is_not_sent_where_all_can_read_it(by_answers: Pat
     assert sent and "me/fruit" not in here.files
 
 
+def test_neither_another_base_of_that_name_nor_another_tokenizer_is_asked(by_answers: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(by_answers, tmp_path / "run")
+    config, inputs = (json.loads((run / name).read_text()) for name in ("config.json", "inputs.json"))
+    (run / "config.json").write_text(json.dumps(config | {"base": "me/base", "paths": ["me/base"]}))
+    with pytest.raises(
+        sm.BaseModelError, match=r"MODEL me/base does not exist here, but .*run was trained on it, from"
+    ):
+        sm.push(run=run, repo="me/fruit", dry_run=True)
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "inputs.json").write_text(json.dumps(inputs | {"tokenizer": "another"}))
+    with pytest.raises(sm.RunError, match=r"is not the one that .*run was trained with, so the same text is other tok"):
+        sm.push(run=run, repo="me/fruit", dry_run=True)
+
+
 def test_a_dry_run_lists_and_sends_nothing(by_answers: Path, here: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert sm.push(run=by_answers, repo="me/fruit", dry_run=True)["url"] is None
     found = cli.push_command(cli.PushConfig(run=by_answers, repo="me/fruit", dry_run=True))

@@ -119,6 +119,16 @@ def test_the_card_of_a_federation_has_its_numbers_rounds_and_clients() -> None:
     assert said in text and "steps 1000" not in text
 
 
+def test_the_card_says_what_it_was_measured_on_and_how_long_it_was_trained() -> None:
+    sides = {"perplexity": {"overall": 4.5, "per_task": {"": 4.5}}, "perplexity_frozen": {"overall": 8.5, "per_task": {}}}
+    arguments = {"steps": 60, "patience": 2, "seed": 0}
+    text = told({"command": "train", "arguments": arguments}, sides | {"best": {"step": 24, "last_step": 32}})
+    assert "tokens of the run's test split:" in text and "One run: steps 32 of 60, seed 0." in text
+    arguments = {"steps": 60, "patience": None, "seed": 0}
+    text = told({"command": "train", "arguments": arguments}, sides | {"measured_on": "a part", "best": {"last_step": 54}})
+    assert "tokens of a part:" in text and "One run: steps 60, seed 0." in text
+
+
 def test_a_card_without_numbers_claims_nothing() -> None:
     assert "nothing else is claimed" in told({"command": "federate"}, {"clients": 3})
     assert "nothing else is claimed" in told({"command": "compare"}, {})

@@ -141,7 +141,7 @@ def test_a_killed_change_leaves_a_folder_that_can_be_written_again(
     if in_place:
         run = shutil.copytree(run, tmp_path / "new")
     where: dict[str, Any] = {"in_place": True} if in_place else {"out": tmp_path / "new"}
-    monkeypatch.setattr("smartmops.surgery.subject.number", killed)
+    monkeypatch.setattr("smartmops.surgery.written.number", killed)
     monkeypatch.setattr(shutil, "rmtree", lambda *given, **options: None)
     with pytest.raises(SystemExit):
         sm.rename_expert(run, name="cherry", to="kirsche", **where)
@@ -175,7 +175,7 @@ def test_a_change_that_fails_leaves_the_run(run: Path, tmp_path: Path, monkeypat
     def fail(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("smartmops.surgery.subject.keep", fail)
+    monkeypatch.setattr("smartmops.surgery.written.keep", fail)
     for where in ({"in_place": True}, {"out": tmp_path / "other"}):
         with pytest.raises(OSError, match="no space left"):
             sm.rename_expert(tmp_path / "own", name="cherry", to="kirsche", **where)

@@ -166,7 +166,7 @@ def test_who_does_not_read_its_answer_loses_its_place() -> None:
 
 def test_a_stream_whose_client_is_gone_before_its_first_event_ends_its_answer() -> None:
     question = Question(Prompt([1], None, 0), "")
-    wanted = Wanted("auto", True, [question], True, False)
+    wanted = Wanted("auto", True, [question], 1, True, False)
 
     async def gone() -> dict[str, str]:
         return {"type": "http.disconnect"}

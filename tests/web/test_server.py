@@ -45,6 +45,16 @@ def alone(answerer: Answerer, **who: Any) -> str:
     return answerer.answer([answerer.ask(Example(APPLE[0]["content"], "", ""), Settings(8), **who)])[0].text
 
 
+def test_tokens_of_each_prompt_count_once_however_many_answers_it_has(client: Any) -> None:
+    def read(prompts: list[str], **more: int) -> int:
+        count: int = client.completions.create(model="auto", prompt=prompts, max_tokens=1, **more).usage.prompt_tokens
+        return count
+
+    one = read(["The sky is"])
+    assert one > 0 and read(["The sky is"], n=2) == one
+    assert read(["The sky is", "The sky is"]) == 2 * one == read(["The sky is", "The sky is"], n=2)
+
+
 @pytest.mark.parametrize("model", ["auto", "base", "apple", "banana"])
 def test_a_chat_is_answered_by_whom_it_names(client: Any, answerer: Answerer, model: str) -> None:
     found = client.chat.completions.create(model=model, messages=APPLE, max_tokens=8)

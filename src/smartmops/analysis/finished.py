@@ -16,8 +16,8 @@ from smartmops.checks.columns import BUILT_IN
 from smartmops.checks.errors import DataError, FileTaken, RunError, SmartmopsError, UnknownOption
 from smartmops.checks.folders import as_path, filled, unmade, whole
 from smartmops.checks.limits import check_named
-from smartmops.data.several import held, names_of
-from smartmops.data.tasks import of_clients, read, read_stored, splits
+from smartmops.data.several import Names, held, names_of
+from smartmops.data.tasks import of_clients, read, read_stored, split, splits
 from smartmops.evaluation import harness
 from smartmops.evaluation.answers import questions, score
 from smartmops.evaluation.perplexity import answer, left_to_answer, room
@@ -99,6 +99,7 @@ def _seen(run: Run, given: Sequence[Example]) -> Iterator[str]:
     if again := sum(asked[said] for said in known):
         yield (f"{again} of {len(given)} examples are of the data that {run.path} was trained on, so what is measured "
                "on them says little of others")  # fmt: skip
+    yield from _untold(run)
     if "keys" in arguments:
         yield f"the data of {run.path}'s clients are not here, so whether some of these are theirs cannot be told"
 
@@ -112,13 +113,14 @@ def _trained_on(run: Run) -> Iterator[Example]:
         DataError: the data are no file or folder here; the hub is not asked for what nobody named.
         RunError: they have changed.
     """
+    for change in run.config.get("changed", []):
+        if "data" in (seen := change.get("trained_on") or {}):
+            yield from _trained_later(run, change["command"], seen)
     arguments = run.config["arguments"]
     columns, clients = tuple(arguments.get("columns", ())), arguments.get("clients_data")
     if arguments.get("server_steps") or (clients is None and "keys" not in arguments):
         data, rows = held(arguments["data"]), arguments.get("rows", "memory")
-        for name in names_of(data):
-            if name != "office" and (name in BUILT_IN or not Path(name).exists()):
-                raise DataError(f"its data, {name}, are no file or folder here")
+        _check_here(data)
         train, test = splits(
             data, arguments["limit"], arguments["test_share"], arguments.get("data_seed", arguments["seed"]),
             arguments.get("validation", False), None if rows == "memory" else Path(rows), columns,
@@ -129,6 +131,29 @@ def _trained_on(run: Run) -> Iterator[Example]:
         held_there = of_clients(Path(clients), columns)
         same_client_files(run, of_examples(held_there))
         yield from held_there
+
+
+def _trained_later(run: Run, command: str, seen: Mapping[str, Any]) -> Sequence[Example]:
+    """The examples that an expert was trained on which came, or changed, after the others."""
+    _check_here(seen["data"])
+    train, test = split(read(seen["data"], columns=tuple(seen["columns"])), seen["test_share"], seen["seed"])
+    if of_examples(test) != seen["test"]:
+        raise RunError(f"the data of `{command}` have changed since {run.path} was made by it")
+    return train
+
+
+def _check_here(data: Names) -> None:
+    for name in names_of(data):
+        if name != "office" and (name in BUILT_IN or not Path(name).exists()):
+            raise DataError(f"its data, {name}, are no file or folder here")
+
+
+def _untold(run: Run) -> Iterator[str]:
+    """Of which changes nothing tells what an expert was trained on: it came from another run, or an older version."""
+    for change in run.config.get("changed", []):
+        kept = change["command"].startswith(("experts add", "experts merge")) and "trained_on" not in change
+        if kept or "run" in (change.get("trained_on") or {}):
+            yield f"what `{change['command']}` brought into {run.path} may have been trained on some of these examples"
 
 
 def _said(example: Example) -> int:

@@ -69,14 +69,14 @@ def repeated(parts: Parts) -> dict[str, Any]:
         question another one has with another answer; `test` and `validation`: examples whose question is trained on;
         `shown`: some of those, as {part, task, text}.
     """
-    questions: dict[str, set[str]] = {}
-    found: dict[str, Any] = {"train": 0, "answers": 0, "validation": 0, "test": 0, "shown": []}
+    questions: dict[str, Counter[str]] = {}
     for example in parts["train"]:
-        answers = questions.setdefault(_plain(_question(example)), set())
-        answer = _plain(example.response)
-        found["train"] += answer in answers
-        found["answers"] += bool(answers) and answer not in answers
-        answers.add(answer)
+        questions.setdefault(_plain(_question(example)), Counter())[_plain(example.response)] += 1
+    found: dict[str, Any] = {
+        "train": sum(count - 1 for answers in questions.values() for count in answers.values()),
+        "answers": sum(answers.total() for answers in questions.values() if len(answers) > 1),
+        "validation": 0, "test": 0, "shown": [],
+    }  # fmt: skip
     for name in ("validation", "test"):
         for example in parts[name]:
             if _plain(_question(example)) in questions:

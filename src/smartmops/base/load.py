@@ -90,7 +90,7 @@ def _dtype(dtype: torch.dtype | str, kind: str | None) -> torch.dtype | str:
         return "auto"
     if dtype == "auto":
         return fast_dtype()
-    found = getattr(torch, dtype, None)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"dtype={dtype!r}: choose auto, stored, float32, bfloat16 or float16")
     return found

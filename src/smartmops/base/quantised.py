@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from smartmops.checks.errors import MissingExtra
+from smartmops.checks.errors import ConfigError, MissingExtra
 from smartmops.options.compression import Quantisation
 
 OURS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int8-torchao": "torchao"}
@@ -63,6 +63,8 @@ def settings(quantisation: Quantisation, dtype: torch.dtype) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     if quantisation == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if quantisation != "int8-torchao":
+        raise ConfigError(f"quantisation={quantisation!r}: choose {', '.join(OURS)}, or None")
     from torchao.quantization import Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())

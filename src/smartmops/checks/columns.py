@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from smartmops.checks.errors import ConfigError
+from smartmops.checks.errors import ConfigError, WrongType
 
 BUILT_IN = ("office", "dolly", "superni")  # DATA whose columns are known
 FIELDS = ("instruction", "context", "response", "category", "source", "system", "history", "messages")
@@ -18,7 +18,11 @@ def chosen_columns(chosen: Sequence[str]) -> dict[str, str]:
         ConfigError: one of them has no `=`, names nothing that an example has, or names it twice.
     """
     found: dict[str, str] = {}
+    if isinstance(chosen, str | Mapping) or not isinstance(chosen, Iterable):
+        raise WrongType(f"--columns {chosen!r}: give a list of FIELD=COLUMN, such as response=answer")
     for each in chosen:
+        if not isinstance(each, str):
+            raise WrongType(f"--columns {each!r}: write FIELD=COLUMN, such as response=answer")
         field, equals, column = each.partition("=")
         field = "category" if field == "task" else field
         if not equals or not column or field not in FIELDS:
@@ -40,5 +44,5 @@ class FieldsOfColumns:
             chosen_columns(value)
         except ValueError as error:
             said = str(error).removeprefix("--columns ")  # which of several it is
-            return f": {said.removeprefix(f'{value[0]}: ') if len(value) == 1 else said}"
+            return f": {said.removeprefix(f'{next(iter(value))}: ') if len(value) == 1 else said}"
         return None

@@ -212,11 +212,11 @@ def check(config: Options, *, given: bool = False) -> None:
     found = list(dict.fromkeys(_each(config)))
     mistyped = [line for line in found if line.endswith(GIVE)]
     found = found or list(dict.fromkeys([*config.problems(), *(_idle(config) if given else ())]))
-    place = config.taken() if isinstance(getattr(config, "out", None), Path | None) else None
+    place = None if any(line.startswith(("--out ", "--out:")) for line in found) else config.taken()
     if place is not None:
         if not found:
             raise place
-        found = [*found, *([str(place)] if not any(line.startswith("--out ") for line in found) else [])]
+        found = [*found, str(place)]
     if found:
         raise (WrongType if found == mistyped else ConfigError)("\n".join(found))
 
@@ -237,6 +237,18 @@ def _idle(config: Options) -> list[str]:
 def _one_each(lines: Iterable[str]) -> list[str]:
     """The first line of each option: where it does nothing for two reasons, the way out of the second is none."""
     return list({line.split()[0]: line for line in reversed([*lines])}.values())[::-1]
+
+
+def check_given(kind: type[Options], **values: Any) -> None:
+    """Whether arguments of a function in Python are within the limits of the options of those names.
+
+    Raises:
+        WrongType, ConfigError: one is not.
+    """
+    hints = hints_of(kind)
+    for name, value in values.items():
+        for item, wrong in _wrong(hints[name], value):
+            raise (WrongType if wrong in GIVE else ConfigError)(f"{name}={item!r}{wrong}")
 
 
 def check_named(config: Options) -> None:

@@ -86,6 +86,7 @@ def read(
         DataError: There is no such data, or it cannot be read; the message names file, lines and way out.
     """
     names = names_of(data)
+    chosen_columns(columns)
     how = keep_general_qa, tuple(columns)
     return once((names, how), names, lambda: list(_all(names, list, *how)))
 
@@ -103,6 +104,7 @@ def read_stored(
         return store(examples, TEXTS, attrgetter(*TEXTS.names), restored, folder)
 
     names = names_of(data)
+    chosen_columns(columns)
     how = keep_general_qa, tuple(columns)
     seen = taken((names, how), names)
     return _all(names, keep, *how) if seen is None else keep(seen)

@@ -279,6 +279,7 @@ def _finish(
         "clients_failed": sum(row.get("clients_failed", 0) for row in rows),
         "trainable_parameters": trained_numbers(model),
         "examples": {"test": len(task.test)},
+        **config.measured_on,
         **extra,
     }
     console.print(f"sent to clients {decimal(metrics['bytes_down'])}, received {decimal(metrics['bytes_up'])} in "

@@ -43,6 +43,7 @@ class Kept:
         step: Optimiser steps of the best state; None before the first evaluation.
         perplexity: Of the best state, on validation data.
         waited: Evaluations since then.
+        last: Optimiser steps at the latest evaluation.
         norms: Gradient norms of the latest steps, before they were clipped.
         losses: Of the steps since the last log, which a resumed run would else log the mean of without them.
         best: The best state, as `state_of` returns it.
@@ -51,13 +52,14 @@ class Kept:
     step: int | None = None
     perplexity: float = math.inf
     waited: int = 0
+    last: int = 0
     norms: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def see(self, step: int, perplexity: float, model: Any) -> None:
         """Take note of an evaluation; of equals, the earlier state stays the best."""
-        self.waited += 1
+        self.waited, self.last = self.waited + 1, step
         if perplexity < self.perplexity:
             self.step, self.perplexity, self.waited, self.best = step, perplexity, 0, state_of(model)
 
@@ -78,7 +80,7 @@ class Kept:
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""
-        words = {name: getattr(self, name) for name in ("step", "perplexity", "waited", "norms", "losses")}
+        words = {name: getattr(self, name) for name in ("step", "perplexity", "waited", "last", "norms", "losses")}
         tensors = {name: value.cpu().contiguous() for name, value in self.best.items()}
         save_file(tensors or {"": torch.zeros(1)}, folder / FILE, {"kept": json.dumps(words)})
 

@@ -48,7 +48,7 @@ def settle(model: Any, kept: Kept, start: Mapping[str, Tensor], frozen: float, c
         count: Of these.
     """
     gained = kept.perplexity < frozen
-    best = {"step": kept.step if gained else 0, "validation_perplexity": kept.perplexity,
+    best = {"step": kept.step if gained else 0, "last_step": kept.last, "validation_perplexity": kept.perplexity,
             "frozen_validation_perplexity": frozen, "validation_examples": count,
             "adapter": "trained" if gained else _shut(model, start)}  # fmt: skip
     return {"best": best, "gained": gained}
@@ -74,7 +74,8 @@ def verdict(metrics: Mapping[str, Any], longer: str = "--steps") -> str | None:
     found, frozen = metrics["perplexity"]["overall"], metrics["perplexity_frozen"]["overall"]
     if metrics.get("gained", True) and found < frozen:
         return None
-    best, said = metrics.get("best"), f"on the test split {found:.3f} against {frozen:.3f} frozen."
+    what = metrics.get("measured_on", "the test split")
+    best, said = metrics.get("best"), f"on {what} {found:.3f} against {frozen:.3f} frozen."
     if best:
         said = (f"on {best['validation_examples']} validation examples the frozen base has perplexity "
                 f"{best['frozen_validation_perplexity']:.3f}, the best trained state "

@@ -101,6 +101,7 @@ def _compare(config: CompareConfig, run: Run) -> dict[str, Any]:
         "seconds": dict(seconds),
         "tokens": frozen.test.tokens,
         "examples": task.counts,
+        **config.measured_on,
     }
     if frozen.validation:
         metrics["validation"] = dict(gains)

@@ -8,19 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft import PeftModel
 
-from smartmops.checks.errors import AdapterError, DataError
-from smartmops.checks.limits import named_in_python
+from smartmops.checks.errors import AdapterError, ConfigError, DataError
+from smartmops.checks.folders import as_path
+from smartmops.checks.limits import check_given, named_in_python
 from smartmops.options.method import GatePretraining, MethodConfig
 from smartmops.options.training import TaskConfig
 from smartmops.preparing.adapting import placed, start, words
 from smartmops.reading.task import Task
 from smartmops.rows.example import Example
 from smartmops.tokens.batches import Collator, Encoded
+from smartmops.tokens.parts import a_tokenizer
 from smartmops.tuner import MoPsConfig, MoPsModel
+
+Teaching = Literal["labels", "clusters", "none"]  # what a gate learns before training
 
 
 @dataclass
@@ -46,7 +50,7 @@ def prepare(
     tokenizer: Any,
     examples: Sequence[Example],
     *,
-    gate: GatePretraining | None = None,
+    gate: GatePretraining | Teaching | None = None,
     template: str = "auto",
     max_length: int = 512,
     unrelated: Path | None = None,
@@ -60,7 +64,8 @@ def prepare(
         model: `get_peft_model(base, MoPsConfig(...))`, not trained yet.
         tokenizer: Of the base.
         examples: Training examples, as `read` returns them; their categories say which expert each is meant for.
-        gate: How the gate learns that; None: from categories, in closed form where the adapter can carry it.
+        gate: How the gate learns that: from `labels` (the categories), from `clusters` of the instructions, or `none`:
+            not at all. None: from labels. In closed form where the adapter can carry it.
         template: `auto`, `chat`, `plain` or a Jinja file, as `train --template`.
         max_length: Tokens; longer examples lose the end of their context.
         unrelated: Texts of no task, a paragraph each, to fit a null expert by; None: those that come with it.
@@ -71,10 +76,11 @@ def prepare(
         AdapterError: the model has no adapter `default` of ours or one that asks for recovery prompts or an embedder;
             no example fits; more tasks than experts; the message names value and way out.
     """
-    config = _config(model)
-    if not isinstance(examples, Sequence) or not examples or not isinstance(examples[0], Example):
-        raise DataError(f"examples={str(examples)[:40]}: give a list of one smartmops.Example or more, as "
-                        "smartmops.read returns it")  # fmt: skip
+    config, pretraining = _config(model), _teaching(gate)
+    a_tokenizer(tokenizer)
+    check_given(TaskConfig, template=template, max_length=max_length, seed=seed)
+    unrelated = None if unrelated is None else as_path("unrelated", unrelated, "a file of texts")
+    _check_examples(examples, config, pretraining)
     ungated = config.num_experts == 1
     method = MethodConfig(
         method="prompt-tuning" if ungated else "mops", experts=config.num_experts, unrelated=unrelated,
@@ -83,7 +89,6 @@ def prepare(
     )  # fmt: skip
     settings = TaskConfig(model="", data="", template=template, max_length=max_length, seed=seed)
     task = Task.of(model.get_base_model(), tokenizer, examples, [], settings)
-    pretraining = gate or GatePretraining()
     with model.disable_adapter():
         config.gate_layer = placed(task, method, pretraining, None).gate_layer
     for name, value in words(task, method).items():
@@ -91,6 +96,25 @@ def prepare(
     with named_in_python(settings):
         names, accuracy = start(task, model, method, pretraining, seed)
     return Prepared(names, accuracy, task.train, replace(task.collator, gate_mask=True))
+
+
+def _teaching(gate: Any) -> GatePretraining:
+    if isinstance(gate, GatePretraining):
+        return gate
+    if gate is not None and gate not in get_args(Teaching):
+        raise ConfigError(f"gate={gate!r}: choose {', '.join(get_args(Teaching))}, or None")
+    return GatePretraining() if gate is None else GatePretraining(gate_pretraining=gate)
+
+
+def _check_examples(examples: Any, config: MoPsConfig, gate: GatePretraining) -> None:
+    """Whether there are examples, and an expert for each of their tasks where the gate learns these."""
+    if not isinstance(examples, Sequence) or not examples or not all(isinstance(each, Example) for each in examples):
+        raise DataError(f"examples={str(examples)[:40]}: give a list of one smartmops.Example or more, as "
+                        "smartmops.read returns it")  # fmt: skip
+    tasks, count = {example.category for example in examples}, config.num_experts
+    if 1 < count < len(tasks) and gate.gate_pretraining == "labels":
+        raise AdapterError(f"num_experts={count}, but the examples are of {len(tasks)} tasks: choose "
+                           f"{len(tasks)}, or gate='clusters'")  # fmt: skip
 
 
 def _config(model: Any) -> MoPsConfig:

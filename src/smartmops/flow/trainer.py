@@ -60,7 +60,7 @@ def _train(config: TrainConfig, run: Run) -> dict[str, Any]:
         after = made.measured(made.task.test)
     assert math.isfinite(after.overall)
     gained = said.get("gained", after.overall < frozen.test.overall)
-    metrics = after.metrics() | said | _beside(made, frozen.test, gained)
+    metrics = after.metrics() | said | _beside(made, frozen.test, gained) | config.measured_on
     with ranks.turn() as mine:
         if mine:
             with phases("evaluate"):

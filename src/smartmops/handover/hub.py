@@ -14,11 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 
 from smartmops.base.names import shown_name
 from smartmops.checks.errors import HubError
-from smartmops.methods.baselines import base_of, template_of
+from smartmops.methods.baselines import template_of, tokenizer_of
 from smartmops.options.finished.handover import PushConfig
 from smartmops.runs.card import ORIGINS, card
 from smartmops.runs.folder import PATHS, Run, check_adapter
-from smartmops.tokens.template import FILE, Template, read_template
+from smartmops.tokens.template import FILE, Template
 
 CARRIED = ("adapter_config.json", "adapter_model.safetensors", FILE)
 NAMES = ("expert_names", "frozen_experts")  # fields whose texts users chose: /r/science is a task, and no path
@@ -49,10 +49,6 @@ def push(config: PushConfig) -> dict[str, Any]:
 
 def stage(run: Run, folder: Path, repo: str) -> None:
     """Write what is to be pushed into an empty folder."""
-    from transformers import AutoTokenizer
-
-    from smartmops.base import local
-
     for name in CARRIED:
         if (run.adapter_dir / name).is_file():
             shutil.copy(run.adapter_dir / name, folder / name)
@@ -61,10 +57,7 @@ def stage(run: Run, folder: Path, repo: str) -> None:
     found = without_folders(json.loads(file.read_text(encoding="utf-8")), paths)
     found["base_model_name_or_path"] = ORIGINS.get(base, shown_name(base, paths))
     file.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(local(base_of(run)))
-    if (run.adapter_dir / FILE).is_file():
-        tokenizer.chat_template = read_template(run.adapter_dir / FILE)
-    template = Template.of(template_of(run), tokenizer)
+    template = Template.of(template_of(run), tokenizer_of(run))
     (folder / "README.md").write_text(card(template, run.config, run.read_metrics(), repo), encoding="utf-8")
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig
+from transformers import AutoTokenizer
 
 from smartmops.adapter.config import default_injection_layer
-from smartmops.base import load_base
-from smartmops.base.names import CHOICES
+from smartmops.base import load_base, local
+from smartmops.base.names import CHOICES, readable
 from smartmops.checks.errors import BaseModelNotFound, RunError
 from smartmops.checks.folders import expanded
 from smartmops.experts import keys_values
@@ -108,25 +110,45 @@ def load_run(path: Path) -> tuple[Any, Any, Run]:
     run = Run.open(path)
     check_adapter(run.adapter_dir)  # before the base, which may be large
     check_config(run.adapter_dir / "adapter_config.json")
-    dtype = run.config["arguments"].get("dtype", "float32")
-    here, named = f"bring it back, or link it to {path / 'base'}", base_of(run)
-    if run.lacks(named, expanded(named)):  # the hub may have one of that name
-        elsewhere = "" if Path(named).is_absolute() else ", from another folder"
-        raise BaseModelNotFound(f"MODEL {named} does not exist here, but {path} was trained on it{elsewhere}: {here}")
-    try:
-        base, tokenizer = load_base(named, dtype)
-    except BaseModelNotFound as error:
-        raise BaseModelNotFound(f"{str(error).removesuffix(f': {CHOICES}')}, but {path} was trained on it: "
-                                f"{here}") from error  # fmt: skip
+    named = base_of(run)
+    with _found(run, named):
+        base, tokenizer = load_base(named, run.config["arguments"].get("dtype", "float32"))
     now, then = of_weights(base), run.read_inputs()
     if any(then.get(name, each) != each for name, each in now.items()):
         raise RunError(f"{named} is not the base that {run.path} was trained on, its weights are others: bring "
                        "that one back, or train again")  # fmt: skip
-    if TOKENIZER in then and of_tokenizer(tokenizer) != then[TOKENIZER]:
+    return load_adapter(base, run.adapter_dir), _as_trained(run, named, tokenizer), run
+
+
+def tokenizer_of(run: Run) -> Any:
+    """The tokenizer of a run as `load_run` returns it, without the base; errors as there."""
+    named = base_of(run)
+    with _found(run, named), readable(named):
+        return _as_trained(run, named, AutoTokenizer.from_pretrained(local(named)))
+
+
+@contextmanager
+def _found(run: Run, named: str) -> Iterator[None]:
+    """Says of a base that is not there whose it is, and does not let the hub give one of its name instead."""
+    here = f"bring it back, or link it to {run.path / 'base'}"
+    if run.lacks(named, expanded(named)):
+        elsewhere = "" if Path(named).is_absolute() else ", from another folder"
+        raise BaseModelNotFound(f"MODEL {named} does not exist here, but {run.path} was trained on it{elsewhere}: "
+                                f"{here}")  # fmt: skip
+    try:
+        yield
+    except BaseModelNotFound as error:
+        raise BaseModelNotFound(f"{str(error).removesuffix(f': {CHOICES}')}, but {run.path} was trained on it: "
+                                f"{here}") from error  # fmt: skip
+
+
+def _as_trained(run: Run, named: str, tokenizer: Any) -> Any:
+    """A base's tokenizer with the chat template of the run, or none; another tokenizer is refused."""
+    if of_tokenizer(tokenizer) != run.read_inputs().get(TOKENIZER, of_tokenizer(tokenizer)):
         raise RunError(f"the tokenizer of {named} is not the one that {run.path} was trained with, so the same "
                        "text is other tokens: bring that one back, or train again")  # fmt: skip
     tokenizer.chat_template = read_template(run.adapter_dir / FILE) if (run.adapter_dir / FILE).is_file() else None
-    return load_adapter(base, run.adapter_dir), tokenizer, run
+    return tokenizer
 
 
 def base_of(run: Run) -> str:

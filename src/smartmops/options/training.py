@@ -157,6 +157,11 @@ class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, Data
         """That texts and tokens are mapped from."""
         return None if self.rows == "memory" else Path(self.rows)
 
+    @property
+    def measured_on(self) -> dict[str, str]:
+        """What `metrics.json` says of where perplexities are from; nothing where it is the test split."""
+        return {"measured_on": "the part of the training split that --validation tests on"} if self.validation else {}
+
     def trained(self) -> list[str]:
         """The methods that are trained, as `method_problems` knows them."""
         return [self.method]

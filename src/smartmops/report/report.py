@@ -14,7 +14,7 @@ from typing import Any
 
 from smartmops.checks.errors import ConfigError, MissingExtra, RunError
 from smartmops.data.several import names_of
-from smartmops.runs.folder import TEST_SPLIT, Run, write_text
+from smartmops.runs.folder import MEASURED, TEST_SPLIT, Run, write_text
 from smartmops.settings.writing import versions
 from smartmops.traits import BY_NAME
 
@@ -128,10 +128,11 @@ def _page(run: Run, label: str) -> Page:
     metrics = run.read_metrics()
     found = results.read(run.config, metrics)
     samples, left_out = _samples(run.read_samples())
+    inputs = run.read_inputs()
     return Page(
         label=label,
         config=run.config,
-        test_split=run.read_inputs().get(TEST_SPLIT, ""),
+        test_split=inputs.get(MEASURED) or inputs.get(TEST_SPLIT, ""),
         results=found,
         bars=_bars(found),
         curves=_curves(run.read_curves(), found.headline or str(run.config.get("method") or "loss")),

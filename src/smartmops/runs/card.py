@@ -147,23 +147,31 @@ def _numbers(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     found = metrics.get("perplexity")
     if not found:
         return ""
-    compared = config.get("command") == "compare"
+    compared = "per_seed" in metrics
     if compared:
         sides = {name: {"overall": value, "per_task": metrics["per_task"][name]} for name, value in found.items()}
     elif "perplexity_frozen" in metrics:
         sides = {"frozen": metrics["perplexity_frozen"], "adapted": found}
     else:
         return ""
-    lines = ["", "## What it was measured to do", "", "Perplexity over the answers' tokens of the run's test split:", "",
+    what = metrics.get("measured_on", "the run's test split")
+    lines = ["", "## What it was measured to do", "", f"Perplexity over the answers' tokens of {what}:", "",
              f"| task | {' | '.join(name.replace('_', ' ') for name in sides)} |", f"|{'---|' * (len(sides) + 1)}"]  # fmt: skip
     for task in next(reversed(sides.values()))["per_task"]:
         lines.append(_row(task or "no task", (side["per_task"].get(task) for side in sides.values())))
     lines.append(_row("**overall**", (side["overall"] for side in sides.values())))
     lines += ["", _means(config, metrics) if compared else f"One run{_told(config, metrics)}."]
-    if metrics.get("gained") is False:
+    lines += [line for name, each in metrics.get("added", {}).items() for line in ("", _added(name, each))]
+    if metrics.get("gained") is False and not metrics.get("added"):
         closed = metrics.get("best", {}).get("adapter") == "closed"
         lines += ["", f"**Nothing was gained{': it answers as' if closed else ' over'} the frozen base{' does' * closed}.**"]
     return "\n".join([*lines, ""])
+
+
+def _added(name: str, new: Mapping[str, Any]) -> str:
+    """One sentence about an expert that came after training, as it was measured then."""
+    return (f"Expert `{name}`, added later: {new['frozen']:.2f} frozen, {new['before']:.2f} before and {new['after']:.2f} "
+            f"with it, on {new['rows']} test examples of its own.")  # fmt: skip
 
 
 def _row(name: str, values: Iterable[float | None]) -> str:
@@ -183,10 +191,12 @@ def _means(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
 def _told(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """How long it was trained, on how much; with a colon in front."""
     arguments, counts = config.get("arguments", {}), metrics.get("examples", {})
-    federated, compared = config.get("command", "").startswith("federate"), config.get("command") == "compare"
+    federated, compared = config.get("command", "").startswith("federate"), "per_seed" in metrics
     left_out = {"steps"} if federated else {"rounds", "local_steps", "clients_per_round"}
     names = [name for name in SETTINGS if name not in left_out | ({"seed"} if compared else set())]
     told = [f"{name.replace('_', ' ')} {arguments[name]}" for name in names if arguments.get(name) is not None]
+    if arguments.get("patience") and (last := metrics.get("best", {}).get("last_step", 0)) < arguments["steps"]:
+        told = [f"steps {last} of {arguments['steps']}" if each.startswith("steps ") else each for each in told]
     told += [f"{metrics['clients']} clients"] if federated and metrics.get("clients") else []
     told += [f"{count} examples to {USES.get(name, name)}" for name, count in counts.items() if count]
     return f": {', '.join(told)}" if told else ""

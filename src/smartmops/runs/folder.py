@@ -31,6 +31,7 @@ PATHS = "paths"  # of config.json: which of the names of base, data and embedder
 # A moved folder, a newer library or another tracker is the same run.
 MAY_DIFFER = ("versions", PATHS, "arguments.out", "arguments.resume", "arguments.report_to")
 TEST_SPLIT = "test split"  # of the fingerprints in inputs.json, that of the test examples as they were drawn
+MEASURED = "part that was measured"  # of these fingerprints, that of its rows where it is not the whole test split
 CLIENT_FILES = "set of clients' files"  # of these fingerprints, that of a federation's, as they were read
 _REPLACED = ".adapter.replaced"  # the former adapter, for the instant between the two renames of a swap
 

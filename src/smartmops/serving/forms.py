@@ -58,6 +58,7 @@ class Wanted:
     model: str
     chat: bool
     questions: list[Question]
+    each: int  # answers to each prompt, whose questions stand one after the other
     stream: bool
     usage: bool  # whether a stream ends with the counts of tokens
 
@@ -104,7 +105,7 @@ def understood(body: Any, chat: bool, answerer: Answers, most: int, room: int) -
             code = "context_length_exceeded" if "positions" in str(error) else None
             raise Refused(400, str(error), param, code) from error
     options = body.get("stream_options") or {}
-    return Wanted(model, chat, questions, bool(_flag(body, "stream")), bool(_flag(options, "include_usage")))
+    return Wanted(model, chat, questions, count, bool(_flag(body, "stream")), bool(_flag(options, "include_usage")))
 
 
 def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
@@ -283,8 +284,8 @@ class Reply:
 
     def usage(self, answers: Sequence[Answer]) -> dict[str, int]:
         """Tokens of prompts, each counted once however many answers it has, and of answers."""
-        prompts = {tuple(each.prompt.input_ids): len(each.prompt.input_ids) for each in self.wanted.questions}
-        read, written = sum(prompts.values()), sum(answer.tokens for answer in answers)
+        read = sum(len(one.prompt.input_ids) for one in self.wanted.questions[:: self.wanted.each])
+        written = sum(answer.tokens for answer in answers)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     @property

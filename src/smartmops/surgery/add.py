@@ -28,6 +28,7 @@ from .adapter import claims, parts
 from .adapter.parts import Parts
 from .change import both
 from .subject import SEEN, Subject, fingerprints, instructions_of, one_at_a_time, some
+from .written import Change, trained_on, write
 
 HELPS = 0.97  # of the perplexity that is had already: below it, a trial's new expert is worth having
 Columns = dict[str, Tensor]
@@ -62,7 +63,8 @@ def add(run: Path, config: AddConfig) -> dict[str, Any]:
     name = config.name or _named(task, config.data)
     parts.check_new(subject.parts, name)
     columns, scale = _trained(subject, task, config)
-    return _with(subject, config, name, columns, scale, task)
+    seen = trained_on(config.data, config.columns, config.test_share, config.seed, task)
+    return _with(subject, config, name, columns, scale, task, seen=seen)
 
 
 def _trained(subject: Subject, task: Task, trial: Trial) -> tuple[Columns, float]:
@@ -79,8 +81,8 @@ def _named(task: Task, data: str) -> str:
 
 
 def _with(subject: Subject, config: AddConfig, name: str, columns: Columns, scale: float, task: Task,
-          more: dict[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
-    """The run with an expert whose columns are there: its rule, what it changes, and the run folder."""
+          more: dict[str, Any] | None = None, seen: dict[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """The run with an expert whose columns are there, trained on `seen`: its rule, what it changes, its folder."""
     rule = None if config.by_name else _rule(subject, task)
     earlier = dict(subject.added)
     if rule is not None:
@@ -92,7 +94,7 @@ def _with(subject: Subject, config: AddConfig, name: str, columns: Columns, scal
     said["new"] = _new(subject, after, task, columns, scale)
     source = config.source or config.data or config.inputs or ""
     command = " ".join(["experts add", name, *(f"from {shown_name(each)}" for each in names_of(source) if each)])
-    out = subject.write(after, config.out, command, said | (more or {}), metrics)
+    out = write(subject, after, config.out, Change(command, said | (more or {}), metrics, seen))
     return said | (more or {}) | {"out": str(out)}
 
 
@@ -156,7 +158,7 @@ def _moved(subject: Subject, config: AddConfig) -> dict[str, Any]:
     else:
         task = _sent_there(other, expert, config.source)
     parts.put(subject.model, subject.parts)
-    return _with(subject, config, own, columns, scale, task)
+    return _with(subject, config, own, columns, scale, task, seen={"run": config.source})
 
 
 def _other(subject: Subject, path: Path) -> Subject:

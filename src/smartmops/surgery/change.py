@@ -28,7 +28,8 @@ from smartmops.tokens.batches import Encoded
 from . import grow
 from .adapter import claims, parts
 from .adapter.parts import COLUMNS, Parts
-from .subject import Subject, Weights, one_at_a_time, some
+from .subject import SHARE, Subject, Weights, one_at_a_time, some
+from .written import Change, trained_on, write
 
 NEVER = 2.0  # a null threshold that no weight reaches
 JOINED = 400  # examples of two merged experts that the one in their place is trained on, at most
@@ -41,7 +42,7 @@ def listed(run: Path, config: ListConfig) -> dict[str, Any]:
         `experts` {name: `tasks` (whose instructions go to it first), `usage` {task: mean gate weight}, `share` (of all
         instructions), `nearest` {name: cosine}, `cost` (of dropping it, `perplexity` before and after, and the `tasks`
         that change by more than a tenth of a percent), `frozen`, `chosen_by` (gate, rule or name)}, `rows` (how many
-        were measured), `unread` (why there is neither usage nor cost, or empty).
+        were measured), `part` (of which part of the data), `unread` (why there is neither usage nor cost, or empty).
 
     Raises:
         FileNotFoundError, ValueError: as `Subject.open`.
@@ -60,7 +61,8 @@ def listed(run: Path, config: ListConfig) -> dict[str, Any]:
         each["usage"] = {task: own[number] for task, own in usage.items()}
         each["share"] = weights.mean()[number]
         each["cost"] = _cost(subject, rows, name, before)
-    return {"experts": found, "rows": len(rows), "unread": ""}
+    part = "validation" if len(subject.own.validation) else "test"
+    return {"experts": found, "rows": len(rows), "part": part, "unread": ""}
 
 
 def _alone(held: Parts, number: int) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def drop(run: Path, config: DropConfig) -> dict[str, Any]:
     chosen = ["the base" if lost >= 1 else less.names[int(gate.argmax())]
               for gate, lost, own in zip(after.gate, after.lost, before, strict=True) if own]  # fmt: skip
     said = {"perplexity": _told(was, now), "goes_to": {to: n / len(chosen) for to, n in Counter(chosen).most_common()}}
-    out = subject.write(less, config.out, f"experts drop {config.name}", said, metrics)
+    out = write(subject, less, config.out, Change(f"experts drop {config.name}", said, metrics))
     return said | {"out": str(out)}
 
 
@@ -161,7 +163,9 @@ def merge(run: Path, config: MergeConfig) -> dict[str, Any]:
     if added := [read for one, read in subject.added.items() if one in (config.first, config.second)]:
         subject.added[name] = torch.cat(added)
     said = {"perplexity": _told(was, now), "untrained": untrained, "name": name}
-    out = subject.write(one, config.out, f"experts merge {config.first} {config.second}", said, metrics)
+    old = config.old and config.steps and trained_on(config.old, config.columns, SHARE, 0, task)
+    change = Change(f"experts merge {config.first} {config.second}", said, metrics, old or None)
+    out = write(subject, one, config.out, change)
     return said | {"out": str(out)}
 
 
@@ -206,7 +210,7 @@ def rename(run: Path, config: RenameConfig) -> dict[str, Any]:
     subject = Subject.open(run, None, (), 1)
     changed = parts.renamed(subject.parts, config.name, config.to)
     subject.added = {config.to if name == config.name else name: read for name, read in subject.added.items()}
-    out = subject.write(changed, config.out, f"experts rename {config.name} {config.to}", {"name": config.to})
+    out = write(subject, changed, config.out, Change(f"experts rename {config.name} {config.to}", {"name": config.to}))
     return {"experts": changed.names, "out": str(out)}
 
 
@@ -220,7 +224,7 @@ def freeze(run: Path, config: FreezeConfig) -> dict[str, Any]:
     subject = Subject.open(run, None, (), 1)
     changed = parts.frozen(subject.parts, [config.name], config.off)
     frozen = changed.config.frozen_experts or []
-    out = subject.write(changed, config.out, f"experts freeze {config.name}", {"frozen": frozen})
+    out = write(subject, changed, config.out, Change(f"experts freeze {config.name}", {"frozen": frozen}))
     return {"frozen": frozen, "out": str(out)}
 
 
@@ -255,5 +259,5 @@ def calibrate(run: Path, config: CalibrateConfig) -> dict[str, Any]:
               for when, threshold in (("before", held.config.null_threshold), ("after", at))}  # fmt: skip
     metrics, was, now = both(subject, task, rows, changed)
     said = {"threshold": at, "let_through": shares, "perplexity": _told(was, now)}
-    out = subject.write(changed, config.out, "experts calibrate", said, metrics)
+    out = write(subject, changed, config.out, Change("experts calibrate", said, metrics))
     return said | {"out": str(out)}

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
@@ -18,23 +17,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from smartmops.checks.errors import RunError
-from smartmops.checks.folders import before, fresh_beside, refused, whole
 from smartmops.checks.lock import alone
 from smartmops.data.several import Names, held
 from smartmops.data.tasks import read, split
-from smartmops.evaluation.measure import mean_weights, measured
+from smartmops.evaluation.measure import measured
 from smartmops.evaluation.perplexity import Evaluation
 from smartmops.methods.baselines import base_of, load_run, template_of
 from smartmops.options.training import TrainConfig
 from smartmops.preparing import gating
 from smartmops.reading.task import Task, same_test_split
-from smartmops.rows.example import Example
+from smartmops.rows.example import Example, of_examples
 from smartmops.rows.stored import take
-from smartmops.runs.card import keep, number
 from smartmops.runs.folder import Run
 from smartmops.states.instructions import instructions
 from smartmops.tokens.batches import Encoded, encode_all
@@ -44,6 +41,7 @@ from .adapter.parts import ADAPTER, Parts, put, taken
 
 TEXT = 512  # tokens of a text of no task, at most: as a null expert is fitted
 SEEN = 200  # instructions of the run's data, and of the new data, that a rule is fitted by
+SHARE = 0.1  # of data that are given, tested on
 ADDED = "added.safetensors"  # in a run's folder, what the gate reads of instructions of experts added by a rule
 
 
@@ -56,6 +54,7 @@ class Subject:
     tokenizer: Any
     parts: Parts
     rows: int  # examples that are measured, at most
+    old: Names | None = None  # data in the place of its own
     own: Task | None = None
     why: str = ""  # why its own data cannot be read
     found: dict[Any, Any] = field(default_factory=dict)  # rows and tasks that are asked for again
@@ -73,7 +72,8 @@ class Subject:
         _check_kind(Run.open(path))
         model, tokenizer, run = kept or load_run(path)
         file = run.path / ADDED
-        subject = cls(run, model, tokenizer, taken(model), rows, added=load_file(file) if file.is_file() else {})
+        added = load_file(file) if file.is_file() else {}
+        subject = cls(run, model, tokenizer, taken(model), rows, old, added=added)
         try:
             subject.own = subject.task(*_again(run, old, columns), old is None)
         except (OSError, ValueError) as error:
@@ -82,7 +82,7 @@ class Subject:
             subject.why = str(error)
         return subject
 
-    def task(self, data: Names, columns: Sequence[str] = (), same: bool = False, share: float = 0.1,
+    def task(self, data: Names, columns: Sequence[str] = (), same: bool = False, share: float = SHARE,
              limit: int | None = None, seed: int = 0) -> Task:  # fmt: skip
         """Examples in tokens, as this run reads them; with `same`, split as it was when the run was trained."""
         given = self.run.config["arguments"]
@@ -103,9 +103,11 @@ class Subject:
     def of(self, examples: Sequence[Example], config: TrainConfig, seed: int) -> Task:
         """These examples, split into training and test part."""
         train, test = split(examples, config.test_share, seed)
-        return Task.of(self.model, self.tokenizer, train, test, config)
+        task = Task.of(self.model, self.tokenizer, train, test, config)
+        task.test_split = of_examples(test)
+        return task
 
-    def config(self, data: Names, share: float = 0.1, **more: Any) -> TrainConfig:
+    def config(self, data: Names, share: float = SHARE, **more: Any) -> TrainConfig:
         """What the run was trained with, as far as reading data is concerned."""
         given = self.run.config["arguments"]
         return TrainConfig(model=base_of(self.run), out=self.run.path, data=held(data), test_share=share,
@@ -183,74 +185,6 @@ class Subject:
         with torch.no_grad():
             gate, lost = layer.gate(pooled, ADAPTER), layer.null_weight(pooled, ADAPTER)
         return Weights(gate, gate.new_zeros(len(gate)) if lost is None else lost)
-
-    def write(self, parts: Parts, out: Path | None, command: str, said: Mapping[str, Any],
-              metrics: Mapping[str, Any] | None = None) -> Path:  # fmt: skip
-        """Write the changed run into `out`, or (None) in the place of this one; returns where it is.
-
-        Args:
-            parts: Its adapter.
-            out: Run folder.
-            command: That changed it.
-            said: What is told of the change.
-            metrics: Perplexities as `metrics.json` holds them; None: those of the run as it was hold still.
-        """
-        target = out or self.run.path
-        if out is not None and (error := refused(out, False, resumes=False)) is not None:
-            raise error
-        put(self.model, parts)
-        if out is not None:
-            with alone(target), whole(target) as place:
-                self._fill(place, target.name, command, said, metrics)
-            return target
-        with alone(target):
-            place = fresh_beside(target, target.parent)
-            try:
-                self._fill(place, target.name, command, said, metrics)
-                _swap(place, target)
-            except BaseException:
-                shutil.rmtree(place, ignore_errors=True)
-                raise
-        return target
-
-    def _fill(
-        self, place: Path, name: str, command: str, said: Mapping[str, Any], metrics: Mapping[str, Any] | None
-    ) -> None:
-        """A folder with the changed run, which will be called `name`."""
-        config = {name: value for name, value in self.run.config.items() if name != "versions"}
-        config["arguments"] = config["arguments"] | {"out": name}
-        config |= {"changed": [*self.run.config.get("changed", []), {"command": command, "run": self.run.path.name}]}
-        run = Run.create(place, config)
-        if (self.run.path / "base").is_dir():
-            shutil.copytree(self.run.path / "base", place / "base", symlinks=True)
-        for name in ("inputs.json", "curves.jsonl", *(["samples.jsonl"] if metrics is None else [])):
-            if (self.run.path / name).is_file():
-                shutil.copy2(self.run.path / name, place / name)
-        self._write_gates(run, metrics is not None)
-        if read := {name: each.contiguous() for name, each in self.added.items() if name in parts_names(self.model)}:
-            save_file(read, place / ADDED)
-        keep(run, self.model, self.template)
-        kept = self.run.read_metrics()
-        if "gate" in kept and metrics is None:
-            names = dict(zip(self.parts.names, parts_names(self.model), strict=True))
-            kept["gate"] = {task: each | {"nearest": names.get(each["nearest"], each["nearest"])}
-                            for task, each in kept["gate"].items()}  # fmt: skip
-        if metrics is not None:
-            stale = ("perplexity", "perplexity_frozen", "tokens", "best", "answers", "gate", "interference", "examples")
-            kept = {name: value for name, value in kept.items() if name not in stale} | dict(metrics)
-        kept |= {"experts": parts_names(self.model), "change": dict(said)}
-        number(run, self.template, kept)
-        run.write_metrics(kept)
-
-    def _write_gates(self, run: Run, changed: bool) -> None:
-        """What the gate does now with the run's own data; where it does what it did, what it did, by its names now."""
-        names, former = parts_names(self.model), self.run.read_gates()
-        if not changed and former is not None:
-            run.write_gates(former | {"experts": names})
-        elif changed and self.own is not None:
-            rows = self.held()
-            after = mean_weights(rows, self.weights(rows, "test", taken(self.model)).gate)
-            run.write_gates({"experts": names, "after": after, "left_to_base": True})
 
 
 @dataclass(frozen=True)
@@ -341,17 +275,3 @@ def one_at_a_time(change: Callable[[Path, Any], dict[str, Any]]) -> Callable[[Pa
             return change(run, config)
 
     return inner
-
-
-def _swap(fresh: Path, target: Path) -> None:
-    """Put a folder in the place of another; whoever is stopped between the two renames finds both beside it."""
-    former = before(target)
-    shutil.rmtree(former, ignore_errors=True)
-    os.rename(target, former)
-    try:
-        os.rename(fresh, target)
-    except BaseException:
-        with suppress(OSError):
-            os.rename(former, target)
-        raise
-    shutil.rmtree(former, ignore_errors=True)

@@ -77,7 +77,7 @@ def _listed(found: dict[str, Any], console: Console) -> None:
         console.print(f"Neither usage nor cost can be told: {found['unread']}; give instructions that the run serves "
                       "by --old DATA", soft_wrap=True)  # fmt: skip
     else:
-        console.print(f"on {found['rows']} validation examples; usage is the mean gate weight, of each task")
+        console.print(f"on {found['rows']} {found['part']} examples; usage is the mean gate weight, of each task")
 
 
 def _added(found: dict[str, Any], console: Console) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from smartmops.checks.errors import BaseModelError, ConfigError
+from smartmops.checks.folders import as_path
 from smartmops.rows.example import Example, opened
 
 from .parts import Part, Prompt, a_tokenizer, holds, ids_of, shared, span, tokens, whole_after
@@ -367,7 +368,7 @@ def read_template(file: str | Path) -> str:
         ConfigError: it cannot be read.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return as_path("template", file, CHOICES).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"template={str(file)!r} cannot be read ({reason}): choose {CHOICES}") from error

@@ -106,4 +106,6 @@ def main(base: str, file: str, text: str, most: str = "48") -> None:
 
 
 if __name__ == "__main__":
+    if not 4 <= len(sys.argv) <= 5 or {"-h", "--help"} & {*sys.argv}:
+        sys.exit("python answer.py BASE EXPERT.safetensors TEXT [TOKENS]")
     main(*sys.argv[1:])
