@@ -70,12 +70,13 @@ def test_compress_writes_a_model_that_train_takes_and_inspect_says_what_is_left_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = cli.compress_command(
-        CompressConfig(model="tiny", out=tmp_path / "base", pattern="7:8", sequences=16, sequence_length=64)
+        CompressConfig(model="tiny", out=tmp_path / "base", calibration="office", limit=200, pattern="7:8", sequences=16,
+                       sequence_length=64)  # fmt: skip
     )
     assert found["sparsity"] == pytest.approx(0.875, abs=1e-6)
     assert f"{found['perplexity_after']:.3f}" in capsys.readouterr().out
     config = TrainConfig(model=str(tmp_path / "base"), data="office", out=tmp_path / "run", steps=2, limit=100,
-                         dtype="float32")  # fmt: skip
+                         dtype="float32", samples_per_task=0)  # fmt: skip
     assert cli.train_command(config)["perplexity_frozen"]["overall"] > found["perplexity_before"]
     capsys.readouterr()
     seen = cli.inspect_command(InspectConfig(tmp_path / "run", text="What is the capital of France?", max_new_tokens=4))

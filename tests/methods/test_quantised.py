@@ -107,9 +107,9 @@ def test_what_training_on_int8_reaches_differs_no_more_than_seeds_do(both: dict[
 @pytest.mark.slow
 def test_a_run_on_an_int8_base_loads_again_to_the_same_perplexity(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="int8 needs pip install 'smartmops[int8]'")
-    compress(CompressConfig(model="tiny", out=tmp_path / "base", int8=True))
+    compress(CompressConfig(model="tiny", out=tmp_path / "base", int8=True, calibration="office", limit=100))
     config = TrainConfig(model=str(tmp_path / "base"), data="office", out=tmp_path / "run", limit=100, steps=2,
-                         dtype="float32")  # fmt: skip
+                         dtype="float32", samples_per_task=0)  # fmt: skip
     metrics = train(config)
     model, tokenizer, _ = load_run(tmp_path / "run")
     again = Task.load(config, model, tokenizer)

@@ -140,7 +140,7 @@ SMALL = dict(model="tiny", data="office", limit=84, batch_size=2, experts=7, sam
 RUNS: dict[str, dict[str, object]] = {
     "compare": SMALL | dict(methods={"mops": 0.01, "prompt-tuning": 0.01}, steps=2, validation_limit=7),
     "federate": SMALL | dict(clients=3, clients_per_round=2, rounds=1, local_steps=1),
-    "compress": dict(model="tiny", calibration="office", sparsity=0.5, sequences=4),
+    "compress": dict(model="tiny", calibration="office", limit=100, sparsity=0.5, sequences=4, sequence_length=64),
 }
 NUMBERS = ("perplexity", "perplexity_frozen", "perplexity_before", "perplexity_after", "sparsity", "per_seed")
 
