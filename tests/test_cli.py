@@ -70,8 +70,15 @@ def test_compress_writes_a_model_that_train_takes_and_inspect_says_what_is_left_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = cli.compress_command(
-        CompressConfig(model="tiny", out=tmp_path / "base", calibration="office", limit=200, pattern="7:8", sequences=16,
-                       sequence_length=64)  # fmt: skip
+        CompressConfig(
+            model="tiny",
+            out=tmp_path / "base",
+            calibration="office",
+            limit=200,
+            pattern="7:8",
+            sequences=16,
+            sequence_length=64,
+        )
     )
     assert found["sparsity"] == pytest.approx(0.875, abs=1e-6)
     assert f"{found['perplexity_after']:.3f}" in capsys.readouterr().out
