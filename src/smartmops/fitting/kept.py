@@ -43,19 +43,19 @@ class Kept:
         step: Optimiser steps of the best state; None before the first evaluation.
         perplexity: Of the best state, on validation data.
         waited: Evaluations since then.
-        last: Optimiser steps at the latest evaluation.
         norms: Gradient norms of the latest steps, before they were clipped.
         losses: Of the steps since the last log, which a resumed run would else log the mean of without them.
         best: The best state, as `state_of` returns it.
+        last: Optimiser steps at the latest evaluation.
     """
 
     step: int | None = None
     perplexity: float = math.inf
     waited: int = 0
-    last: int = 0
     norms: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+    last: int = 0
 
     def see(self, step: int, perplexity: float, model: Any) -> None:
         """Take note of an evaluation; of equals, the earlier state stays the best."""
