@@ -239,7 +239,7 @@ def _one_each(lines: Iterable[str]) -> list[str]:
     return list({line.split()[0]: line for line in reversed([*lines])}.values())[::-1]
 
 
-def check_given(kind: type[Options], **values: Any) -> None:
+def check_given(kind: type, **values: Any) -> None:
     """Whether arguments of a function in Python are within the limits of the options of those names.
 
     Raises:
