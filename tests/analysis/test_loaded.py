@@ -195,6 +195,9 @@ def test_a_run_tested_on_validation_data_is_measured_on_them_again(
     assert "test: " not in said
     words = "the part of the training split that --validation tests on"
     assert found["measured_on"] == words and f"tokens of {words}:" in (tmp_path / "run/adapter/README.md").read_text()
+    for rows, count in ((200, ""), (2, f"2 of the {found['examples']['test']} examples of ")):
+        sm.drop_expert(tmp_path / "run", name="open_qa", rows=rows, out=tmp_path / f"less-{rows}")
+        assert f"tokens of {count}{words}:" in (tmp_path / f"less-{rows}/adapter/README.md").read_text()
     listed = sm.list_experts(tmp_path / "run")
     assert listed["part"] == ("validation" if found["examples"].get("validation") else "test")
 

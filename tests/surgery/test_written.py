@@ -26,6 +26,13 @@ def metrics(run: Path) -> dict[str, Any]:
     return Run.open(run).read_metrics()
 
 
+def test_what_is_known_of_an_expert_goes_with_it_in_place_too(added: Added, tmp_path: Path) -> None:
+    own = shutil.copytree(added[0], tmp_path / "own")
+    assert (own / "added.safetensors").is_file()
+    sm.drop_expert(own, name="date", in_place=True)
+    assert not (own / "added.safetensors").exists()
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_a_change_in_place_leaves_what_is_not_of_the_run(dropped: bool, run: Path, tmp_path: Path) -> None:
     own = shutil.copytree(run, tmp_path / "own")

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from peft import PeftModel
 
 from smartmops.checks.errors import AdapterError, ConfigError, DataError
 from smartmops.checks.folders import as_path
 from smartmops.checks.limits import check_given, named_in_python
-from smartmops.options.method import GatePretraining, MethodConfig
+from smartmops.options.method import GatePretraining, MethodConfig, Teaching
 from smartmops.options.training import TaskConfig
 from smartmops.preparing.adapting import placed, start, words
 from smartmops.reading.task import Task
@@ -23,8 +23,6 @@ from smartmops.rows.example import Example
 from smartmops.tokens.batches import Collator, Encoded
 from smartmops.tokens.parts import a_tokenizer
 from smartmops.tuner import MoPsConfig, MoPsModel
-
-Teaching = Literal["labels", "clusters", "none"]  # what a gate learns before training
 
 
 @dataclass

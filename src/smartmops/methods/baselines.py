@@ -144,7 +144,8 @@ def _found(run: Run, named: str) -> Iterator[None]:
 
 def _as_trained(run: Run, named: str, tokenizer: Any) -> Any:
     """A base's tokenizer with the chat template of the run, or none; another tokenizer is refused."""
-    if of_tokenizer(tokenizer) != run.read_inputs().get(TOKENIZER, of_tokenizer(tokenizer)):
+    then = run.read_inputs().get(TOKENIZER)
+    if then is not None and of_tokenizer(tokenizer) != then:
         raise RunError(f"the tokenizer of {named} is not the one that {run.path} was trained with, so the same "
                        "text is other tokens: bring that one back, or train again")  # fmt: skip
     tokenizer.chat_template = read_template(run.adapter_dir / FILE) if (run.adapter_dir / FILE).is_file() else None

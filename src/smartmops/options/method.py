@@ -211,13 +211,16 @@ class MethodConfig(Rates, KeepRecovery, Gate, Experts, Trained):
         return rf".*\.({'|'.join(map(str, range(self.lora_from)))})\..*" if self.lora_from else None
 
 
+Teaching = Literal["labels", "clusters", "none"]  # what a gate learns before training
+
+
 @dataclass
 class GatePretraining:
     """How the gate learns which expert an instruction is meant for."""
 
     ABOUT: ClassVar[str] = "preparation"
 
-    gate_pretraining: Literal["labels", "clusters", "none"] = "labels"
+    gate_pretraining: Teaching = "labels"
     """what the gate learns before training: the task of an instruction, its cluster, or nothing"""
     gate_start: Literal["auto", "ridge", "gradient"] = "auto"
     """how the gate is pretrained: in closed form (ridge) or by Adam (gradient); auto: ridge with keys_values"""

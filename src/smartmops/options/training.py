@@ -139,6 +139,9 @@ class Batches:
     seed: Seed = 0  # seed of experts, gate and order of examples
 
 
+VALIDATION_PART = "the part of the training split that --validation tests on"
+
+
 @dataclass(kw_only=True)
 class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, DataOptions, BaseOptions):
     """What is adapted to which data, and how both are read."""
@@ -160,7 +163,7 @@ class TaskConfig(Options, Batches, MethodConfig, GatePretraining, Recovery, Data
     @property
     def measured_on(self) -> dict[str, str]:
         """What `metrics.json` says of where perplexities are from; nothing where it is the test split."""
-        return {"measured_on": "the part of the training split that --validation tests on"} if self.validation else {}
+        return {"measured_on": VALIDATION_PART} if self.validation else {}
 
     def trained(self) -> list[str]:
         """The methods that are trained, as `method_problems` knows them."""

@@ -199,18 +199,20 @@ class Grid:
         text = self.calibration or data.path
         return text, self.columns if text == data.path else (), None if self.calibration else self.limit
 
-    def check_texts(self, bases: Iterable[Base], datas: Sequence[Data]) -> None:
-        """Whether there is text enough for each base that has yet to be pruned: asked before the first cell is run.
+    def check_texts(self, needed: Iterable[tuple[Base, Data]]) -> None:
+        """Whether there is text enough for each base that has yet to be pruned, by the data of its cells.
 
         Raises:
             DataError: there is too little.
         """
-        made = [(base, data) for base in bases if {"sparsity", "pattern"} & base.compression().keys() for data in datas
-                if not (self._compressed(base, data) / "metrics.json").is_file()]  # fmt: skip
-        if not made:
+        texts = dict.fromkeys(
+            self._text(data) for base, data in needed if {"sparsity", "pattern"} & base.compression().keys()
+            and not (self._compressed(base, data) / "metrics.json").is_file()
+        )  # fmt: skip
+        if not texts:
             return
         tokenizer = AutoTokenizer.from_pretrained(local(self.model))
-        for given, columns, limit in dict.fromkeys(self._text(data) for _, data in made):
+        for given, columns, limit in texts:
             text = calibration.load(given, limit, columns=columns)
             calibration.check_enough(text, tokenizer, CompressConfig.sequences)
 

@@ -37,15 +37,16 @@ def reproduce(config: ReproduceConfig) -> dict[str, Any]:
     _check_named(config, list(plans.values()))
     out.mkdir(parents=True, exist_ok=True)
     counts = {"cells": 0, "missing": 0}
-    for base in (Base(name) for plan in plans.values() for name in plan.names()):
+    needed = [(Base(name), data) for plan in plans.values() for name in plan.names() for data in plan.datas]
+    for base, _ in needed:
         base.compression()
     datas = {data.name: data for plan in plans.values() for data in plan.datas}
-    same_grid(next(iter(plans.values())).grid, list(datas.values()), keep=not config.tables_only)
-    todo = [] if config.tables_only else list(plans.values())
-    for plan in todo:
-        plan.grid.check_texts([Base(name) for name in plan.names()], plan.datas)
-    for plan in todo:
-        _run(plan, until)
+    grid = next(iter(plans.values())).grid
+    same_grid(grid, list(datas.values()), keep=not config.tables_only)
+    if not config.tables_only:
+        grid.check_texts(needed)  # before the first cell of any plan
+        for plan in plans.values():
+            _run(plan, until)
     found = {name: list(plan.grid.read(plan.cells()).values()) for name, plan in plans.items()}
     pages = [page_of(name, plan, found[name], out) for name, plan in plans.items()]
     if config.name == "all":

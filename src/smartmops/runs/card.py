@@ -194,9 +194,9 @@ def _told(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     federated, compared = config.get("command", "").startswith("federate"), "per_seed" in metrics
     left_out = {"steps"} if federated else {"rounds", "local_steps", "clients_per_round"}
     names = [name for name in SETTINGS if name not in left_out | ({"seed"} if compared else set())]
-    told = [f"{name.replace('_', ' ')} {arguments[name]}" for name in names if arguments.get(name) is not None]
     if arguments.get("patience") and (last := metrics.get("best", {}).get("last_step", 0)) < arguments["steps"]:
-        told = [f"steps {last} of {arguments['steps']}" if each.startswith("steps ") else each for each in told]
+        arguments = arguments | {"steps": f"{last} of {arguments['steps']}"}
+    told = [f"{name.replace('_', ' ')} {arguments[name]}" for name in names if arguments.get(name) is not None]
     told += [f"{metrics['clients']} clients"] if federated and metrics.get("clients") else []
     told += [f"{count} examples to {USES.get(name, name)}" for name, count in counts.items() if count]
     return f": {', '.join(told)}" if told else ""

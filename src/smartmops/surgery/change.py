@@ -61,8 +61,7 @@ def listed(run: Path, config: ListConfig) -> dict[str, Any]:
         each["usage"] = {task: own[number] for task, own in usage.items()}
         each["share"] = weights.mean()[number]
         each["cost"] = _cost(subject, rows, name, before)
-    part = "validation" if len(subject.own.validation) else "test"
-    return {"experts": found, "rows": len(rows), "part": part, "unread": ""}
+    return {"experts": found, "rows": len(rows), "part": subject.part("validation"), "unread": ""}
 
 
 def _alone(held: Parts, number: int) -> dict[str, Any]:
@@ -163,8 +162,8 @@ def merge(run: Path, config: MergeConfig) -> dict[str, Any]:
     if added := [read for one, read in subject.added.items() if one in (config.first, config.second)]:
         subject.added[name] = torch.cat(added)
     said = {"perplexity": _told(was, now), "untrained": untrained, "name": name}
-    old = config.old and config.steps and trained_on(config.old, config.columns, SHARE, 0, task)
-    change = Change(f"experts merge {config.first} {config.second}", said, metrics, old or None)
+    seen = trained_on(config.old, config.columns, SHARE, 0, task) if config.old and config.steps else None
+    change = Change(f"experts merge {config.first} {config.second}", said, metrics, seen)
     out = write(subject, one, config.out, change)
     return said | {"out": str(out)}
 

@@ -17,6 +17,7 @@ from smartmops.checks.folders import MARK, before, fresh_beside, half_written, r
 from smartmops.checks.lock import alone
 from smartmops.data.several import Names, names_of
 from smartmops.evaluation.measure import mean_weights
+from smartmops.options.training import VALIDATION_PART
 from smartmops.reading.task import Task
 from smartmops.rows.example import of_examples
 from smartmops.runs.card import keep, number
@@ -26,6 +27,7 @@ from .adapter.parts import Parts, put, taken
 from .subject import ADDED, Subject, parts_names
 
 ANSWERS = ("gates.json", "samples.jsonl", "evaluation.json")  # of a run's files, those that say what it answers
+KEPT = ("base", "curves.jsonl", "samples.jsonl")  # of them, those that a changed run has as they were
 STALE = ("perplexity", "perplexity_frozen", "tokens", "best", "answers", "gate", "interference", "examples", "suites",
          "trainable_parameters", "measured_on", "per_task", "per_seed", "seeds", "validation")  # numbers  # fmt: skip
 
@@ -57,15 +59,17 @@ def write(subject: Subject, parts: Parts, out: Path | None, change: Change) -> P
     if out is not None and (error := refused(out, False, resumes=False)) is not None:
         raise error
     put(subject.model, parts)
+    stale = (ADDED, *(() if change.metrics is None else ANSWERS))
     if out is not None:
         with alone(target), whole(target) as place:
             _fill(subject, place, target.name, change)
+            _copy(subject.run.path, place, stale)
         return target
     with alone(target):
         place = fresh_beside(target, target.parent)
         try:
             _fill(subject, place, target.name, change)
-            _carry(target, place, () if change.metrics is None else ANSWERS)
+            _carry(target, place, stale)
             _swap(place, target)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
@@ -80,11 +84,6 @@ def _fill(subject: Subject, place: Path, name: str, change: Change) -> None:
     config["arguments"] = config["arguments"] | {"out": name}
     entry = {"command": change.command, "run": was.path.name, "trained_on": change.trained_on}
     run = Run.create(place, config | {"changed": [*was.config.get("changed", []), entry]})
-    if (was.path / "base").is_dir():
-        shutil.copytree(was.path / "base", place / "base", symlinks=True)
-    for file in ("curves.jsonl", *(["samples.jsonl"] if change.metrics is None else [])):
-        if (was.path / file).is_file():
-            shutil.copy2(was.path / file, place / file)
     if inputs := was.read_inputs():
         run.same_inputs(inputs if change.metrics is None else _inputs(subject, inputs))
     _write_gates(subject, run, change.metrics is not None)
@@ -118,12 +117,20 @@ def _metrics(subject: Subject, change: Change) -> dict[str, Any]:
     return kept | {"experts": names, "change": dict(change.said)}
 
 
+def _is_part(subject: Subject) -> bool:
+    """Whether perplexities are of other rows than all that the run was tested on."""
+    return subject.old is not None or len(subject.held()) < len(subject.known().test)
+
+
 def _measured_on(subject: Subject) -> str:
-    """What perplexities are of, where that is not the whole of what the run was tested on; else empty."""
-    count, every = len(subject.held()), len(subject.known().test)
+    """What perplexities are of, where that is not the whole of the run's test split; else empty."""
+    count, validated = len(subject.held()), subject.run.config["arguments"].get("validation")
     if subject.old is not None:
         return f"{count} examples of {' '.join(map(shown_name, names_of(subject.old)))}"
-    return f"{count} of the {every} examples of the run's test split" if count < every else ""
+    if not _is_part(subject):
+        return VALIDATION_PART if validated else ""
+    whole_of = VALIDATION_PART if validated else "the run's test split"
+    return f"{count} of the {len(subject.known().test)} examples of {whole_of}"
 
 
 def trained_on(data: Names, columns: Sequence[str], share: float, seed: int, task: Task) -> dict[str, Any]:
@@ -136,7 +143,7 @@ def _inputs(subject: Subject, inputs: Mapping[str, str]) -> dict[str, str]:
     """Fingerprints of what a changed run is made of, and of what it was measured on."""
     found = {name: each for name, each in inputs.items() if name != MEASURED}
     rows = [tuple(row.input_ids) for row in subject.held()]
-    return found | ({MEASURED: of_examples(rows)} if _measured_on(subject) else {})
+    return found | ({MEASURED: of_examples(rows)} if _is_part(subject) else {})
 
 
 def _write_gates(subject: Subject, run: Run, changed: bool) -> None:
@@ -150,19 +157,26 @@ def _write_gates(subject: Subject, run: Run, changed: bool) -> None:
         run.write_gates({"experts": names, "after": after, "left_to_base": True})
 
 
-def _carry(former: Path, fresh: Path, stale: tuple[str, ...]) -> None:
+def _copy(former: Path, fresh: Path, stale: Sequence[str]) -> None:
+    """Give a new run what of the former one holds still."""
+    for item in (former / name for name in KEPT if name not in stale):
+        if item.is_dir():
+            shutil.copytree(item, fresh / item.name, symlinks=True)
+        elif item.is_file():
+            shutil.copy2(item, fresh / item.name)
+
+
+def _carry(former: Path, fresh: Path, stale: Sequence[str]) -> None:
     """Give a folder what else lies in the one whose place it takes, by links: until then, both have it."""
     for item in former.iterdir():
         there = fresh / item.name
         if item.name in stale or half_written(item) or (there.exists() and not _empty(there)):
             continue
         if item.name == MARK:  # held by whoever changes the run, and so is the folder that takes its place
-            with suppress(OSError):
+            with suppress(OSError, NotImplementedError):
                 os.link(item, there)
         elif item.is_dir() and not item.is_symlink():
             shutil.copytree(item, there, symlinks=True, copy_function=_link, dirs_exist_ok=True)
-        elif item.is_symlink():
-            there.symlink_to(os.readlink(item))
         else:
             _link(item, there)
 
@@ -171,13 +185,12 @@ def _empty(place: Path) -> bool:
     return place.is_dir() and not any(place.iterdir())
 
 
-def _link(source: str | Path, target: str | Path) -> str | Path:
-    """A file under a second name; a copy where the file system has no such thing."""
+def _link(source: str | Path, target: str | Path) -> None:
+    """A file, or a link, under a second name; a copy where there is no such thing."""
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:
+    except (OSError, NotImplementedError):
         shutil.copy2(source, target, follow_symlinks=False)
-    return target
 
 
 def _swap(fresh: Path, target: Path) -> None:
